@@ -1,0 +1,105 @@
+# Two commands are all the set-up there is:  make demo   and   make test
+# Other targets: bench gpu compat lint clean (see README.md).
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+COMPAT := .compat
+
+# The first Python >= 3.11 among the usual names; `make PYTHON=/path/to/python3.12 test` overrides.
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+endif
+CXX_FOUND := $(shell for c in "$(CXX)" c++ g++ clang++; do \
+    [ -n "$$c" ] && $$c --version >/dev/null 2>&1 && { echo "$$c"; break; }; done)
+
+# What an installation is made of: a change in any of these installs (and builds the native engine) anew.
+INGREDIENTS := pyproject.toml constraints.txt $(wildcard setup.py) \
+    $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) 2>/dev/null)
+INTERPRETER_TESTS = $(wildcard tests/test_*interpreter*.py)
+DEMO = fit --compare --size 160 --steps 200 --lr 5e-4 --out demo
+
+.PHONY: demo test bench gpu compat lint clean check-tools
+
+demo: $(STAMP)
+	@$(BIN)/fused-inr $(DEMO)
+
+# Two processes: under TRITON_INTERPRET=1 Triton cannot compile, and without it nothing interprets. Both run whatever the
+# first one says; the exit status is 0 only if both passed.
+test: $(STAMP)
+	@status=0; \
+	if [ -n "$(INTERPRETER_TESTS)" ]; then \
+	    echo "== kernels in Triton's interpreter"; \
+	    TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(INTERPRETER_TESTS) || status=1; \
+	    echo "== everything else"; \
+	fi; \
+	$(BIN)/python -m pytest tests --ignore-glob='*interpreter*' || status=1; \
+	[ $$status -eq 0 ] || echo "make test: at least one of the runs above failed" >&2; \
+	exit $$status
+
+bench: $(STAMP)
+	@$(BIN)/fused-inr bench table
+
+lint: $(STAMP)
+	@$(BIN)/python -m pip install -q -c constraints.txt ruff mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+# The interpreter's tests and the static report under the oldest Triton served and a newer one than torch's own. Only
+# Triton differs: it lies in a folder of its own, ahead of the environment's. (3.6.0's interpreter needs numpy < 2.4, which
+# constraints.txt grants.)
+compat: $(COMPAT)/triton-3.6.0/.installed $(COMPAT)/triton-3.9.0/.installed
+	@status=0; \
+	for version in 3.6.0 3.9.0; do \
+	    echo "== Triton $$version"; \
+	    export PYTHONPATH="$(CURDIR)/$(COMPAT)/triton-$$version"; \
+	    $(BIN)/python -c "import sys, triton; sys.exit(triton.__version__ != '$$version')" || \
+	        { echo "make compat: Triton $$version is not the one that is imported" >&2; exit 1; }; \
+	    TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(INTERPRETER_TESTS) || status=1; \
+	    $(BIN)/fused-inr bench static || status=1; \
+	done; \
+	exit $$status
+
+$(COMPAT)/triton-%/.installed: $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) 'triton==$*'
+	@touch $@
+
+# A CUDA machine, network or not: the Python that has torch (GPU_PYTHON), nothing downloaded. An environment on top of it
+# keeps an externally managed Python untouched.
+GPU_PYTHON ?= $(or $(PYTHON),python3)
+gpu:
+	@$(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
+	    { echo "make gpu: $(GPU_PYTHON) has no torch that sees a CUDA device (GPU_PYTHON=... names another)" >&2; exit 1; }
+	$(GPU_PYTHON) -m venv --system-site-packages --without-pip .venv-gpu
+	@# A venv made from inside a venv sees the base Python's packages, not those of the venv: link the latter in too.
+	@$(GPU_PYTHON) -c 'import sysconfig, glob; \
+	    site, = glob.glob(".venv-gpu/lib/python*/site-packages"); \
+	    open(site + "/parent.pth", "w").write(sysconfig.get_path("purelib") + "\n")'
+	.venv-gpu/bin/python -m pip install -q --no-deps --no-build-isolation --no-index -e .
+	.venv-gpu/bin/python -m fused_inr.cli bench gpu
+
+clean:
+	rm -rf $(VENV) .venv-gpu $(COMPAT) build dist demo *.egg-info fused_inr/*.so
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+check-tools:
+	@[ -n "$(PYTHON)" ] || { \
+	    echo "fused_inr needs Python 3.11 or newer, and none of python3, python3.11 .. python3.14 is." >&2; \
+	    echo "Install one, or name it: make PYTHON=/path/to/python3.12 test" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "fused_inr needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) --version 2>&1`." >&2; exit 1; }
+	@[ -n "$(CXX_FOUND)" ] || { \
+	    echo "No C++ compiler found (looked for \$$CXX, c++, g++, clang++), and the native CPU engine needs one." >&2; \
+	    echo "Install g++ or clang++, or name it: make CXX=/path/to/g++ test" >&2; \
+	    echo "Without a compiler 'pip install .' works too: layers then run on plain PyTorch." >&2; exit 1; }
+
+# setuptools first: torch's and our own build need >= 77, older environments come with less, and without build isolation
+# nothing else would fetch it.
+$(STAMP): $(INGREDIENTS) | check-tools
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77' wheel ninja numpy torch
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[fit,test]'
+	@touch $@

@@ -1,0 +1,62 @@
+"""Fused linear + activation layers for implicit neural representations.
+
+Importing this module imports nothing else, torch included: each name below loads its part when it is first used, so that
+`fused-inr --help` answers at once and an environment without compiler, GPU, Triton or sympy imports as fast as one with
+them. Registering the operators (for a program saved by `torch.export`, say) takes `import fused_inr.ops`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "SIREN",
+    "FusedLinear",
+    "GaussianLayer",
+    "SincLayer",
+    "SineLayer",
+    "SplitLayer",
+    "SplitNet",
+    "__version__",
+    "activations",
+    "backends",
+    "functional",
+    "init",
+    "layers",
+    "models",
+]
+
+if TYPE_CHECKING:
+    from . import activations, functional, init, layers, models
+    from .layers import FusedLinear, GaussianLayer, SincLayer, SineLayer, SplitLayer
+    from .models import MLP, SIREN, SplitNet
+    from .ops import backends
+
+_SUBMODULES = {"activations", "backends", "functional", "init", "layers", "models"}
+_HOME = {
+    "FusedLinear": "layers",
+    "GaussianLayer": "layers",
+    "SincLayer": "layers",
+    "SineLayer": "layers",
+    "SplitLayer": "layers",
+    "MLP": "models",
+    "SIREN": "models",
+    "SplitNet": "models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,7 @@
+"""`fused_inr.backends` is `fused_inr.ops.backends`: one module, so one table and one current choice, under two names."""
+
+import sys
+
+from .ops import backends
+
+sys.modules[__name__] = backends
