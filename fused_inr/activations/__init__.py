@@ -1,0 +1,55 @@
+"""Activations as maps: one formula a file, with value and derivatives of every order generated from it.
+
+`sine(omega=30.0)` and its like return an `Activation`; `define` makes one from a formula; `get` from a name.
+Learnable parameters: `sine(omega=30.0, learnable="omega", per_feature=True)`.
+"""
+
+from .fourier import fourier
+from .finer import finer, finer_detached
+from .gabor import complex_gabor, gabor
+from .gaussian import gaussian, gaussian_scale
+from .gelu import gelu
+from .hosc import hosc
+from .identity import identity
+from .incode import incode
+from .registry import _unpickle_map, define, get, lookup, names, registered
+from .relu import relu
+from .sigmoid import sigmoid
+from .silu import silu
+from .sinc import sinc
+from .sine import sine
+from .softplus import softplus
+from .spec import Activation, ActivationMap
+from .split import split
+from .tanh import tanh
+from .wavelet import wavelet
+
+__all__ = [
+    "Activation",
+    "ActivationMap",
+    "complex_gabor",
+    "define",
+    "finer",
+    "finer_detached",
+    "fourier",
+    "gabor",
+    "gaussian",
+    "gaussian_scale",
+    "gelu",
+    "get",
+    "hosc",
+    "identity",
+    "incode",
+    "lookup",
+    "names",
+    "registered",
+    "relu",
+    "sigmoid",
+    "silu",
+    "sinc",
+    "sine",
+    "softplus",
+    "split",
+    "tanh",
+    "wavelet",
+]

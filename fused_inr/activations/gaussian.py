@@ -1,0 +1,42 @@
+"""Gaussian (Ramasinghe & Lucey, 2022; VI3NR; WIRE's GaussLayer)."""
+
+from .registry import factory, register
+from .spec import Activation
+
+
+@register(sigma=0.05)
+def gaussian(z, sigma):
+    """exp(-z^2 / (2 sigma^2))"""
+    from sympy import Rational, exp
+
+    from .symbols import saturate
+
+    return exp(-Rational(1, 2) * saturate(z / sigma) ** 2)
+
+
+@register(scale=10.0)
+def gaussian_scale(z, scale):
+    """exp(-(scale z)^2)"""
+    from sympy import exp
+
+    from .symbols import saturate
+
+    return exp(-(saturate(scale * z) ** 2))
+
+
+_by_sigma, _by_scale = gaussian, gaussian_scale
+
+
+@factory
+def gaussian(*, sigma=None, scale=None, learnable=(), per_feature=False) -> Activation:  # noqa: F811
+    """exp(-z^2 / (2 sigma^2)), or with `scale=` WIRE's form exp(-(scale z)^2); scale = 1/(sqrt(2) sigma).
+
+    Args:
+        sigma: standard deviation of the bump in units of z; 0.05 (VI3NR's) when neither is given.
+        scale: the other parametrisation; not together with `sigma`.
+    """
+    if sigma is not None and scale is not None:
+        raise ValueError("gaussian: give sigma or scale, not both (scale = 1/(sqrt(2) sigma))")
+    if scale is not None:
+        return _by_scale(scale=scale, learnable=learnable, per_feature=per_feature)
+    return _by_sigma(sigma=0.05 if sigma is None else sigma, learnable=learnable, per_feature=per_feature)

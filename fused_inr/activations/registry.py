@@ -1,0 +1,122 @@
+"""The registry: one entry a file in this folder, and what users define at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .spec import Activation, ActivationMap, check_name
+
+_REGISTERED: dict[str, ActivationMap] = {}
+_DEFINED: dict[str, ActivationMap] = {}
+#: name -> function that makes an Activation, where the public arguments differ from the map's parameters
+_FACTORIES: dict[str, Callable[..., Activation]] = {}
+
+
+def register(**parameters: float) -> Callable[[Callable], ActivationMap]:
+    """Decorator of a formula: its function name becomes the activation's, the keywords its parameters' defaults."""
+
+    def decorate(formula: Callable) -> ActivationMap:
+        _REGISTERED[formula.__name__] = ActivationMap(formula.__name__, formula, parameters)
+        return _REGISTERED[formula.__name__]
+
+    return decorate
+
+
+def factory(function: Callable[..., Activation]) -> Callable[..., Activation]:
+    """Decorator of the public constructor of a registered map of the same name."""
+    _FACTORIES[function.__name__] = function
+    return function
+
+
+def registered() -> list[ActivationMap]:
+    """The maps whose code is committed, by name."""
+    return [_REGISTERED[name] for name in sorted(_REGISTERED)]
+
+
+def names() -> tuple[str, ...]:
+    """Names of the registered activations."""
+    return tuple(sorted(_REGISTERED))
+
+
+def lookup(key: str) -> ActivationMap:
+    """The map with this key (`ActivationMap.key`): what the raw operations receive."""
+    found = _REGISTERED.get(key) or _DEFINED.get(key)
+    if found is None:
+        raise ValueError(f"activation: no map has the key {key!r} in this process; define it again here")
+    return found
+
+
+def get(activation: str | Activation | ActivationMap | None) -> Activation:
+    """An `Activation` from a name (with default parameters), a map, None (identity) or itself.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+        TypeError: anything else.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if activation is None:
+        return _REGISTERED["identity"]()
+    if isinstance(activation, ActivationMap):
+        return activation()
+    if isinstance(activation, str):
+        if activation in _FACTORIES:
+            return _FACTORIES[activation]()
+        if activation in _REGISTERED:
+            return _REGISTERED[activation]()
+        for map in reversed(_DEFINED.values()):
+            if map.name == activation:
+                return map()
+        raise ValueError(
+            f"activation: {activation!r} is not registered; registered: {', '.join(names())}; "
+            "or make one from a formula with fused_inr.activations.define"
+        )
+    raise TypeError(
+        "activation: expected a name, an Activation such as fused_inr.activations.sine(omega=30.0), or None; "
+        f"got {type(activation).__name__}"
+    )
+
+
+def define(name: str, formula: Callable, **parameters: float) -> Activation:
+    """An activation from a formula, with the standing of the registered ones: every order, layer and backend.
+
+    ```python
+    chirp = fused_inr.activations.define("chirp", lambda z, omega: sympy.sin(omega * z**2), omega=2.0)
+    chirp.with_params(omega=3.0)
+    ```
+
+    Args:
+        name: a Python identifier that no registered activation has.
+        formula: function of one or several real sympy symbols (the pre-activations of the branches) and then the parameters by
+            name; returns a sympy expression, or a tuple of them for several outputs. `fused_inr.activations.symbols` adds
+            stable primitives (sigmoid, softplus, saturate, detach, step).
+        parameters: default values; each becomes a parameter of the activation, constant or learnable.
+
+    Raises:
+        ValueError: a name that is taken or no identifier, unknown symbols in the formula, functions that cannot be compiled.
+        TypeError: a formula that is not callable.
+
+    At a kink the derivative is one-sided: step(0) = 0, sign(0) = 0. Code is generated when it is first needed; on CPUs it is
+    compiled if there is a C++ compiler, else the PyTorch reference serves.
+    """
+    check_name(name)
+    if name in _REGISTERED:
+        raise ValueError(f"name: {name!r} is a registered activation; choose another name")
+    if not callable(formula):
+        raise TypeError(f"formula: expected a function of sympy symbols, got {type(formula).__name__}")
+    for parameter, value in parameters.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"parameter {parameter!r}: expected a number as default, got {value!r}")
+    map = ActivationMap(name, formula, parameters, generated=False)
+    if map.branches < 1:
+        raise ValueError("formula: it needs at least one argument that is no parameter (the pre-activation z)")
+    _DEFINED[map.key] = map
+    return map()
+
+
+def _unpickle_map(name: str, defaults: dict[str, float], branches: int, program) -> ActivationMap:
+    if program is None:
+        return _REGISTERED[name]
+    map = ActivationMap(name, None, defaults, branches=branches, generated=False)
+    map._programs[0, False] = program
+    return _DEFINED.setdefault(map.key, map)

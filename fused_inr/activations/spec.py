@@ -1,0 +1,322 @@
+"""`ActivationMap`: one formula and everything derived from it. `Activation`: a map with values for its parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+#: Orders of differentiation with generated code: constant parameters, learnable parameters.
+MAX_LEVEL, MAX_LEARNABLE_LEVEL = 3, 2
+_LETTERS = ("y", "g", "u", "v", "w")
+
+
+class ActivationMap:
+    """A map from `branches` pre-activations and some parameters to `outputs` values, element by element.
+
+    Args:
+        name: a Python identifier; the registry's key.
+        formula: takes `branches` sympy symbols and then the parameters by name, and returns one sympy expression,
+            or a tuple of them (several outputs). All symbols are real. Called only when code is generated.
+        parameters: default value of each parameter, in order.
+        generated: whether the code is among the committed files; else it is generated at run time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        formula: Callable | None,
+        parameters: dict[str, float],
+        *,
+        branches: int | None = None,
+        generated: bool = True,
+    ):
+        self.name = name
+        self.formula = formula
+        self.__doc__ = formula.__doc__ if formula is not None else None
+        self.defaults = {k: float(v) for k, v in parameters.items()}
+        self.param_names = tuple(parameters)
+        if branches is None:
+            branches = sum(p not in parameters for p in inspect.signature(formula).parameters)
+        self.branches = branches
+        self.generated = generated
+        self._programs: dict[tuple[int, bool], Any] = {}
+        self._torch: dict[tuple[int, bool], Callable] = {}
+        self._triton: dict[tuple[int, bool], Any] = {}
+        self._key: str | None = name if generated else None
+        self._outputs: int | None = None
+
+    def __repr__(self) -> str:
+        return f"<activation map {self.name}: {self.branches} -> {self.outputs}>"
+
+    def __reduce__(self):
+        # a registered map is itself wherever it is unpickled; a run-time one travels as its program
+        from . import _unpickle_map
+
+        return _unpickle_map, (self.name, self.defaults, self.branches, None if self.generated else self.program(0))
+
+    def __copy__(self) -> ActivationMap:
+        return self
+
+    def __deepcopy__(self, memo) -> ActivationMap:
+        return self
+
+    @property
+    def n_params(self) -> int:
+        return len(self.param_names)
+
+    @property
+    def outputs(self) -> int:
+        if self._outputs is None:
+            if self.generated:
+                from . import generated
+
+                self._outputs = generated.SHAPES[self.name][1]
+            else:
+                self._outputs = len(self.program(0).outputs[0][1])
+        return self._outputs
+
+    @property
+    def key(self) -> str:
+        """Identifies the generated code: the name, and for a run-time formula a hash of what it compiles to."""
+        if self._key is None:
+            digest = hashlib.sha256(repr((self.program(0).tape.nodes, self.program(0).outputs)).encode())
+            self._key = f"{self.name}_{digest.hexdigest()[:12]}"
+        return self._key
+
+    # -- programs
+
+    def program(self, level: int, learnable: bool = False):
+        """The straight-line program of the level-th derivative map (see docs/architecture.md); needs sympy."""
+        from .tape import Program, Tape, from_sympy
+
+        if level == 0:
+            learnable = False
+        if (level, learnable) not in self._programs:
+            if level:
+                lower = self.program(level - 1, learnable)
+                if level == 1 and learnable:
+                    lower = Program(lower.tape, lower.inputs, lower.outputs, lower.parameters)
+                self._programs[level, learnable] = lower.vjp(_LETTERS[level] if level < 5 else f"w{level}")
+            else:
+                self._programs[0, False] = self._trace(Program, Tape, from_sympy)
+        return self._programs[level, learnable]
+
+    def _trace(self, Program, Tape, from_sympy):
+        import sympy
+
+        z_names = tuple(f"z{i}" for i in range(self.branches))
+        symbols = [sympy.Symbol(n, real=True) for n in z_names]
+        parameters = {n: sympy.Symbol(n, real=True) for n in self.param_names}
+        result = self.formula(*symbols, **parameters)
+        expressions = result if isinstance(result, tuple | list) else (result,)
+        tape = Tape()
+        for name in (*z_names, *self.param_names):
+            tape.input(name)
+        try:
+            nodes = from_sympy([sympy.sympify(e) for e in expressions], tape)
+        except (sympy.SympifyError, TypeError) as error:
+            raise ValueError(f"the formula of {self.name!r} must return sympy expressions, got {result!r}") from error
+        used = {n.value for n in tape.nodes if n.op == "input"}
+        unknown = used - set(z_names) - set(self.param_names)
+        if unknown:
+            raise ValueError(
+                f"the formula of {self.name!r} contains unknown symbols {sorted(unknown)}; "
+                f"declare them as parameters with a default value, e.g. {sorted(unknown)[0]}=1.0"
+            )
+        inputs = [("z", z_names), *((n, (n,)) for n in self.param_names)]
+        return Program(tape, inputs, [("y", tuple(nodes))], self.param_names, frozenset(self.param_names))
+
+    # -- generated code
+
+    @staticmethod
+    def has_level(level: int, learnable: bool) -> bool:
+        """Whether code is generated for this level (beyond, PyTorch differentiates the highest one)."""
+        return level <= (MAX_LEARNABLE_LEVEL if learnable else MAX_LEVEL)
+
+    def function_name(self, level: int, learnable: bool) -> str:
+        return f"{self.key}_{'p' if learnable and level else 'l'}{level}"
+
+    def torch_map(self, level: int, learnable: bool = False) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The map as a plain PyTorch function of its streams; see docs/architecture.md for their order."""
+        cached = self._torch.get((level, learnable))
+        if cached is None:
+            if self.generated:
+                from . import generated
+
+                cached = getattr(generated, self.function_name(level, learnable))
+            else:
+                from . import emit, primitives
+
+                name = self.function_name(level, learnable)
+                source = emit.torch_function(name, self.program(level, learnable))
+                cached = emit.execute(source, f"<fused_inr torch map {name}>", {"p": primitives, "torch": torch})[name]
+            self._torch[level, learnable] = cached
+        return cached
+
+    def triton_map(self, level: int, learnable: bool = False):
+        """The map as a `triton.jit` function (imports Triton)."""
+        cached = self._triton.get((level, learnable))
+        if cached is None:
+            from fused_inr.kernels import maps
+
+            name = self.function_name(level, learnable)
+            if self.generated:
+                cached = maps.get(self.name, level, learnable)
+            else:
+                from . import emit
+
+                cached = maps.from_source(name, emit.triton_function(name, self.program(level, learnable)))
+            self._triton[level, learnable] = cached
+        return cached
+
+    def cpp_source(self) -> str:
+        """Every level as C++ functions, with the table macro, as in csrc/generated/activations.h."""
+        from . import emit
+
+        return emit.cpp_source([self])
+
+    # -- values
+
+    def __call__(
+        self,
+        *,
+        learnable: bool | str | Iterable[str] = (),
+        per_feature: bool = False,
+        **values: float | torch.Tensor,
+    ) -> Activation:
+        """An `Activation`: this map with values (floats, or tensors of shape [] or [features]) for its parameters."""
+        unknown = set(values) - set(self.param_names)
+        if unknown:
+            accepted = ", ".join(self.param_names) or "none"
+            raise TypeError(f"{self.name}() got an unknown parameter {sorted(unknown)[0]!r}; accepted: {accepted}")
+        return Activation(self, {**self.defaults, **values}, learnable=learnable, per_feature=per_feature)
+
+
+class Activation:
+    """An activation with values for its parameters; immutable.
+
+    Attributes:
+        map: the `ActivationMap` (formula and generated code).
+        params: name -> float, or a tensor of shape [] or [features] (differentiable if it requires a gradient).
+        learnable: names of the parameters that a layer turns into `nn.Parameter`s.
+        per_feature: whether those are one number a feature, or one for the layer.
+
+    `activation(z)` is plain PyTorch: z [.., B*N] (branches side by side) to [.., C*N], differentiable any number of times.
+    """
+
+    def __init__(
+        self,
+        map: ActivationMap,
+        params: dict[str, float | torch.Tensor],
+        *,
+        learnable: bool | str | Iterable[str] = (),
+        per_feature: bool = False,
+    ):
+        self.map = map
+        self.params = {n: _checked(map.name, n, params[n]) for n in map.param_names}
+        if isinstance(learnable, bool):
+            learnable = map.param_names if learnable else ()
+        elif isinstance(learnable, str):
+            learnable = (learnable,)
+        self.learnable = frozenset(learnable)
+        if not self.learnable <= set(map.param_names):
+            wrong = sorted(self.learnable - set(map.param_names))[0]
+            accepted = ", ".join(map.param_names) or "none"
+            raise ValueError(f"learnable: {map.name} has no parameter {wrong!r}; it has: {accepted}")
+        self.per_feature = bool(per_feature)
+        self._split()
+
+    def _split(self) -> None:
+        values = tuple(self.params.values())
+        self.tensors = tuple(v if isinstance(v, torch.Tensor) else None for v in values)
+        self.constants = tuple(0.0 if isinstance(v, torch.Tensor) else v for v in values)
+        self.has_tensors = any(isinstance(v, torch.Tensor) for v in values)
+
+    @property
+    def name(self) -> str:
+        return self.map.name
+
+    @property
+    def branches(self) -> int:
+        return self.map.branches
+
+    @property
+    def outputs(self) -> int:
+        return self.map.outputs
+
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        return self.map.param_names
+
+    def with_params(self, **values: float | torch.Tensor) -> Activation:
+        """A copy with other values for some parameters."""
+        unknown = set(values) - set(self.param_names)
+        if unknown:
+            accepted = ", ".join(self.param_names) or "none"
+            raise TypeError(f"{self.name} has no parameter {sorted(unknown)[0]!r}; it has: {accepted}")
+        copy = Activation.__new__(Activation)
+        copy.map, copy.learnable, copy.per_feature = self.map, self.learnable, self.per_feature
+        copy.params = {**self.params, **values}
+        copy._split()
+        return copy
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        if z.shape[-1] % self.branches:
+            raise ValueError(
+                f"z: {self.name} has {self.branches} branches side by side in the last dimension, "
+                f"which must be a multiple of {self.branches}; got shape {tuple(z.shape)}"
+            )
+        streams = z.chunk(self.branches, -1) if self.branches > 1 else (z,)
+        outputs = self.map.torch_map(0)(*streams, *self.params.values())
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{k}={v:.6g}" if isinstance(v, float) else f"{k}=tensor{tuple(v.shape)}" for k, v in self.params.items()
+        ]
+        if self.learnable:
+            names = [n for n in self.param_names if n in self.learnable]
+            shown.append(f"learnable={names[0]!r}" if len(names) == 1 else f"learnable={tuple(names)!r}")
+            if self.per_feature:
+                shown.append("per_feature=True")
+        return f"{self.name}({', '.join(shown)})"
+
+    def _identity(self) -> tuple:
+        values = tuple(id(v) if isinstance(v, torch.Tensor) else v for v in self.params.values())
+        return self.map.key, values, self.learnable, self.per_feature
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Activation) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+
+def _checked(name: str, parameter: str, value: object) -> float | torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: parameter {parameter!r} must be a floating-point tensor, got {value.dtype}")
+        if value.dim() > 1:
+            raise ValueError(
+                f"{name}: parameter {parameter!r} must have shape [] or [features], got {tuple(value.shape)}"
+            )
+        return value
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: parameter {parameter!r} must be a number or a tensor, got {value!r}") from None
+    if isinstance(value, bool | str) or not math.isfinite(number):
+        raise ValueError(f"{name}: parameter {parameter!r} must be a finite number, got {value!r}")
+    return number
+
+
+def check_name(name: object) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9_]*", name):
+        raise ValueError(f"name: an activation's name is a Python identifier such as 'chirp', got {name!r}")
+    return name
