@@ -1,0 +1,356 @@
+"""VI3NR: variance-informed initialisation for any activation (Koneputugodage et al., CVPR 2025, arXiv 2504.19270).
+
+With z = W x + b, fan-in n and x = f(z'), z' ~ N(0, sigma_p^2), the pre-activations keep the standard deviation sigma_p
+from layer to layer if
+
+    Var(W) = gain^2 / n,   gain^2 = sigma_p^2 / E[f(z')^2]           (first layer: sigma_p^2 / (mean^2 + std^2) of x)
+
+sigma_p is the standard deviation of z itself: omega, scale, m, ... belong to f and are applied after it. The theory
+has no bias: `vi3nr_init_` sets biases to zero.
+
+The four functions of the published code keep its names and the order of its arguments; `generator` and `seed` make
+the Monte Carlo estimate reproducible, and any activation of this package may stand for a callable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import activations
+from .._checks import boolean, finite_float, one_of, positive_int
+from ..activations import Activation, ActivationMap
+from .siren import _described
+from .walk import fused_layers
+
+#: Pre-activations drawn at a time. On the CPU below the grain size from which PyTorch splits a sum among threads, so
+#: that the bits do not depend on their number.
+_CHUNK = {"cpu": 1 << 14}
+_CHUNK_DEVICE = 1 << 20
+#: Rows of the sample of coordinates that stands for a network's input where an encoding comes first.
+_INPUT_ROWS = 1 << 14
+
+
+# -- gains
+
+
+def vi3nr_input_gain(sigma_p: float, mean: float, std: float) -> float:
+    """gain = sigma_p / sqrt(mean^2 + std^2): for a layer (the first) whose input has this mean and standard deviation.
+
+    Args:
+        sigma_p: wanted standard deviation of the layer's pre-activation (before omega), > 0.
+        mean, std: of the input's elements; numbers or one-element tensors, std >= 0, not both 0.
+
+    Returns the gain: weights from U(-gain sqrt(3/n), gain sqrt(3/n)) or N(0, gain^2/n) give that pre-activation.
+    Raises TypeError or ValueError for anything else.
+    """
+    sigma_p = finite_float("sigma_p", sigma_p, above=0)
+    mean = finite_float("mean", mean)
+    std = finite_float("std", std, least=0)
+    if mean == 0 and std == 0:
+        raise ValueError("mean and std must not both be 0: no gain makes a layer's output vary whose input is zero")
+    return sigma_p / math.hypot(mean, std)
+
+
+def vi3nr_gain_MC(
+    sigma_p: float,
+    act_func: Callable[[Tensor], Tensor] | Activation | str,
+    samples: int = 1_000_000,
+    device: torch.device | str | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+) -> float:
+    """gain = sigma_p / sqrt(E[f(z)^2]), z ~ N(0, sigma_p^2), by Monte Carlo: for a layer that follows activation f.
+
+    Args:
+        sigma_p: standard deviation of pre-activations (before omega), the same in both layers, > 0.
+        act_func: f as a callable on float32 tensors [samples'] that returns the same shape; or an activation of this
+            package or its name, whose branches then get independent pre-activations of standard deviation sigma_p
+            (its m, omegas, ... are those of f, learnable ones at their present value).
+        samples: values of f to average, at least 2. The relative standard error of the gain is
+            std(f^2) / (2 E[f^2] sqrt(samples)): 0.07 % for relu at the default.
+        device: where to draw; by default the CPU, or where the activation's parameters are.
+        generator: source of random numbers (on `device`), or
+        seed: start of a private one; PyTorch's global one serves if neither is given. The same seed gives the same
+            bits on the same kind of device. Memory does not grow with `samples`; sums are kept in float64.
+
+    Returns the gain as a float. Raises TypeError or ValueError for other arguments, and where f returns something
+    that is not finite, zero everywhere, or of another shape.
+    """
+    sigma_p = finite_float("sigma_p", sigma_p, above=0)
+    moment = _second_moment(sigma_p, act_func, samples, device, generator, seed)
+    return sigma_p / math.sqrt(moment)
+
+
+def _second_moment(
+    sigma: float,
+    act_func: Callable[[Tensor], Tensor] | Activation | str,
+    samples: int,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+) -> float:
+    """E[f(z)^2], z ~ N(0, sigma^2)."""
+    samples = positive_int("samples", samples, minimum=2)
+    f = activations.get(act_func) if isinstance(act_func, str | ActivationMap) else act_func
+    if not callable(f):
+        raise TypeError(
+            f"act_func must be a callable from tensor to tensor, an activation or its name, got {type(f).__name__}"
+        )
+    device, generator = _source(f, device, generator, seed)
+    branches, features = (f.branches, _features(f)) if isinstance(f, Activation) else (1, 1)
+    outputs = f.outputs if isinstance(f, Activation) else 1
+    plain = not isinstance(f, Activation)
+    if not plain:
+        # learnable parameters may be half-precision: the estimate is not
+        f = f.with_params(**{k: _widened(v, device) for k, v in f.params.items()})
+    chunk = max(1, _CHUNK.get(device.type, _CHUNK_DEVICE) // features)
+    rows = max(2, -(-samples // features))  # each row is one draw per feature
+    sums = []
+    with torch.no_grad():
+        for start in range(0, rows, chunk):
+            n = min(chunk, rows - start)
+            shape = (n,) if plain else (n, branches * features)
+            z = torch.randn(shape, device=device, dtype=torch.float32, generator=generator).mul_(sigma)
+            y = f(z)
+            _check_values(f, y, shape if plain else (n, outputs * features))
+            sums.append((y.abs() if y.is_complex() else y).double().square_().sum().item())
+    moment = math.fsum(sums) / (rows * features * outputs)
+    if not math.isfinite(moment):
+        raise ValueError(f"act_func must return finite values, got NaN or infinity for z ~ N(0, {sigma:g}^2): {f!r}")
+    if moment == 0:
+        raise ValueError(
+            f"act_func returned 0 for every z ~ N(0, {sigma:g}^2): no gain can restore the variance; "
+            f"give another sigma_p or activation than {f!r}"
+        )
+    return moment
+
+
+def _source(f, device, generator, seed) -> tuple[torch.device, torch.Generator | None]:
+    if generator is not None and seed is not None:
+        raise ValueError("give generator or seed, not both")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+    if device is None:
+        if generator is not None:
+            device = generator.device
+        else:
+            tensors = [v for v in f.params.values() if isinstance(v, Tensor)] if isinstance(f, Activation) else []
+            device = tensors[0].device if tensors else "cpu"
+    device = torch.device(device)
+    if device.type == "meta":
+        raise ValueError("device must hold data to estimate a gain, got 'meta'")
+    if seed is not None:
+        generator = torch.Generator(device=device).manual_seed(positive_int("seed", seed, minimum=0))
+    return device, generator
+
+
+def _features(activation: Activation) -> int:
+    """How many features the activation's tensors distinguish (1 if none does)."""
+    sizes = {v.shape[0] for v in activation.params.values() if isinstance(v, Tensor) and v.dim() == 1}
+    if len(sizes) > 1:
+        raise ValueError(f"act_func: its parameters have different numbers of features: {sorted(sizes)}")
+    return sizes.pop() if sizes else 1
+
+
+def _widened(value: float | Tensor, device: torch.device) -> float | Tensor:
+    return value.detach().to(device, torch.float32) if isinstance(value, Tensor) else value
+
+
+def _check_values(f: object, y: object, shape: tuple[int, ...]) -> None:
+    if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
+        got = _described(y) if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"act_func must return a floating-point or complex tensor, got {got} from {f!r}")
+    if tuple(y.shape) != shape:
+        raise ValueError(
+            f"act_func must work element by element: shape {shape} was expected for an input of {shape[0]} rows, "
+            f"got {tuple(y.shape)} from {f!r}"
+        )
+
+
+# -- weights
+
+
+def vi3nr_uniform_(tensor: Tensor, gain: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """Fill `tensor` [out, n, ...] in place from U(-b, b), b = gain sqrt(3 / fan_in): variance gain^2 / fan_in.
+
+    fan_in is that of `torch.nn.init` (the second dimension times the receptive field), so the 4N rows of a split
+    layer's weight [4N, n] have fan-in n. Returns `tensor`. Raises TypeError or ValueError if it is no floating-point
+    tensor of two or more dimensions, or the gain not finite and >= 0.
+    """
+    fan_in, gain = _fan_in(tensor), finite_float("gain", gain, least=0)
+    bound = gain * math.sqrt(3.0 / fan_in)
+    with torch.no_grad():
+        return tensor.uniform_(-bound, bound, generator=generator)
+
+
+def vi3nr_normal_(tensor: Tensor, gain: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """Fill `tensor` [out, n, ...] in place from N(0, gain^2 / fan_in); otherwise as `vi3nr_uniform_`."""
+    fan_in, gain = _fan_in(tensor), finite_float("gain", gain, least=0)
+    with torch.no_grad():
+        return tensor.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
+
+
+def _fan_in(tensor: Tensor) -> int:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"tensor must be a floating-point tensor [out, fan_in, ...], got {_described(tensor)}")
+    fan_in = math.prod(tensor.shape[1:])
+    if tensor.dim() < 2 or fan_in == 0:
+        raise ValueError(f"tensor must have shape [out, fan_in, ...] with fan_in >= 1, got {tuple(tensor.shape)}")
+    return fan_in
+
+
+_DISTRIBUTIONS = {"uniform": vi3nr_uniform_, "normal": vi3nr_normal_}
+
+
+# -- layers and networks
+
+
+def default_sigma_p(activation: Activation) -> float:
+    """The sigma_p that `vi3nr_init_` takes where none is given (a choice for z before omega).
+
+    | activation | sigma_p | reason |
+    | --- | --- | --- |
+    | gaussian | 1.5538 sigma, 1.0987 / scale | solves the backward condition too |
+    | sinc | 2.2233 / omega | the same |
+    | wavelet | 0.8705 | the same |
+    | sigmoid | 6.7546 | the same |
+    | tanh | 0.25 | the condition holds only in the limit 0; nearly there, and still not linear |
+    | sine, finer, incode, gabor | 1 / omega | no solution: the phase omega z gets SIREN's standard deviation 1 |
+    | hosc | 1 / (beta omega) | the same: tanh and sine both at the end of their linear range |
+    | others | 1 | relu: every sigma_p solves it; split: LSUV's target for each branch |
+    """
+    params = {k: v.double().mean().item() if isinstance(v, Tensor) else v for k, v in activation.params.items()}
+    rule = _SIGMA_P.get(activation.name)
+    sigma_p = 1.0 if rule is None else abs(rule(params))
+    if not (math.isfinite(sigma_p) and sigma_p > 0):
+        raise ValueError(f"sigma_p: no default for {activation!r}; give it")
+    return sigma_p
+
+
+def _over(numerator: float, *names: str) -> Callable[[dict[str, float]], float]:
+    def rule(params: dict[str, float]) -> float:
+        product = math.prod(params[n] for n in names)
+        return numerator / product if product else math.nan
+
+    return rule
+
+
+_GAUSSIAN = math.sqrt(1 + math.sqrt(2))
+_SIGMA_P: dict[str, Callable[[dict[str, float]], float]] = {
+    "gaussian": lambda p: _GAUSSIAN * p["sigma"],
+    "gaussian_scale": _over(_GAUSSIAN / math.sqrt(2), "scale"),
+    "sinc": _over(2.2233, "omega"),
+    "wavelet": lambda p: 0.8705,
+    "sigmoid": lambda p: 6.7546,
+    "tanh": lambda p: 0.25,
+    "sine": _over(1.0, "omega"),
+    "finer": _over(1.0, "omega"),
+    "finer_detached": _over(1.0, "omega"),
+    "incode": _over(1.0, "omega"),
+    "gabor": _over(1.0, "omega"),
+    "complex_gabor": _over(1.0, "omega"),
+    "hosc": _over(1.0, "beta", "omega"),
+}
+
+
+def vi3nr_init_(
+    module: nn.Module,
+    sigma_p: float | None = None,
+    *,
+    first_sigma_p: float | None = None,
+    sample_input: Tensor | None = None,
+    is_first: bool | None = None,
+    distribution: str = "uniform",
+    samples: int = 1_000_000,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Initialise a fused layer, or all fused layers of a network, by VI3NR, in place; biases become zero.
+
+    Layer i with activation f_i gets Var(W_i) = sigma_i^2 / (n_i E[x_i^2]), where E[x_0^2] = mean^2 + std^2 of the
+    network's input and E[x_i^2] = E[f_{i-1}(z)^2], z ~ N(0, sigma_{i-1}^2) (branches independent, all of that standard
+    deviation; mean over several outputs).
+
+    Args:
+        module: a fused layer, or a model or `nn.Sequential` of them (in the order of the data). A model's `encoding`
+            is passed first.
+        sigma_p: standard deviation of every pre-activation before omega; by default `default_sigma_p` of each layer's
+            activation. A linear (identity) layer takes that of the layer before it.
+        first_sigma_p: another one for the first layer (it sets the frequencies that a network starts with).
+        sample_input: coordinates as the network will see them, [.., in_features], to take the input's mean and
+            standard deviation from; by default uniform on [-1, 1]^in_features.
+        is_first: whether the first layer found sees the coordinates; by default its own `is_first`, else True for
+            a network and False for a single layer, whose input then is taken for the output of one like itself.
+        distribution: "uniform" (`vi3nr_uniform_`) or "normal" (`vi3nr_normal_`).
+        samples, seed: of the gains' Monte Carlo estimate. PyTorch's global random state is not touched by it.
+        generator: source of the weights; PyTorch's global one if None.
+
+    Returns `module`. Raises TypeError or ValueError for other arguments.
+    """
+    layers = fused_layers(module)
+    fill = _DISTRIBUTIONS[one_of("distribution", distribution, tuple(_DISTRIBUTIONS))]
+    if sigma_p is not None:
+        sigma_p = finite_float("sigma_p", sigma_p, above=0)
+    if first_sigma_p is not None:
+        first_sigma_p = finite_float("first_sigma_p", first_sigma_p, above=0)
+    if is_first is None:
+        is_first = getattr(layers[0], "is_first", None)
+        if is_first is None:
+            is_first = module is not layers[0]
+    is_first = boolean("is_first", is_first) or sample_input is not None
+
+    if any(layer.weight.is_meta for layer in layers):
+        return module  # shapes only: there is nothing to fill
+    moments: dict[tuple[Activation, float], float] = {}
+    previous: tuple[Activation, float] | None = None
+    for layer in layers:
+        activation = layer.activation_with_parameters()
+        if previous is None and first_sigma_p is not None:
+            sigma = first_sigma_p
+        elif sigma_p is not None:
+            sigma = sigma_p
+        elif activation.name == "identity" and previous is not None:
+            sigma = previous[1]
+        else:
+            sigma = default_sigma_p(activation)
+        if previous is None and is_first:
+            gain = vi3nr_input_gain(sigma, *_input_statistics(module, layers[0], sample_input))
+        else:
+            before = previous or (activation, sigma)
+            if before not in moments:
+                moments[before] = _second_moment(before[1], before[0], samples, seed=seed)
+            gain = sigma / math.sqrt(moments[before])
+        fill(layer.weight, gain, generator)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        previous = (activation, sigma)
+    return module
+
+
+def _input_statistics(module: nn.Module, first: nn.Module, sample_input: Tensor | None) -> tuple[float, float]:
+    """Mean and standard deviation of what the first layer sees."""
+    encoding = getattr(module, "encoding", None)
+    if sample_input is None and encoding is None:
+        return 0.0, math.sqrt(1 / 3)
+    width = module.in_features if encoding is not None else first.in_features
+    weight = first.weight
+    if sample_input is None:
+        rng = torch.Generator().manual_seed(0)
+        sample_input = (torch.rand(_INPUT_ROWS, width, generator=rng) * 2 - 1).to(weight)
+    elif not isinstance(sample_input, Tensor) or not sample_input.is_floating_point():
+        raise TypeError(f"sample_input must be a floating-point tensor [.., {width}], got {_described(sample_input)}")
+    elif sample_input.dim() == 0 or sample_input.shape[-1] != width or sample_input.numel() < 2:
+        raise ValueError(f"sample_input must have shape [.., {width}], got {tuple(sample_input.shape)}")
+    with torch.no_grad():
+        x = sample_input if encoding is None else encoding(sample_input.to(weight.device))
+        x = x.double()
+        mean, std = x.mean().item(), x.std(correction=0).item()
+    if not math.isfinite(mean + std):
+        what = "sample_input" if encoding is None else "the encoding of sample_input"
+        raise ValueError(f"{what} must be finite, got NaN or infinity in it")
+    return mean, std

@@ -1,0 +1,312 @@
+"""Networks of fused layers.
+
+`hidden_layers` counts the hidden-to-hidden layers, as the SIREN repository does: a first layer, `hidden_layers` hidden
+ones, and a last one that is linear unless `outermost_linear=False`. The layers stand in `net`, an `nn.Sequential`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from . import activations
+from ._checks import boolean, finite_float, one_of, positive_int
+from .init.siren import siren_init_
+from .init.vi3nr import vi3nr_init_
+from .layers import ActivationLike, FusedLayer, FusedLinear, SineLayer, SplitLayer, alias
+
+__all__ = ["MLP", "SIREN", "SplitNet"]
+
+ModelInit = str | Callable[[nn.Module], object]
+
+
+class _Network(nn.Module):
+    """Coordinates, encoding, layers. `first` and `hidden` make a layer from (in_features, out_features)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        hidden_layers: int,
+        out_features: int,
+        *,
+        first: Callable[[int, int], FusedLayer],
+        hidden: Callable[[int, int], FusedLayer],
+        linear: Callable[[int, int], FusedLayer],
+        init: ModelInit,
+        inits: dict[str, Callable[[nn.Module], object] | None],
+        outermost_linear: bool,
+        encoding: nn.Module | None,
+    ):
+        super().__init__()
+        self.in_features = positive_int("in_features", in_features)
+        self.hidden_features = positive_int("hidden_features", hidden_features)
+        self.hidden_layers = positive_int("hidden_layers", hidden_layers, minimum=0)
+        self.out_features = positive_int("out_features", out_features)
+        self.outermost_linear = boolean("outermost_linear", outermost_linear)
+        self.encoding = encoding
+
+        layers = [first(_encoded_features(encoding, self.in_features), self.hidden_features)]
+        for _ in range(self.hidden_layers):
+            layers.append(hidden(layers[-1].output_features, self.hidden_features))
+        if self.outermost_linear:
+            layers.append(linear(layers[-1].output_features, self.out_features))
+        else:
+            outputs = layers[-1].activation.outputs
+            if self.out_features % outputs:
+                raise ValueError(
+                    f"out_features must be a multiple of the activation's {outputs} outputs where the last layer has "
+                    f"an activation (outermost_linear=False), got {self.out_features}"
+                )
+            layers.append(hidden(layers[-1].output_features, self.out_features // outputs))
+        self.net = nn.Sequential(*layers)
+
+        self._init = inits[init] if isinstance(init, str) else init
+        self._init_name = init if isinstance(init, str) else getattr(init, "__name__", type(init).__name__)
+        if self._init is not None:
+            self._init(self)
+
+    def reset_parameters(self) -> None:
+        """Draw everything again as at construction (also an encoding that has a `reset_parameters`)."""
+        if hasattr(self.encoding, "reset_parameters"):
+            self.encoding.reset_parameters()
+        for layer in self.net:
+            layer.reset_parameters()
+        if self._init is not None:
+            self._init(self)
+
+    def forward(self, coordinates: Tensor) -> Tensor:
+        """coordinates [.., in_features] to [.., out_features]."""
+        if self.encoding is not None:
+            coordinates = self.encoding(coordinates)
+        return self.net(coordinates)
+
+    def extra_repr(self) -> str:
+        return f"init={self._init_name!r}"
+
+
+def _encoded_features(encoding: nn.Module | None, in_features: int) -> int:
+    """Columns that the first layer sees."""
+    if encoding is None:
+        return in_features
+    if not isinstance(encoding, nn.Module):
+        raise TypeError(f"encoding must be an nn.Module or None, got {type(encoding).__name__}")
+    expected = getattr(encoding, "in_features", in_features)
+    if expected != in_features:
+        raise ValueError(f"encoding takes {expected} coordinates, but in_features is {in_features}")
+    width = getattr(encoding, "out_features", None)
+    if not isinstance(width, int):
+        raise ValueError(
+            "encoding must tell its number of columns as an integer attribute out_features, "
+            f"got {width!r} from {type(encoding).__name__}"
+        )
+    return positive_int("encoding.out_features", width)
+
+
+def _checked_init(init: ModelInit, accepted: Iterable[str]) -> ModelInit:
+    return init if callable(init) else one_of("init", init, tuple(accepted))
+
+
+def _vi3nr(sigma_p: float | None, first_sigma_p: float | None) -> Callable[[nn.Module], object]:
+    return partial(vi3nr_init_, sigma_p=sigma_p, first_sigma_p=first_sigma_p)
+
+
+class MLP(_Network):
+    """A multi-layer perceptron with any activation.
+
+    Args:
+        in_features: coordinates.
+        hidden_features: width N of the layers. An activation with C outputs gives the next layer C*N inputs.
+        hidden_layers: hidden-to-hidden layers, >= 0 (the network has `hidden_layers + 2`).
+        out_features: columns of the output.
+        activation: an `Activation` or a name; layers share its constants, each has its own learnable parameters.
+        init: "default" (as `nn.Linear`), "siren" (activations with omega; flic 1, initc 6), "vi3nr"
+            (`init.vi3nr_init_`: input uniform on [-1, 1], biases zero), or a function that is given the network, e.g.
+            `functools.partial(fused_inr.init.vi3nr_init_, sample_input=x)`.
+        outermost_linear: whether the last layer is linear, or has the activation too.
+        bias: whether the layers have biases.
+        encoding: a module from coordinates [.., in_features] to [.., encoding.out_features], e.g. `FourierFeatures`.
+        sigma_p, first_sigma_p: for init="vi3nr" (pre-activations before omega); by default `init.default_sigma_p`.
+        device, dtype: of the layers' parameters (not of an encoding, which keeps its own).
+
+    State dict keys: `net.0.weight`, `net.0.bias`, ... Raises TypeError or ValueError for arguments not as above.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        hidden_layers: int,
+        out_features: int,
+        activation: ActivationLike = "relu",
+        init: ModelInit = "default",
+        outermost_linear: bool = True,
+        bias: bool = True,
+        *,
+        encoding: nn.Module | None = None,
+        sigma_p: float | None = None,
+        first_sigma_p: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        chosen = activations.get(activation)
+        layer = partial(FusedLinear, bias=bias, device=device, dtype=dtype)
+        super().__init__(
+            in_features,
+            hidden_features,
+            hidden_layers,
+            out_features,
+            first=partial(layer, activation=chosen),
+            hidden=partial(layer, activation=chosen),
+            linear=layer,
+            init=_checked_init(init, ("default", "siren", "vi3nr")),
+            inits={"default": None, "siren": siren_init_, "vi3nr": _vi3nr(sigma_p, first_sigma_p)},
+            outermost_linear=outermost_linear,
+            encoding=encoding,
+        )
+
+
+class SIREN(_Network):
+    """A network of sine layers (Sitzmann et al. 2020).
+
+    Args:
+        in_features, hidden_features, hidden_layers, out_features: see `MLP`.
+        omega: of all layers but the first; 30.0 by default, also accepted as `hidden_omega_0` or `omega_0`.
+        first_omega: of the first layer; 30.0 by default, also accepted as `first_omega_0`.
+        flic, initc: constants of the SIREN initialisation: 1 and 6 as published; 2 and 40 are the tuned pair.
+        outermost_linear: whether the last layer is linear, or a sine too.
+        bias: whether the layers have biases.
+        init: "siren", "default", "vi3nr", or a function that is given the network.
+        encoding, sigma_p, first_sigma_p, device, dtype: see `MLP`.
+        learnable: True makes every omega a parameter (`net.0.omega`), 0-D or with `per_feature` one a feature.
+
+    State dict keys: `net.0.linear.weight`, ..., and `net.4.weight` for the last linear layer, as in the published
+    notebook, whose checkpoints load; from the same seed the initial weights are its own, bit for bit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        hidden_layers: int,
+        out_features: int,
+        omega: float | None = None,
+        first_omega: float | None = None,
+        flic: float = 1.0,
+        initc: float = 6.0,
+        outermost_linear: bool = True,
+        bias: bool = True,
+        *,
+        first_omega_0: float | None = None,
+        hidden_omega_0: float | None = None,
+        omega_0: float | None = None,
+        init: ModelInit = "siren",
+        encoding: nn.Module | None = None,
+        sigma_p: float | None = None,
+        first_sigma_p: float | None = None,
+        learnable: bool | str | Iterable[str] = (),
+        per_feature: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if hidden_omega_0 is not None and omega_0 is not None:
+            raise TypeError("hidden_omega_0 and omega_0 are the same argument: give one of them")
+        old_name = "omega_0" if hidden_omega_0 is None else "hidden_omega_0"
+        old_value = omega_0 if hidden_omega_0 is None else hidden_omega_0
+        omega = finite_float("omega", alias("omega", omega, old_name, old_value, 30.0))
+        first_omega = alias("first_omega", first_omega, "first_omega_0", first_omega_0, 30.0)
+        first_omega = finite_float("first_omega", first_omega)
+        flic, initc = finite_float("flic", flic, above=0), finite_float("initc", initc, above=0)
+        siren = _checked_init(init, ("siren", "default", "vi3nr")) == "siren"
+        # SIREN's distribution is known layer by layer: no second draw for the network
+        sine = partial(
+            SineLayer,
+            bias=bias,
+            flic=flic,
+            initc=initc,
+            init="siren" if siren else None,
+            learnable=learnable,
+            per_feature=per_feature,
+            device=device,
+            dtype=dtype,
+        )
+        last = partial(siren_init_, omega=omega, initc=initc) if siren else None
+        super().__init__(
+            in_features,
+            hidden_features,
+            hidden_layers,
+            out_features,
+            first=partial(sine, is_first=True, omega=first_omega),
+            hidden=partial(sine, omega=omega),
+            linear=partial(FusedLinear, bias=bias, init=last, device=device, dtype=dtype),
+            init=init,
+            inits={"siren": None, "default": None, "vi3nr": _vi3nr(sigma_p, first_sigma_p)},
+            outermost_linear=outermost_linear,
+            encoding=encoding,
+        )
+
+
+class SplitNet(_Network):
+    """A network of split layers: m tanh(w1 z1) sigmoid(w2 z2) sin(w3 z3) cos(w4 z4).
+
+    Args:
+        in_features, hidden_features, hidden_layers, out_features: see `MLP`.
+        m: factor of the product; 5.935 keeps unit variance for pre-activations of standard deviation 1.
+        omegas: w1 .. w4, or one number for all.
+        outermost_linear: whether the last layer is linear, or a split layer too.
+        bias: whether the layers have biases.
+        init: "vi3nr" by default, with pre-activations of standard deviation 1 in every branch (what LSUV, the
+            original's way, tunes them to) and zero biases; "default" (as `nn.Linear`), or a function.
+        encoding, sigma_p, first_sigma_p, device, dtype: see `MLP`. The published pictures use
+            `FourierFeatures(2, 128, std=10.0)`, `outermost_linear=False` and omegas of 1.
+        learnable: True or some of "m", "w1" .. "w4": parameters of each split layer; `per_feature`: one a feature.
+
+    State dict keys: `net.0.linear.weight` [4N, K], ..., and `net.4.weight` for a last linear layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        hidden_layers: int,
+        out_features: int,
+        m: float = 10.0,
+        omegas: float | tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
+        outermost_linear: bool = True,
+        bias: bool = True,
+        *,
+        init: ModelInit = "vi3nr",
+        encoding: nn.Module | None = None,
+        sigma_p: float | None = None,
+        first_sigma_p: float | None = None,
+        learnable: bool | str | Iterable[str] = (),
+        per_feature: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        split = partial(
+            SplitLayer,
+            bias=bias,
+            m=m,
+            omegas=omegas,
+            learnable=learnable,
+            per_feature=per_feature,
+            device=device,
+            dtype=dtype,
+        )
+        super().__init__(
+            in_features,
+            hidden_features,
+            hidden_layers,
+            out_features,
+            first=split,
+            hidden=split,
+            linear=partial(FusedLinear, bias=bias, device=device, dtype=dtype),
+            init=_checked_init(init, ("vi3nr", "default")),
+            inits={"default": None, "vi3nr": _vi3nr(sigma_p, first_sigma_p)},
+            outermost_linear=outermost_linear,
+            encoding=encoding,
+        )
