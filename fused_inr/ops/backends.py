@@ -1,0 +1,435 @@
+"""Which code runs an operation: one table of backends, each with a reason where it cannot serve.
+
+```python
+fused_inr.backends.available()            # {'triton': (False, 'no CUDA device ...'), 'cpu': (True, ''), ...}
+with fused_inr.backends.use("reference"):  # this or an error
+    net(x)
+print(fused_inr.backends.explain(net, x))  # what would run where, and why
+```
+
+Without `use`, the first backend of the table that serves is taken; when that is the reference although a faster one is meant
+for the device, a warning says so once, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation, ActivationMap
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Backend:
+    """One way to run the raw operations (docs/architecture.md, section 3)."""
+
+    name: str
+    #: whether the forward stores pre-activations for the backward, or the backward recomputes them
+    saves_preactivations = True
+
+    def available(self) -> tuple[bool, str]:
+        """Whether it can run in this process, and the reason when not."""
+        raise NotImplementedError
+
+    def serves(self, map: ActivationMap, device: torch.device, dtype: torch.dtype) -> str:
+        """Why it cannot serve this call; empty when it can."""
+        raise NotImplementedError
+
+    def linear_act(self, x, weight, bias, params, constants, map, precision, save) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def linear_act_backward(
+        self, g, x, weight, bias, params, constants, z, map, precision, needs
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+    def act_map(self, inputs, params, constants, map, level, learnable) -> list[Tensor]:
+        raise NotImplementedError
+
+
+# -- reference: plain PyTorch
+
+
+def _expanded(params: Sequence[Tensor | None], constants: Sequence[float], like: Tensor) -> list[Tensor | float]:
+    """Parameter values that broadcast over the rows of a branch of z [.., M, N]."""
+    values: list[Tensor | float] = []
+    for tensor, constant in zip(params, constants, strict=True):
+        if tensor is None:
+            values.append(constant)
+        else:
+            values.append(tensor.to(like.dtype))
+    return values
+
+
+def _row_sum(t: Tensor, like: Tensor) -> Tensor:
+    """[.., N] or anything that broadcasts to `like`'s shape, summed over its rows."""
+    return t.expand(like.shape).flatten(0, -2).sum(0)
+
+
+def reference_map(
+    map: ActivationMap,
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor | None],
+    constants: Sequence[float],
+    level: int,
+    learnable: bool,
+) -> list[Tensor]:
+    """`act_map` in plain PyTorch, which PyTorch can differentiate."""
+    from .raw import group_branches
+
+    branches, outputs = group_branches(map.key, level, learnable)
+    z = inputs[0]
+    streams: list[Tensor | float] = []
+    for position, (group, k) in enumerate(zip(inputs, branches, strict=True)):
+        group = group.to(z.dtype)
+        streams.extend(group.chunk(k, -1) if k > 1 else (group,))
+        if position == 0:
+            streams.extend(_expanded(params, constants, z))
+    results = list(map.torch_map(level, learnable)(*streams))
+    like = streams[0]
+    grouped = []
+    for k in outputs:
+        if k:
+            parts = [r.expand(like.shape) for r in results[:k]]
+            grouped.append(parts[0].contiguous() if k == 1 else torch.cat(parts, -1))
+            results = results[k:]
+        else:
+            grouped.append(_row_sum(results.pop(0), like))
+    return grouped
+
+
+class Reference(Backend):
+    """Plain PyTorch, emitted from the same formulas: runs on any device, differentiable any number of times."""
+
+    name = "reference"
+
+    def available(self):
+        return True, ""
+
+    def serves(self, map, device, dtype):
+        return "" if dtype in _FLOATS else f"dtype {dtype} is not a floating-point type of {_FLOATS}"
+
+    @staticmethod
+    def _preactivation(x, weight, bias):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        z = x.to(dtype) @ weight.to(dtype).transpose(-1, -2)
+        return z if bias is None else z + bias.to(dtype).unsqueeze(-2)
+
+    def linear_act(self, x, weight, bias, params, constants, map, precision, save):
+        z = self._preactivation(x, weight, bias)
+        if any(p is not None and p.dim() and z.dim() == 3 for p in params):
+            params = [p if p is None or not p.dim() else p.expand(z.shape[-1] // map.branches) for p in params]
+        (y,) = reference_map(map, [z], params, constants, 0, False)
+        y = y.to(x.dtype)
+        if not save:
+            z = z.new_empty(0)
+        elif y.untyped_storage().data_ptr() == z.untyped_storage().data_ptr():
+            y = y.clone()  # identity: the output may be changed in place by its owner, z may not
+        return y, z
+
+    def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
+        if z is None:
+            z = self._preactivation(x, weight, bias)
+        gz, *gp = reference_map(map, [z, g], params, constants, 1, needs[3])
+        empty = z.new_empty(0)
+        gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else x.new_empty(0)
+        gw = (gz.transpose(-1, -2) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else weight.new_empty(0)
+        dtype = (weight if bias is None else bias).dtype
+        gb = gz.sum(-2).to(dtype) if needs[2] else empty.to(dtype)
+        if not needs[3]:
+            return gx, gw, gb, empty
+        if z.dim() == 2:
+            return gx, gw, gb, torch.stack(gp)
+        batches = [reference_map(map, [zi, gi], params, constants, 1, True)[1:] for zi, gi in zip(z, g, strict=True)]
+        return gx, gw, gb, torch.stack([torch.stack(b) for b in batches])
+
+    def act_map(self, inputs, params, constants, map, level, learnable):
+        outputs = reference_map(map, inputs, params, constants, level, learnable)
+        taken = {t.untyped_storage().data_ptr() for t in inputs}
+        return [o.clone() if o.untyped_storage().data_ptr() in taken else o for o in outputs]
+
+
+# -- cpu: the native engine
+
+
+class Cpu(Backend):
+    """The C++ engine (csrc/cpu)."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, str] = {}  # key of a run-time formula -> reason why it could not be compiled
+
+    def available(self):
+        from .. import native
+
+        return (True, "") if native.load() else (False, native.status()[1])
+
+    def serves(self, map, device, dtype):
+        if device.type != "cpu":
+            return f"the tensors are on {device}, this backend serves CPU tensors"
+        if dtype not in _FLOATS:
+            return f"dtype {dtype} is not one of {_FLOATS}"
+        usable, reason = self.available()
+        if not usable:
+            return reason
+        return "" if map.generated else self._compile(map)
+
+    def _compile(self, map: ActivationMap) -> str:
+        if map.key not in self._compiled:
+            from .. import native
+
+            try:
+                native.compile_maps(map.key, map.cpp_source())
+                self._compiled[map.key] = ""
+            except Exception as error:  # no compiler, no space, a compiler's error: the reference serves
+                self._compiled[map.key] = f"the formula of {map.name!r} could not be compiled: {error}"
+        return self._compiled[map.key]
+
+    def _ready(self, map: ActivationMap):
+        if not map.generated and (reason := self._compile(map)):
+            raise RuntimeError(f"backend 'cpu': {reason}")
+        return torch.ops.fused_inr_native
+
+    def linear_act(self, x, weight, bias, params, constants, map, precision, save):
+        return self._ready(map).linear_act(x, weight, bias, params, constants, map.key, save)
+
+    def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
+        return self._ready(map).linear_act_backward(g, x, weight, bias, params, constants, z, map.key, needs)
+
+    def act_map(self, inputs, params, constants, map, level, learnable):
+        return self._ready(map).act_map(inputs, params, constants, map.key, level, learnable)
+
+
+# -- triton
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+class Triton(Backend):
+    """Triton kernels on CUDA devices; on CPU tensors under TRITON_INTERPRET=1, for tests."""
+
+    name = "triton"
+    saves_preactivations = False
+
+    def available(self):
+        try:
+            import triton
+        except ImportError:
+            return False, "Triton is not installed (pip install 'triton>=3.6'; Linux)"
+        major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+        if (major, minor) < (3, 6):
+            return False, f"Triton {triton.__version__} is too old: 3.6 or newer is needed"
+        if _interpreted():
+            return True, ""
+        if not torch.cuda.is_available():
+            return False, "no CUDA device, and TRITON_INTERPRET=1 (its interpreter, for tests) is not set"
+        if torch.version.hip:
+            return False, "ROCm devices have not been tried"
+        return True, ""
+
+    def serves(self, map, device, dtype):
+        usable, reason = self.available()
+        if not usable:
+            return reason
+        if _interpreted():
+            return "" if dtype in _FLOATS else f"dtype {dtype} is not one of {_FLOATS}"
+        if device.type != "cuda":
+            return f"the tensors are on {device}, this backend serves CUDA tensors"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"dtype {dtype} is not float32, bfloat16 or float16"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"compute capability {major}.{minor}: 8.0 or newer is needed"
+        return ""
+
+    @staticmethod
+    def _by_library(weight: Tensor, precision: str) -> bool:
+        """Whether the matrix product is left to the library, with the map as one pointwise kernel.
+
+        float32 in ieee precision uses no tensor core, and the library's kernels are the better ones there; narrow layers stay
+        with ours, which do not pad.
+        """
+        return precision == "ieee" and not _interpreted() and min(weight.shape[-2:]) >= 16 and weight.is_cuda
+
+    def linear_act(self, x, weight, bias, params, constants, map, precision, save):
+        from fused_inr.kernels import act_map, linear_act
+
+        if x.dtype == torch.float32 and self._by_library(weight, precision):
+            z = Reference._preactivation(x, weight, bias)
+            (y,) = act_map.act_map([z], params, constants, map, 0, False)
+            return y, z if save else z.new_empty(0)
+        return linear_act.linear_act(x, weight, bias, params, constants, map, precision, save)
+
+    def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
+        from fused_inr.kernels import act_map, linear_act
+
+        if x.dtype == torch.float32 and x.dim() == 2 and self._by_library(weight, precision):
+            if z is None:
+                z = Reference._preactivation(x, weight, bias)
+            gz, *gp = act_map.act_map([z, g], params, constants, map, 1, needs[3])
+            empty = z.new_empty(0)
+            return (
+                gz @ weight if needs[0] else empty,
+                gz.t() @ x if needs[1] else empty,
+                gz.sum(0) if needs[2] else empty,
+                torch.stack(gp) if needs[3] else empty,
+            )
+        return linear_act.linear_act_backward(
+            g, x, weight, bias, params, constants, z, map, precision, needs
+        )
+
+    def act_map(self, inputs, params, constants, map, level, learnable):
+        from fused_inr.kernels import act_map
+
+        return act_map.act_map(inputs, params, constants, map, level, learnable)
+
+
+# -- the table, and the choice
+
+TABLE: dict[str, Backend] = {b.name: b for b in (Triton(), Cpu(), Reference())}
+_forced: str | None = None
+_records: list[Choice] | None = None
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a call, why not the others, and the call in words."""
+
+    call: str
+    backend: str
+    precision: str
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        reasons = "".join(f"\n    not {name}: {reason}" for name, reason in self.rejected)
+        return f"{self.call}: {self.backend} ({self.precision}){reasons}"
+
+
+def implementation(name: str) -> Backend:
+    return TABLE[name]
+
+
+def available() -> dict[str, tuple[bool, str]]:
+    """Backend -> (can run in this process, the reason when not)."""
+    return {name: backend.available() for name, backend in TABLE.items()}
+
+
+def check(name: object) -> str:
+    if name not in TABLE:
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(map(repr, TABLE))}")
+    return name  # type: ignore[return-value]
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Within the block every operation runs on the named backend, or raises with the reason why it cannot.
+
+    The choice is made when the forward runs, and its backward follows it. The setting belongs to the process.
+    """
+    global _forced
+    previous, _forced = _forced, check(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def precision_of(device: torch.device, dtype: torch.dtype) -> str:
+    """The precision of float32 products, as PyTorch's settings say: 'ieee', 'tf32', or 'tf32x3' ('high' on CUDA is tf32).
+
+    `torch.backends.cuda.matmul.fp32_precision` is read ('highest', PyTorch's default, is 'ieee': no tensor cores).
+    Half types always use tensor cores with float32 accumulation: 'bf16', 'fp16'.
+    """
+    if dtype != torch.float32:
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "ieee")
+    if device.type == "cuda":
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "ieee"
+
+
+def choose(activation: Activation, x: Tensor, weight: Tensor) -> tuple[str, str]:
+    """Backend and precision for `linear_act(x, weight, ...)`.
+
+    Raises:
+        RuntimeError: the backend that `use` asked for cannot serve.
+    """
+    map, device, dtype = activation.map, x.device, x.dtype
+    precision = precision_of(device, dtype)
+    if _forced is not None:
+        reason = TABLE[_forced].serves(map, device, dtype)
+        if reason:
+            raise RuntimeError(f"backend {_forced!r} cannot run {activation!r} on {device} in {dtype}: {reason}")
+        name = _forced
+        rejected: tuple[tuple[str, str], ...] = ()
+    else:
+        name, rejected = _automatic(map, device, dtype)
+    if _records is not None:
+        shape = f"[{', '.join(map_str(x.shape))}] x [{', '.join(map_str(weight.shape))}]"
+        _records.append(Choice(f"linear_act {shape} {dtype} {activation!r}", name, precision, rejected))
+    return name, precision
+
+
+def map_str(values) -> list[str]:
+    return [str(v) for v in values]
+
+
+_automatic_cache: dict[tuple, tuple[str, tuple[tuple[str, str], ...]]] = {}
+
+
+def _automatic(map: ActivationMap, device: torch.device, dtype: torch.dtype):
+    key = (map.key, device, dtype)
+    found = _automatic_cache.get(key)
+    if found is None:
+        rejected = []
+        for name, backend in TABLE.items():
+            # the interpreter is for tests: it serves when asked by name
+            interpreter = name == "triton" and device.type == "cpu"
+            reason = "serves CPU tensors only when asked by name" if interpreter else backend.serves(map, device, dtype)
+            if not reason:
+                break
+            rejected.append((name, reason))
+        found = _automatic_cache[key] = name, tuple(rejected)
+        meant = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        if name == "reference" and meant and dtype in _FLOATS:
+            _say_once(meant, dict(rejected)[meant])
+    return found
+
+
+def _say_once(meant: str, reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"fused_inr runs on the PyTorch reference, which is slower: backend {meant!r} cannot serve: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def explain(function: Callable, *args, **kwargs) -> str:
+    """Runs `function(*args)` (a module, say) without gradients and tells, one line a call, what ran it and why not the others.
+
+    Raises:
+        ValueError: no fused operation ran.
+    """
+    global _records
+    previous, _records = _records, []
+    try:
+        with torch.no_grad():
+            function(*args, **kwargs)
+        lines = [str(choice) for choice in _records]
+    finally:
+        _records = previous
+    if not lines:
+        raise ValueError("explain: no fused_inr operation ran in this call; pass a module (and its input) that uses one")
+    return "\n".join(lines)

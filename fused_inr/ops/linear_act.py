@@ -1,0 +1,349 @@
+"""Fused linear + activation: y = f(x W^T + b; p), differentiable any number of times.
+
+`LinearAct` is the fused operation with its fused first backward. When that backward must itself be differentiated it is built
+from `act_map`, a map of any level whose backward is the map of the next, and matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation, lookup
+from ..activations.spec import MAX_LEARNABLE_LEVEL, MAX_LEVEL
+from . import backends, raw
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a call needs besides tensors (no tuple: functorch would take it apart)."""
+
+    activation: str
+    constants: tuple[float, ...]
+    backend: str
+    precision: str
+    save: bool
+
+
+# -- what the running transformation wants
+
+
+def _wanted(ctx, is_tensor: Sequence[bool]) -> list[bool]:
+    """Which of the inputs the running backward needs a gradient of.
+
+    `ctx.needs_input_grad` says what requires one; an Eikonal step's first backward asks for the coordinates' alone.
+    """
+    needs = list(ctx.needs_input_grad)
+    nodes = getattr(ctx, "next_functions", None)
+    if nodes is None or torch.compiler.is_compiling():
+        return needs
+    position = 0  # next_functions counts tensors only
+    for i, tensor in enumerate(is_tensor):
+        if tensor:
+            node = nodes[position][0]
+            position += 1
+            if needs[i] and node is not None:
+                try:
+                    needs[i] = torch._C._will_engine_execute_node(node)
+                except RuntimeError:  # a leaf of torch.autograd.grad: the engine does not say, so it is wanted
+                    needs[i] = True
+    return needs
+
+
+def _forward_levels() -> int:
+    """How many forward-mode transformations are active."""
+    from torch._C._functorch import TransformType
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    return sum(i.key() == TransformType.Jvp for i in retrieve_all_functorch_interpreters())
+
+
+def _forward_mode() -> bool:
+    # PyTorch switches it off while it runs a Function's own jvp
+    return torch.autograd.forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+
+
+def _refuse_nested_forward_mode(config: Config) -> None:
+    # PyTorch computes wrong values silently for a Function here (pytorch issue 197867)
+    if _forward_levels() > 1:
+        raise NotImplementedError(
+            f"forward mode over forward mode (order 2) of {lookup(config.activation).name} on backend {config.backend!r}: "
+            "use reverse mode inside, e.g. torch.func.hessian (jacfwd of jacrev) or jacrev of jacfwd"
+        )
+
+
+# -- pieces of derivatives
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.transpose(-1, -2)
+
+
+class Preactivation(torch.autograd.Function):
+    """Gives a pre-activation that was computed without autograd its place in the graph: z = x W^T + b."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, z):
+        return z.view_as(z)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, _ = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, gz):
+        x, weight = ctx.saved_tensors
+        needs = _wanted(ctx, (True, True, ctx.bias_dtype is not None, True))
+        gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else None
+        gw = (_transposed(gz) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else None
+        gb = gz.sum(-2).to(ctx.bias_dtype) if needs[2] else None
+        return gx, gw, gb, None
+
+    @staticmethod
+    def jvp(ctx, tx, tw, tb, _):
+        x, weight = ctx.saved_tensors
+        dtype = raw.compute_dtype(x.dtype)
+        return _tangent_of_z(x.to(dtype), weight.to(dtype), tx, tw, tb)
+
+
+def _tangent_of_z(x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Tensor:
+    terms = []
+    if tx is not None:
+        terms.append(tx.to(x.dtype) @ _transposed(weight))
+    if tw is not None:
+        terms.append(x @ _transposed(tw.to(x.dtype)))
+    if tb is not None:
+        terms.append(tb.to(x.dtype).unsqueeze(-2).expand(*x.shape[:-1], weight.shape[-2]))
+    return sum(terms[1:], terms[0]) if terms else x.new_zeros((*x.shape[:-1], weight.shape[-2]))
+
+
+class ActMap(torch.autograd.Function):
+    """`act_map` with its backward (the next level) and its forward derivative (read off the level after that).
+
+    Inputs: config, level, learnable, number of row/parameter groups, then the groups, then the parameters.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(config, level, learnable, count, *tensors):
+        inputs, params = tensors[:count], tensors[count:]
+        out = raw.act_map(
+            list(inputs), list(params), config.constants, config.activation, config.backend, level, learnable
+        )
+        return tuple(_like_parameters(out, config, level, learnable, params))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.config, ctx.level, ctx.learnable, ctx.count, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        tensors, count = ctx.saved_tensors, ctx.count
+        inputs, params = tensors[:count], tensors[count:]
+        grads = apply_map(ctx.config, ctx.level + 1, ctx.learnable, [*inputs, *cotangents], params)
+        gz, *rest = grads
+        n = len(params) if ctx.learnable else 0
+        return None, None, None, None, gz, *rest[n:], *(rest[:n] if n else [None] * len(params))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        _refuse_nested_forward_mode(ctx.config)
+        tensors, count = ctx.saved_tensors, ctx.count
+        inputs, params = tensors[:count], tensors[count:]
+        tangents = [torch.zeros_like(t) if d is None and t is not None else d for t, d in zip(tensors, tangents[4:], strict=True)]
+        return _pushforward(ctx.config, ctx.level, ctx.learnable, inputs, params, tangents[:count], tangents[count:])
+
+
+def _like_parameters(out: Sequence[Tensor], config: Config, level: int, learnable: bool, params) -> list[Tensor]:
+    """Gradients of parameters come per feature; those of one number a layer are summed to it."""
+    out = list(out)
+    if learnable and level:
+        for j, p in enumerate(params):
+            if p.dim() == 0:
+                out[1 + j] = out[1 + j].sum()
+            out[1 + j] = out[1 + j].to(p.dtype)
+    return out
+
+
+def _pushforward(config, level, learnable, inputs, params, d_inputs, d_params) -> tuple[Tensor, ...]:
+    """Tangents of the map's outputs: J t is the gradient of <t, J^T c> with respect to c, one level further up."""
+    _, outputs = raw.group_branches(config.activation, level, learnable)
+    z = inputs[0]
+    features = z.shape[-1] // lookup(config.activation).branches
+    position = iter(params)
+    zeros = [
+        z.new_zeros((*z.shape[:-1], k * features)) if k else torch.zeros_like(next(position)) for k in outputs
+    ]
+    first, *others = d_inputs
+    tangents = [first, *(d_params if learnable else ()), *others]
+    results = apply_map(config, level + 2, learnable, [*inputs, *zeros, *tangents], params)
+    return tuple(results[-len(outputs) :])
+
+
+def _composite_map(config: Config, level: int, learnable: bool, inputs, params) -> list[Tensor]:
+    out = backends.reference_map(
+        lookup(config.activation), inputs, params, config.constants, level, learnable
+    )
+    return _like_parameters(out, config, level, learnable, params)
+
+
+def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tensor], params) -> list[Tensor]:
+    """The map of a level, differentiable. Beyond the generated levels PyTorch differentiates the reference's highest one."""
+    top = MAX_LEARNABLE_LEVEL if learnable else MAX_LEVEL
+    if level > top:
+        raise NotImplementedError(
+            f"order {level} of {lookup(config.activation).name} on backend {config.backend!r}: "
+            "use fused_inr.backends.use('reference') or lower the order"
+        )
+    if level + (2 if _forward_mode() else 1) > top and (torch.is_grad_enabled() or _forward_mode()):
+        return _composite_map(config, level, learnable, inputs, params)
+    if not torch.is_grad_enabled() and not _forward_mode():
+        out = raw.act_map(list(inputs), list(params), config.constants, config.activation, config.backend, level, learnable)
+        return _like_parameters(out, config, level, learnable, params)
+    return list(ActMap.apply(config, level, learnable, len(inputs), *inputs, *params))
+
+
+# -- the fused operation
+
+
+def _bare_preactivation(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.no_grad():
+        _, z = raw.linear_act(x, weight, bias, [], [], "identity", config.backend, config.precision, True)
+    return z
+
+
+def _saved(ctx):
+    x, weight, bias, z, *params = ctx.saved_tensors
+    return x, weight, bias, z, params
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, config, *params = inputs
+    _, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.config = config
+    z = z if config.save else None
+    ctx.save_for_backward(x, weight, bias, z, *params)
+    ctx.save_for_forward(x, weight, bias, z, *params)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiable_backward(config, needs, g, x, weight, bias, z, params):
+    """The same gradients, out of pieces that differentiate again."""
+    if z is None:
+        z = _bare_preactivation(config, x, weight, bias)
+    z = Preactivation.apply(x, weight, bias, z)
+    learnable = any(needs[3:])
+    values = _all_tensors(config, params, z) if learnable else params
+    gz, *gp = apply_map(config, 1, learnable, [z, g.to(z.dtype)], values)
+    gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else None
+    gw = (_transposed(gz) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else None
+    gb = gz.sum(-2).to(bias.dtype) if needs[2] else None
+    return gx, gw, gb, None, *((gp[j] if n else None) for j, n in enumerate(needs[3:]))
+
+
+def _all_tensors(config: Config, params, like: Tensor) -> list[Tensor]:
+    """Where some parameters are learnable, the constants among the others become tensors too."""
+    return [like.new_tensor(c) if p is None else p for p, c in zip(params, config.constants, strict=True)]
+
+
+def _fused_backward(config, needs, g, x, weight, bias, z, params):
+    learnable = any(needs[3:])
+    gx, gw, gb, gp = raw.linear_act_backward(
+        g, x, weight, bias, list(params), config.constants, z, config.activation, config.backend, config.precision,
+        [*needs[:3], learnable],
+    )  # fmt: skip
+    grads = []
+    for j, n in enumerate(needs[3:]):
+        grad = None
+        if n:
+            grad = gp[..., j, :]
+            if grad.dim() == 2:
+                grad = grad.sum(0)
+            grad = (grad.sum() if params[j].dim() == 0 else grad).to(params[j].dtype)
+        grads.append(grad)
+    return gx if needs[0] else None, gw if needs[1] else None, gb if needs[2] else None, None, *grads
+
+
+def _backward(ctx, g, _):
+    if g is None:
+        return (None,) * len(ctx.needs_input_grad)
+    x, weight, bias, z, params = _saved(ctx)
+    needs = _wanted(ctx, (True, True, bias is not None, False, *(p is not None for p in params)))
+    needs = needs[:3] + needs[4:]
+    if not any(needs):
+        return (None,) * len(ctx.needs_input_grad)
+    differentiate = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (_differentiable_backward if differentiate else _fused_backward)(
+        ctx.config, needs, g, x, weight, bias, z, params
+    )
+
+
+class LinearAct(torch.autograd.Function):
+    """Inputs: x, weight, bias, config, parameters (None where constant). Outputs: y, z (not differentiable; empty unless saved)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, config, *params):
+        return raw.linear_act(
+            x, weight, bias, list(params), config.constants, config.activation, config.backend, config.precision, config.save
+        )  # fmt: skip
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def jvp(ctx, tx, tw, tb, _, *d_params):
+        _refuse_nested_forward_mode(ctx.config)
+        x, weight, bias, z, params = _saved(ctx)
+        config = ctx.config
+        if z is None:
+            z = _bare_preactivation(config, x, weight, bias)
+        z = Preactivation.apply(x, weight, bias, z)
+        tz = _tangent_of_z(x.to(z.dtype), weight.to(z.dtype), tx, tw, tb)
+        learnable = any(d is not None for d in d_params)
+        values = _all_tensors(config, params, z) if learnable else params
+        d_values = [torch.zeros_like(v) if d is None else d for v, d in zip(values, d_params, strict=True)] if learnable else []
+        (ty,) = _pushforward(config, 0, learnable, [z], values, [tz], d_values)
+        return ty.to(x.dtype), None
+
+
+class _CompiledLinearAct(torch.autograd.Function):
+    """The twin that Dynamo accepts: it refuses a Function with a jvp (PyTorch 2.13)."""
+
+    @staticmethod
+    def forward(x, weight, bias, config, *params):
+        return LinearAct.forward(x, weight, bias, config, *params)
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    """`fused_inr.functional.linear_act` without its checks: x [M, K] or [G, M, K], weight and bias to match."""
+    backend, precision = backends.choose(activation, x, weight)
+    params = activation.tensors
+    track = torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (activation.has_tensors and any(p is not None and p.requires_grad for p in params))
+    )
+    # half types recompute: their float32 pre-activations would take twice the output's memory
+    save = track and backends.implementation(backend).saves_preactivations and x.dtype.itemsize >= 4
+    config = Config(activation.map.key, activation.constants, backend, precision, save)
+    if torch.compiler.is_compiling():
+        return _CompiledLinearAct.apply(x, weight, bias, config, *params)[0]
+    return LinearAct.apply(x, weight, bias, config, *params)[0]

@@ -1,0 +1,213 @@
+"""The raw operations: no autograd, one implementation a backend, registered so that PyTorch's transforms see them.
+
+`torch.ops.fused_inr.linear_act`, `.linear_act_backward`, `.act_map`; arguments and layouts: docs/architecture.md, sections 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..activations import lookup
+from . import backends
+
+_LIB = torch.library.Library("fused_inr", "DEF")
+_LIB.define(
+    "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor?[] params, float[] constants, str activation, "
+    "str backend, str precision, bool save) -> (Tensor, Tensor)"
+)
+_LIB.define(
+    "linear_act_backward(Tensor g, Tensor x, Tensor weight, Tensor? bias, Tensor?[] params, float[] constants, "
+    "Tensor? z, str activation, str backend, str precision, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIB.define(
+    "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, str backend, int level, "
+    "bool learnable) -> Tensor[]"
+)
+Params = Sequence[Tensor | None]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Pre-activations, activations and accumulators: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.impl(_LIB, "linear_act", "CompositeExplicitAutograd")
+def _linear_act(x, weight, bias, params, constants, activation, backend, precision, save):
+    return backends.implementation(backend).linear_act(
+        x, weight, bias, params, constants, lookup(activation), precision, save
+    )
+
+
+@torch.library.impl(_LIB, "linear_act_backward", "CompositeExplicitAutograd")
+def _linear_act_backward(g, x, weight, bias, params, constants, z, activation, backend, precision, needs):
+    return backends.implementation(backend).linear_act_backward(
+        g, x, weight, bias, params, constants, z, lookup(activation), precision, needs
+    )
+
+
+@torch.library.impl(_LIB, "act_map", "CompositeExplicitAutograd")
+def _act_map(inputs, params, constants, activation, backend, level, learnable):
+    run = backends.implementation(backend).act_map
+    map, shape = lookup(activation), inputs[0].shape[:-1]
+    if len(shape) == 1:
+        return run(inputs, params, constants, map, level, learnable)
+    branches, outputs = group_branches(activation, level, learnable)
+    rows = [t.reshape(-1, t.shape[-1]) if k else t for t, k in zip(inputs, branches, strict=True)]
+    results = run(rows, params, constants, map, level, learnable)
+    return [t.reshape(*shape, t.shape[-1]) if k else t for t, k in zip(results, outputs, strict=True)]
+
+
+linear_act = torch.ops.fused_inr.linear_act.default
+linear_act_backward = torch.ops.fused_inr.linear_act_backward.default
+act_map = torch.ops.fused_inr.act_map.default
+
+
+# -- shapes, for fake tensors
+
+
+@torch.library.register_fake("fused_inr::linear_act", lib=_LIB)
+def _(x, weight, bias, params, constants, activation, backend, precision, save):
+    map = lookup(activation)
+    features = weight.shape[-2] // map.branches
+    y = x.new_empty((*x.shape[:-1], map.outputs * features))
+    z_shape = (*x.shape[:-1], map.branches * features) if save else (0,)
+    return y, x.new_empty(z_shape, dtype=compute_dtype(x.dtype))
+
+
+@torch.library.register_fake("fused_inr::linear_act_backward", lib=_LIB)
+def _(g, x, weight, bias, params, constants, z, activation, backend, precision, needs):
+    map = lookup(activation)
+    features = weight.shape[-2] // map.branches
+    gx = x.new_empty(x.shape if needs[0] else (0,))
+    gw = weight.new_empty(weight.shape if needs[1] else (0,))
+    gb = weight.new_empty(weight.shape[:-1] if needs[2] else (0,), dtype=(weight if bias is None else bias).dtype)
+    gp_shape = (*weight.shape[:-2], map.n_params, features) if needs[3] else (0,)
+    return gx, gw, gb, x.new_empty(gp_shape, dtype=compute_dtype(x.dtype))
+
+
+def group_branches(activation: str, level: int, learnable: bool) -> tuple[list[int], list[int]]:
+    """Branches of each input group (parameters themselves left out) and of each output group; 0: one value a feature."""
+    map = lookup(activation)
+    inputs, outputs = [map.branches], [map.outputs]
+    with_gradient = [map.branches] + ([0] * map.n_params if learnable else [])
+    for _ in range(level):
+        inputs, outputs, with_gradient = inputs + outputs, with_gradient, with_gradient + outputs
+    return inputs, outputs
+
+
+@torch.library.register_fake("fused_inr::act_map", lib=_LIB)
+def _(inputs, params, constants, activation, backend, level, learnable):
+    z = inputs[0]
+    features = z.shape[-1] // lookup(activation).branches
+    _, outputs = group_branches(activation, level, learnable)
+    return [z.new_empty((*z.shape[:-1], k * features) if k else (features,)) for k in outputs]
+
+
+# -- vmap: onto the rows where only rows are batched, else onto the leading batch of weights
+
+
+def _front(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The vmapped dimension first; what is not batched is expanded (stride 0)."""
+    if t is None:
+        return None
+    return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
+
+
+def _any(dims) -> bool:
+    return any(d is not None for d in dims)
+
+
+def _one_by_one(op, info, in_dims, args):
+    """The fallback for batched activation parameters: one call an element."""
+
+    def at(arg, dim, i):
+        if isinstance(arg, list | tuple) and isinstance(dim, list | tuple):
+            return [at(a, d, i) for a, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, i)
+
+    results = [op(*(at(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+    stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+    if isinstance(results[0], tuple):
+        return tuple(stacked), (0,) * len(stacked)
+    return stacked, [0] * len(stacked)
+
+
+def _fold_rows(t: Tensor) -> Tensor:
+    """[V, M, K] to [V M, K]; [V, G, M, K] to [G, V M, K]."""
+    if t.dim() == 3:
+        return t.flatten(0, 1)
+    return t.movedim(0, 1).flatten(1, 2)
+
+
+def _unfold_rows(t: Tensor, size: int) -> Tensor:
+    if t.dim() == 2:
+        return t.unflatten(0, (size, -1 if t.shape[0] else 0))
+    return t.unflatten(1, (size, -1 if t.shape[1] else 0)).movedim(1, 0)
+
+
+def _merge_batch(t: Tensor | None, own_dims: int) -> Tensor | None:
+    """[V, ...] or [V, G, ...] to [V G, ...]."""
+    return t if t is None or t.dim() == own_dims + 1 else t.flatten(0, 1)
+
+
+def _split_batch(t: Tensor, size: int, own_dims: int, batched: bool) -> Tensor:
+    return t.unflatten(0, (size, -1)) if batched and t.dim() == own_dims + 1 else t
+
+
+@torch.library.register_vmap("fused_inr::linear_act", lib=_LIB)
+def _(info, in_dims, x, weight, bias, params, constants, activation, backend, precision, save):
+    v = info.batch_size
+    rest = (constants, activation, backend, precision, save)
+    if _any(in_dims[3] or ()):
+        return _one_by_one(linear_act, info, in_dims, (x, weight, bias, params, *rest))
+    if in_dims[1] is None and in_dims[2] is None:
+        y, z = linear_act(_fold_rows(_front(x, in_dims[0], v)), weight, bias, params, *rest)
+        y = _unfold_rows(y, v)
+        return (y, _unfold_rows(z, v) if save else z), (0, 0 if save else None)
+    batched = x.dim() - (in_dims[0] is not None) == 3
+    x, weight, bias = (_front(t, d, v) for t, d in zip((x, weight, bias), in_dims, strict=False))
+    y, z = linear_act(_merge_batch(x, 2), _merge_batch(weight, 2), _merge_batch(bias, 1), params, *rest)
+    y = _split_batch(y, v, 2, batched)
+    return (y, _split_batch(z, v, 2, batched) if save else z), (0, 0 if save else None)
+
+
+@torch.library.register_vmap("fused_inr::linear_act_backward", lib=_LIB)
+def _(info, in_dims, g, x, weight, bias, params, constants, z, activation, backend, precision, needs):
+    v = info.batch_size
+    rest = (activation, backend, precision, needs)
+    if _any(in_dims[4] or ()):
+        return _one_by_one(linear_act_backward, info, in_dims, (g, x, weight, bias, params, constants, z, *rest))
+    batched = x.dim() - (in_dims[1] is not None) == 3
+    g, x, weight, bias = (_front(t, d, v) for t, d in zip((g, x, weight, bias), in_dims, strict=False))
+    z = _front(z, in_dims[6], v)
+    if not any(needs[1:]) and in_dims[2] is None and in_dims[3] is None:
+        first = weight[0] if weight is not None else None
+        gx, *others = linear_act_backward(
+            _fold_rows(g), _fold_rows(x), first, None if bias is None else bias[0], params, constants,
+            None if z is None else _fold_rows(z), *rest,
+        )  # fmt: skip
+        return (_unfold_rows(gx, v), *others), (0, None, None, None)
+    results = linear_act_backward(
+        _merge_batch(g, 2), _merge_batch(x, 2), _merge_batch(weight, 2), _merge_batch(bias, 1), params, constants,
+        _merge_batch(z, 2), *rest,
+    )  # fmt: skip
+    own = (2, 2, 1, 2)
+    out = tuple(_split_batch(t, v, o, batched) if n else t for t, o, n in zip(results, own, needs, strict=True))
+    return out, tuple(0 if n else None for n in needs)
+
+
+@torch.library.register_vmap("fused_inr::act_map", lib=_LIB)
+def _(info, in_dims, inputs, params, constants, activation, backend, level, learnable):
+    v = info.batch_size
+    branches, outputs = group_branches(activation, level, learnable)
+    parameter_batched = any(d is not None for d, k in zip(in_dims[0], branches, strict=True) if not k)
+    if learnable or parameter_batched or _any(in_dims[1] or ()):
+        args = (inputs, params, constants, activation, backend, level, learnable)
+        return _one_by_one(act_map, info, in_dims, args)
+    rows = [_front(t, d, v) for t, d in zip(inputs, in_dims[0], strict=True)]
+    shape = rows[0].shape[:-1]
+    results = act_map([t.reshape(-1, t.shape[-1]) for t in rows], params, constants, activation, backend, level, False)
+    return [t.reshape(*shape, t.shape[-1]) for t in results], [0] * len(outputs)
