@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from ..activations import Activation, lookup
 from ..activations.spec import MAX_LEARNABLE_LEVEL, MAX_LEVEL
@@ -25,7 +26,17 @@ class Config:
     constants: tuple[float, ...]
     backend: str
     precision: str
+    #: whether the pre-activation is stored for the backward
     save: bool
+    #: whether it is then an output with a derivative of its own
+    link: bool = True
+
+
+def _apply(function: type[torch.autograd.Function], *args):
+    """`function.apply`, without the 25 us that its signature inspection takes where no functorch transform is active."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 # -- what the running transformation wants
@@ -211,7 +222,7 @@ def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tens
     if not torch.is_grad_enabled() and not _forward_mode():
         out = raw.act_map(list(inputs), list(params), config.constants, config.activation, config.backend, level, learnable)
         return _like_parameters(out, config, level, learnable, params)
-    return list(ActMap.apply(config, level, learnable, len(inputs), *inputs, *params))
+    return list(_apply(ActMap, config, level, learnable, len(inputs), *inputs, *params))
 
 
 # -- the fused operation
@@ -231,7 +242,8 @@ def _saved(ctx):
 def _setup(ctx, inputs, output):
     x, weight, bias, config, *params = inputs
     _, z = output
-    ctx.mark_non_differentiable(z)
+    if not (config.save and config.link):
+        ctx.mark_non_differentiable(z)
     ctx.config = config
     z = z if config.save else None
     ctx.save_for_backward(x, weight, bias, z, *params)
@@ -239,14 +251,18 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiable_backward(config, needs, g, x, weight, bias, z, params):
+def _differentiable_backward(config, needs, g, g_z, x, weight, bias, z, params):
     """The same gradients, out of pieces that differentiate again."""
-    if z is None:
-        z = _bare_preactivation(config, x, weight, bias)
-    z = Preactivation.apply(x, weight, bias, z)
-    learnable = any(needs[3:])
-    values = _all_tensors(config, params, z) if learnable else params
-    gz, *gp = apply_map(config, 1, learnable, [z, g.to(z.dtype)], values)
+    if not (config.save and config.link):
+        z = Preactivation.apply(x, weight, bias, _bare_preactivation(config, x, weight, bias) if z is None else z)
+    gp = [None] * len(params)
+    gz = g_z
+    if g is not None:
+        # not `needs`: the gradient of x depends on the parameters too, in an outer transformation perhaps
+        learnable = any(p is not None for p in params)
+        values = _all_tensors(config, params, z) if learnable else params
+        gz, *gp = apply_map(config, 1, learnable, [z, g.to(z.dtype)], values)
+        gz = gz if g_z is None else gz + g_z
     gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else None
     gw = (_transposed(gz) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else None
     gb = gz.sum(-2).to(bias.dtype) if needs[2] else None
@@ -258,11 +274,12 @@ def _all_tensors(config: Config, params, like: Tensor) -> list[Tensor]:
     return [like.new_tensor(c) if p is None else p for p, c in zip(params, config.constants, strict=True)]
 
 
-def _fused_backward(config, needs, g, x, weight, bias, z, params):
-    learnable = any(needs[3:])
+def _fused_backward(config, needs, g, g_z, x, weight, bias, z, params):
+    if g_z is not None:
+        return _fused_backward_from_z(config, needs, g, g_z, x, weight, bias, z, params)
     gx, gw, gb, gp = raw.linear_act_backward(
         g, x, weight, bias, list(params), config.constants, z, config.activation, config.backend, config.precision,
-        [*needs[:3], learnable],
+        [*needs[:3], any(needs[3:])],
     )  # fmt: skip
     grads = []
     for j, n in enumerate(needs[3:]):
@@ -276,8 +293,24 @@ def _fused_backward(config, needs, g, x, weight, bias, z, params):
     return gx if needs[0] else None, gw if needs[1] else None, gb if needs[2] else None, None, *grads
 
 
-def _backward(ctx, g, _):
-    if g is None:
+def _fused_backward_from_z(config, needs, g, g_z, x, weight, bias, z, params):
+    """With a cotangent of z itself, from a derivative of higher order: both meet before the matrix products."""
+    grads = [None] * len(params)
+    if g is not None:
+        learnable = any(needs[3:])
+        values = _all_tensors(config, params, z) if learnable else params
+        gz, *gp = apply_map(config, 1, learnable, [z, g.to(z.dtype)], values)
+        grads = [gp[j] if n else None for j, n in enumerate(needs[3:])]
+        # gz is ours; under vmap the other may be the larger one
+        g_z = gz + g_z if torch._C._are_functorch_transforms_active() else gz.add_(g_z)
+    gx, gw, gb, _ = raw.linear_act_backward(
+        g_z, x, weight, bias, [], [], z, "identity", config.backend, config.precision, [*needs[:3], False]
+    )
+    return gx if needs[0] else None, gw if needs[1] else None, gb if needs[2] else None, None, *grads
+
+
+def _backward(ctx, g, g_z):
+    if g is None and g_z is None:
         return (None,) * len(ctx.needs_input_grad)
     x, weight, bias, z, params = _saved(ctx)
     needs = _wanted(ctx, (True, True, bias is not None, False, *(p is not None for p in params)))
@@ -286,12 +319,16 @@ def _backward(ctx, g, _):
         return (None,) * len(ctx.needs_input_grad)
     differentiate = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return (_differentiable_backward if differentiate else _fused_backward)(
-        ctx.config, needs, g, x, weight, bias, z, params
+        ctx.config, needs, g, g_z, x, weight, bias, z, params
     )
 
 
 class LinearAct(torch.autograd.Function):
-    """Inputs: x, weight, bias, config, parameters (None where constant). Outputs: y, z (not differentiable; empty unless saved)."""
+    """Inputs: x, weight, bias, config, parameters (None where constant). Outputs: y, z (empty unless saved).
+
+    z is an output with a derivative, so that what a higher derivative adds to its gradient meets the first-order part before
+    the matrix products, not after.
+    """
 
     generate_vmap_rule = True
 
@@ -309,15 +346,14 @@ class LinearAct(torch.autograd.Function):
         _refuse_nested_forward_mode(ctx.config)
         x, weight, bias, z, params = _saved(ctx)
         config = ctx.config
-        if z is None:
-            z = _bare_preactivation(config, x, weight, bias)
-        z = Preactivation.apply(x, weight, bias, z)
+        if not config.save:
+            z = Preactivation.apply(x, weight, bias, _bare_preactivation(config, x, weight, bias))
         tz = _tangent_of_z(x.to(z.dtype), weight.to(z.dtype), tx, tw, tb)
-        learnable = any(d is not None for d in d_params)
+        learnable = any(p is not None for p in params)
         values = _all_tensors(config, params, z) if learnable else params
         d_values = [torch.zeros_like(v) if d is None else d for v, d in zip(values, d_params, strict=True)] if learnable else []
         (ty,) = _pushforward(config, 0, learnable, [z], values, [tz], d_values)
-        return ty.to(x.dtype), None
+        return ty.to(x.dtype), tz if config.save else None
 
 
 class _CompiledLinearAct(torch.autograd.Function):
@@ -343,7 +379,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activ
     )
     # half types recompute: their float32 pre-activations would take twice the output's memory
     save = track and backends.implementation(backend).saves_preactivations and x.dtype.itemsize >= 4
-    config = Config(activation.map.key, activation.constants, backend, precision, save)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    config = Config(activation.map.key, activation.constants, backend, precision, save, not compiling)
+    if compiling:
         return _CompiledLinearAct.apply(x, weight, bias, config, *params)[0]
-    return LinearAct.apply(x, weight, bias, config, *params)[0]
+    return _apply(LinearAct, x, weight, bias, config, *params)[0]
