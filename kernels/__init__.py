@@ -1,0 +1,12 @@
+"""Triton kernels, one file per operation.
+
+| file | what |
+| --- | --- |
+| `linear_act.py` | `linear_act`, `linear_act_backward`: the raw operations on plain tensors |
+| `act_map.py` | `act_map`: a generated map of any level, elementwise |
+| `primitives.py`, `maps.py`, `generated/` | the functions that the kernels take as a constexpr argument |
+| `tune.py` | block sizes |
+| `aot.py` | compiles all of it without a GPU |
+
+Importing this package needs no Triton; its modules do.
+"""
