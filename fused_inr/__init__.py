@@ -1,8 +1,7 @@
 """Fused linear + activation layers for implicit neural representations.
 
-Importing this module imports nothing else, torch included: each name below loads its part when it is first used, so that
-`fused-inr --help` answers at once and an environment without compiler, GPU, Triton or sympy imports as fast as one with
-them. Registering the operators (for a program saved by `torch.export`, say) takes `import fused_inr.ops`.
+Importing this module imports nothing else, torch included: each name below loads its part when it is first used, so
+that `fused-inr --help` answers at once, and no compiler, GPU, Triton or sympy is looked for before it is needed.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`fused_inr.backends` is `fused_inr.ops.backends`: one module, so one table and one current choice, under two names."""
+"""`fused_inr.backends` is `fused_inr.ops.backends`: one module, so one table and one choice, under two names."""
 
 import sys
 

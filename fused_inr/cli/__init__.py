@@ -1,0 +1,10 @@
+"""The command line: `fused-inr fit`, `fused-inr doctor`, `fused-inr bench`.
+
+`main.py` reads the arguments; `fit.py` tells the story of one fit out of `pictures.py` (picture to tensor and back),
+`training.py` (model, step, checkpoint), `compare.py` (the same fit elsewhere), `figure.py` and `files.py` (results).
+Nothing in the rest of the package imports from here.
+"""
+
+
+class CliError(Exception):
+    """What went wrong, in one line for the user: printed on stderr, exit code 2."""

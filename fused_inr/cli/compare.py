@@ -1,0 +1,199 @@
+"""`--compare`: the same fit with eager layers and with `torch.compile`, each in a process of its own, in lockstep.
+
+Processes of their own, because a peak of memory can only be told apart that way; in lockstep (a block of steps each, in
+turn), because a machine's speed drifts over minutes and would otherwise favour whoever ran first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .memory import PeakMemory
+from .options import FitOptions
+from .pictures import Picture
+from .training import WARM_UP, Trainer, build_model, final_psnr, finite
+
+VARIANTS = ("eager", "torch.compile")
+
+
+@dataclass
+class Result:
+    """What one variant came to. Times in ms and s, memory in MiB over the process before its first step."""
+
+    name: str
+    ms_per_step: float | None = None
+    warm_up_s: float | None = None
+    psnr: float | None = None
+    peak_mib: float | None = None
+    kept_mib: float | None = None
+    error: str | None = None
+
+
+class Measured:
+    """A trainer whose memory is watched: its peak after the warm-up, against the state before the first step."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.memory = PeakMemory(trainer.device)
+        self.done = 0
+        self.kept: float | None = None
+
+    def train(self, steps: int) -> None:
+        self.trainer.train(steps)
+        self.done += steps
+        if self.kept is None and self.done >= WARM_UP:
+            # gradients included, in every variant: they live until the next step frees them
+            self.kept = self.memory.kept()
+            self.memory.restart()
+
+    def result(self, name: str, picture: Picture) -> Result:
+        trainer, peak = self.trainer, self.memory.peak()
+        _, psnr = final_psnr(picture, trainer.evaluate())
+        return Result(
+            name, trainer.ms_per_step(), trainer.warm_up_seconds(), finite(psnr), peak, self.kept if self.kept else 0.0
+        )
+
+
+class Comparison:
+    """The other variants' processes. `train(n)` advances all of them, `results()` ends them."""
+
+    def __init__(self, options: FitOptions, picture: Picture):
+        self._folder = tempfile.TemporaryDirectory(prefix="fused-inr-")
+        pixels = Path(self._folder.name, "pixels.npy")
+        np.save(pixels, picture.pixels)
+        job = {"options": asdict(options), "pixels": str(pixels), "threads": torch.get_num_threads()}
+        self._variants = [_Variant(name, job, Path(self._folder.name)) for name in VARIANTS]
+
+    def train(self, steps: int) -> None:
+        for variant in self._variants:
+            variant.ask({"train": steps})
+
+    def results(self) -> list[Result]:
+        return [variant.result() for variant in self._variants]
+
+    def close(self) -> None:
+        for variant in self._variants:
+            variant.close()
+        self._folder.cleanup()
+
+
+class _Variant:
+    """A process that serves `_serve`; a failure ends it and becomes its result, the fit goes on without it."""
+
+    def __init__(self, name: str, job: dict[str, Any], folder: Path):
+        self.name = name
+        self.error: str | None = None
+        self._log = (folder / f"{name}.log").open("w+")
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "fused_inr.cli.compare"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the fit, which ends these itself
+        )
+        self.ask({"variant": name, **job})
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        if self.error is not None:
+            return {}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except OSError:
+            line = ""
+        answer = json.loads(line) if line else {"error": self._last_words()}
+        self.error = answer.get("error")
+        return answer
+
+    def result(self) -> Result:
+        answer = self.ask({"finish": True})
+        return Result(self.name, error=self.error) if self.error is not None else Result(**answer["result"])
+
+    def close(self) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            try:
+                if stream is not None:
+                    stream.close()
+            except OSError:  # what was buffered for a process that is gone
+                pass
+        self._process.terminate()
+        self._process.wait()
+        self._log.close()
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
+        return f"its process ended with exit code {code}" + (f": {lines[-1]}" if lines else "")
+
+
+def _serve() -> None:
+    """The other side of `_Variant`: JSON lines in, JSON lines out."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints goes to the log
+    measured = None
+    for line in sys.stdin:
+        message = json.loads(line)
+        try:
+            answer: dict[str, Any] = {}
+            if "variant" in message:
+                name = message["variant"]
+                torch.set_num_threads(message["threads"])
+                picture = Picture("", np.load(message["pixels"]), 255)
+                measured = Measured(_trainer(name, FitOptions(**message["options"]), picture))
+            elif "train" in message and measured is not None:
+                measured.train(message["train"])
+            elif measured is not None:
+                answer["result"] = asdict(measured.result(name, picture))
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+def _trainer(name: str, options: FitOptions, picture: Picture) -> Trainer:
+    from .eager import eager_twin
+
+    model = eager_twin(build_model(options, picture.pixels.shape[2]))
+    trainer = Trainer(model, picture, options)
+    if name == "torch.compile":
+        trainer.forward = torch.compile(trainer.model)
+    return trainer
+
+
+def table(results: list[Result]) -> str:
+    """The results side by side; `speed` is against eager."""
+    eager = next((r.ms_per_step for r in results if r.name == "eager"), None)
+    head = ("", "ms/step", "speed", "PSNR dB", "peak MiB", "kept MiB", f"first {WARM_UP} steps s")
+    rows = [head]
+    for r in results:
+        if r.error is not None:
+            continue
+        speed = f"{eager / r.ms_per_step:.2f}x" if eager and r.ms_per_step else "-"
+        numbers = (r.ms_per_step, 2), (r.psnr, 2), (r.peak_mib, 0), (r.kept_mib, 0), (r.warm_up_s, 1)
+        ms, psnr, peak, kept, warm = ("-" if v is None else f"{v:.{digits}f}" for v, digits in numbers)
+        rows.append((r.name, ms, speed, psnr, peak, kept, warm))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join((name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]))) for name, *cells in rows]
+    lines += [f"{r.name}: failed: {r.error}" for r in results if r.error is not None]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,160 @@
+"""`fused-inr doctor`: versions, devices, and what would run a layer here, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from typing import Any
+
+import torch
+
+from .. import FusedLinear, __version__, activations, backends
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def run(as_json: bool) -> int:
+    """Print what `examine` finds; the exit code is 0 whatever that is."""
+    found = examine()
+    print(json.dumps(found, indent=1) if as_json else _text(found))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything about this installation that decides which code runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table below says the same, for each backend
+        return {
+            "versions": {
+                "fused_inr": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                **{name: _version(name) for name in ("triton", "numpy", "sympy")},
+            },
+            "extras": {name: _version(name) for name in ("pillow", "matplotlib", "tqdm", "safetensors", "pytest")},
+            "cpu": {
+                "name": _processor(),
+                "capability": torch.backends.cpu.get_cpu_capability(),
+                "threads": torch.get_num_threads(),
+            },
+            "devices": _devices(),
+            "compiler": _compiler(),
+            "native": _native(),
+            "backends": {
+                name: {"available": usable, "reason": reason} for name, (usable, reason) in backends.available().items()
+            },
+            "layers": _layers(),
+            "environment": {
+                k: os.environ[k] for k in ("TRITON_INTERPRET", "CXX", "OMP_NUM_THREADS") if k in os.environ
+            },
+        }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            return next(names, platform.processor())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _devices() -> list[dict[str, Any]]:
+    """CUDA devices as torch sees them."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "cuda": torch.version.cuda,
+            }
+        )
+    return found
+
+
+def _compiler() -> dict[str, str | None]:
+    """The C++ compiler that would build the native engine, or a formula."""
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        path = shutil.which(name)
+        if path is None:
+            continue
+        try:
+            text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        return {"path": path, "version": text.splitlines()[0] if text else None}
+    return {"path": None, "version": None}
+
+
+def _native() -> dict[str, Any]:
+    """Where the native engine comes from."""
+    from .. import native
+
+    native.load()
+    path, reason = native.status()
+    return {"library": None if path is None else str(path), "reason": reason}
+
+
+def _layers() -> list[dict[str, str]]:
+    """What `backends.explain` says about a hidden layer of the usual size, for each device and type."""
+    found = []
+    devices = ["cpu", *(d["device"] for d in _devices())]
+    for device in devices:
+        for dtype in _TYPES:
+            layer = FusedLinear(256, 256, activation=activations.sine(), device=device, dtype=dtype)
+            x = torch.zeros(1024, 256, device=device, dtype=dtype)
+            try:
+                text = backends.explain(layer, x)
+            except RuntimeError as error:
+                text = f"fails: {' '.join(str(error).split())}"
+            found.append({"device": device, "dtype": str(dtype).removeprefix("torch."), "runs": text})
+    return found
+
+
+def _text(found: dict[str, Any]) -> str:
+    lines = ["versions"]
+    lines += [f"  {name:<12} {version or 'not installed'}" for name, version in found["versions"].items()]
+    missing = [name for name, version in found["extras"].items() if version is None]
+    if missing:
+        lines.append(f"  without {', '.join(missing)} (extras fit and test)")
+    cpu, compiler, native = found["cpu"], found["compiler"], found["native"]
+    lines += ["devices", f"  cpu          {cpu['name']}, {cpu['capability']}, {cpu['threads']} threads"]
+    for d in found["devices"]:
+        lines.append(
+            f"  {d['device']:<12} {d['name']}, capability {d['capability']}, {d['memory_gib']} GiB, CUDA {d['cuda']}"
+        )
+    if not found["devices"]:
+        lines.append("  cuda         none that torch sees")
+    lines += ["native engine", f"  library      {native['library'] or 'none: ' + native['reason']}"]
+    lines.append(
+        f"  compiler     {compiler['version'] or 'none found'}" + (f" ({compiler['path']})" * bool(compiler["path"]))
+    )
+    lines.append("backends")
+    for name, backend in found["backends"].items():
+        lines.append(f"  {name:<12} {'available' if backend['available'] else 'not here: ' + backend['reason']}")
+    lines.append("a hidden layer, sine, 256 -> 256, 1024 rows")
+    for layer in found["layers"]:
+        ran, *why = layer["runs"].splitlines()
+        lines.append(f"  {layer['device']:<7} {layer['dtype']:<9} {ran.rpartition(': ')[2]}")
+        lines += [f"    {reason.strip()}" for reason in why]
+    for name, value in found["environment"].items():
+        lines.append(f"{name}={value} is set")
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""`fused-inr`: reads the arguments, and turns whatever goes wrong into one line and an exit code.
+
+Exit codes: 0 done; 2 a bad argument or file, nothing overwritten; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from .. import __version__
+from . import CliError
+from .bench import BENCHES
+from .options import BACKENDS, INITS, PRECISIONS
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a bad argument; argparse would print the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fused-inr", description="Fused layers for implicit neural representations.")
+    parser.add_argument("--version", action="version", version=f"fused_inr {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="fit | doctor | bench", required=True)
+
+    fit = commands.add_parser(
+        "fit",
+        help="fit a picture",
+        description="Fit a picture as a function of its coordinates, and write the reconstruction, a figure, the "
+        "weights and a report. Ctrl-C leaves a checkpoint; --resume goes on from it to the same result.",
+    )
+    fit.add_argument("picture", nargs="?", help="any picture that Pillow reads (default: a built-in one)")
+    fit.add_argument("--out", default="fused-inr-fit", metavar="DIR", help="folder of the results (%(default)s)")
+    fit.add_argument("--size", type=_integer(0), metavar="N", help="shrink to N pixels on the longer side (256; 0: no)")
+    network = fit.add_argument_group("network")
+    network.add_argument(
+        "--activation",
+        metavar="NAME[:p=v,..]",
+        help="registered name or formula in z: sine:omega=20, gaussian:sigma=0.05, 'sin(w*z**2):w=2' (default: sine)",
+    )
+    network.add_argument("--width", type=_integer(1), metavar="N", help="features of a hidden layer (256)")
+    network.add_argument("--depth", type=_integer(0), metavar="N", help="hidden-to-hidden layers (3)")
+    network.add_argument("--init", choices=INITS, help="paper: as the activation's paper says (default)")
+    steps = fit.add_argument_group("training (Adam, mean squared error)")
+    steps.add_argument("--steps", type=_integer(1), metavar="N", help="number of steps (500)")
+    steps.add_argument("--lr", type=_positive, metavar="X", help="learning rate (1e-4)")
+    steps.add_argument("--batch", type=_integer(0), metavar="N", help="rows of a step, drawn at random (0: all)")
+    steps.add_argument("--seed", type=_integer(0), metavar="N", help="of weights and batches (0)")
+    steps.add_argument("--resume", action="store_true", help="go on with the fit in --out; only --steps may change")
+    where = fit.add_argument_group("where and how")
+    where.add_argument("--precision", choices=PRECISIONS, help="of products; accumulation stays float32 (float32)")
+    where.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, .. (cpu)")
+    where.add_argument("--backend", choices=BACKENDS, help="auto: the fastest that serves (default)")
+    where.add_argument("--compare", action="store_true", help="the same fit with eager layers and torch.compile")
+    where.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    doctor = commands.add_parser(
+        "doctor", help="what runs here, and why", description="Versions, devices, what would run a layer here, and why."
+    )
+    doctor.add_argument("--json", action="store_true", help="the same for programs")
+
+    bench = commands.add_parser("bench", help="measure", description="Measure on this machine.")
+    kinds = bench.add_subparsers(dest="which", metavar=" | ".join(BENCHES), required=True)
+    for name, (_, text) in BENCHES.items():
+        kinds.add_parser(name, help=text)
+    return parser
+
+
+def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What was asked for, and what the bench that was asked for reads itself (its --help, too)."""
+    if len(argv) > 1 and argv[0] == "bench" and argv[1] in BENCHES:
+        return argparse.Namespace(command="bench", which=argv[1]), list(argv[2:])
+    return _parser().parse_args(argv), []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return the exit code."""
+    arguments, rest = _arguments(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning
+    try:
+        if arguments.command == "fit":
+            from . import fit
+
+            return fit.run(arguments)
+        if arguments.command == "doctor":
+            from . import doctor
+
+            return doctor.run(arguments.json)
+        from . import bench
+
+        return bench.run(arguments.which, rest)
+    except CliError as error:
+        print(f"fused-inr: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fused-inr: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # whoever read the output has closed it; Python would complain once more when it flushes at exit
+        sys.stderr.close()
+        return 141
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"fused-inr: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Picture file -> target tensor, target -> coordinates, reconstruction -> picture file."""
+
+import hashlib
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import CliError
+
+BUILT_IN = "grace_hopper"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as data: `pixels` [height, width, channels], float32 in [0, 1].
+
+    Channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha (not premultiplied). `depth` is the largest stored value,
+    255 or 65535, and `digest` names the pixels, so that a resumed fit can tell whether it goes on with the same ones.
+    """
+
+    name: str
+    pixels: np.ndarray
+    depth: int
+
+    @property
+    def digest(self) -> str:
+        shape = "x".join(map(str, self.pixels.shape))
+        return f"{shape}-{hashlib.sha256(np.ascontiguousarray(self.pixels).tobytes()).hexdigest()[:16]}"
+
+    def coordinates(self) -> torch.Tensor:
+        """Rows of (y, x), [height * width, 2], float32, each axis from -1 to 1 (0 where there is one pixel only)."""
+        axes = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in self.pixels.shape[:2]]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
+
+    def target(self) -> torch.Tensor:
+        """What the model learns, [height * width, channels], float32 in [-1, 1]."""
+        return torch.from_numpy(self.pixels).reshape(-1, self.pixels.shape[2]) * 2 - 1
+
+    def reconstruction(self, output: torch.Tensor) -> np.ndarray:
+        """The model's output, [height * width, channels] around [-1, 1], as pixels in [0, 1] of this shape."""
+        pixels = (output.detach().cpu().float().reshape(self.pixels.shape) + 1) / 2
+        return pixels.clamp(0, 1).numpy()
+
+
+def read_picture(path: str | None, size: int) -> Picture:
+    """Read `path`, or the built-in picture; shrink it until no side exceeds `size` (0: as it is).
+
+    Raises:
+        CliError: the file is missing, is no picture, or ends too early.
+    """
+    Image, ImageOps = _pillow()
+    file = Path(path) if path is not None else _built_in()
+    if not file.exists():
+        raise CliError(f"{file}: no such picture")
+    if file.is_dir():
+        raise CliError(f"{file}: is a folder, and a picture is needed")
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            pixels, depth = _pixels(ImageOps.exif_transpose(opened))
+    except CliError as error:
+        raise CliError(f"{file}: {error}") from error
+    # Decoders meet a damaged file with whatever the damage leads to: OSError, SyntaxError, struct.error, IndexError.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if type(error).__name__ == "UnidentifiedImageError":
+            reason = "not a picture in a format that Pillow reads"
+        raise CliError(f"{file}: cannot be read as a picture: {reason}") from error
+    if not np.isfinite(pixels).all():
+        raise CliError(f"{file}: holds values that are not finite")
+    if size:
+        pixels = _shrink(pixels, size)
+    return Picture(file.stem if path is not None else BUILT_IN, np.ascontiguousarray(pixels, np.float32), depth)
+
+
+def to_png(pixels: np.ndarray, depth: int = 255) -> bytes:
+    """`pixels` [height, width, channels] in [0, 1] as a PNG; 16 bit only for grey, as Pillow stores no other."""
+    Image, _ = _pillow()
+    if depth > 255 and pixels.shape[2] == 1:
+        stored = np.rint(pixels[..., 0] * 65535).astype(np.uint16)
+    else:
+        stored = np.rint(pixels * 255).astype(np.uint8)
+        stored = stored[..., 0] if pixels.shape[2] == 1 else stored
+    buffer = io.BytesIO()
+    Image.fromarray(stored).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def psnr(pixels: np.ndarray, target: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB over all pixels and channels, of data in [0, 1]: -10 log10 mean((a - b)^2)."""
+    return to_decibel(float(np.mean((pixels.astype(np.float64) - target.astype(np.float64)) ** 2)))
+
+
+def to_decibel(mean_squared_error: float) -> float:
+    """-10 log10 of an error of data in [0, 1]; infinite where it is 0."""
+    if math.isnan(mean_squared_error):
+        return math.nan
+    return -10 * math.log10(mean_squared_error) if mean_squared_error > 0 else math.inf
+
+
+def _pixels(image) -> tuple[np.ndarray, int]:
+    """Float pixels in [0, 1], [height, width, channels], and the largest value that the file could store."""
+    mode = image.mode
+    if mode.startswith("I"):  # 16-bit grey; older Pillow calls it I
+        values = np.asarray(image).astype(np.float64)[..., None]
+        if values.min() < 0 or values.max() > 65535:
+            raise CliError("a 32-bit grey picture with values outside 0 .. 65535; save it with 16 bits")
+        return values / 65535, 65535
+    if mode == "F":
+        values = np.asarray(image).astype(np.float64)[..., None]
+        if np.isfinite(values).all() and (values.min() < 0 or values.max() > 1):
+            values = (values - values.min()) / (values.max() - values.min())
+        return values, 65535
+    if mode in ("P", "PA"):
+        image = image.convert("RGBA" if mode == "PA" or "transparency" in image.info else "RGB")
+    elif mode == "1":
+        image = image.convert("L")
+    elif mode not in ("L", "LA", "RGB", "RGBA"):
+        image = image.convert("RGBA" if mode in ("La", "RGBa") else "RGB")  # CMYK, YCbCr, LAB, HSV, ...
+    values = np.asarray(image).astype(np.float64) / 255
+    return (values[..., None] if values.ndim == 2 else values), 255
+
+
+def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Lanczos, in float so that 16 bits stay 16 bits."""
+    Image, _ = _pillow()
+    height, width, channels = pixels.shape
+    factor = size / max(height, width)
+    if factor >= 1:
+        return pixels
+    shape = (max(1, round(width * factor)), max(1, round(height * factor)))
+    planes = [
+        np.asarray(Image.fromarray(pixels[..., c].astype(np.float32)).resize(shape, Image.Resampling.LANCZOS))
+        for c in range(channels)
+    ]
+    return np.clip(np.stack(planes, -1), 0, 1)
+
+
+def _pillow():
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise CliError("reading pictures needs Pillow: pip install 'fused_inr[fit]'") from error
+    return Image, ImageOps
+
+
+def _built_in() -> Path:
+    """Rear Admiral Grace Hopper, 1984, US Navy, public domain; it comes with matplotlib."""
+    try:
+        from matplotlib import cbook
+
+        return Path(cbook.get_sample_data(f"{BUILT_IN}.jpg", asfileobj=False))
+    except ImportError as error:
+        raise CliError("the built-in picture comes with matplotlib: pip install 'fused_inr[fit]'") from error
+    except OSError as error:
+        raise CliError("this matplotlib came without its sample data, hence no built-in picture: name one") from error
