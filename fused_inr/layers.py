@@ -220,8 +220,7 @@ def _activation_parameter(name: str) -> property:
 
     def get(self):
         if name in self._tensor_names:
-            # falls through to nn.Module, which finds it among the parameters and buffers
-            raise AttributeError(name)
+            return nn.Module.__getattr__(self, name)  # among the parameters and buffers
         return self.activation.params[name]
 
     return property(get, doc=f"The activation's `{name}`: a number, or the learnable parameter.")

@@ -1,0 +1,88 @@
+"""What the tests of layers, models and initialisation compare with: plain PyTorch, written by hand."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import fused_inr as fi
+
+
+def split_formula(z: Tensor, m: float = 10.0, w=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
+    a, b, c, d = z.chunk(4, -1)
+    return m * torch.tanh(w[0] * a) * torch.sigmoid(w[1] * b) * torch.sin(w[2] * c) * torch.cos(w[3] * d)
+
+
+#: name -> (constructor of our activation, plain formula, sup of abs(df/dz_b) over all z and branches)
+CASES = {
+    "identity": (lambda: None, lambda z: z, 1.0),
+    "sine": (lambda: fi.activations.sine(omega=30.0), lambda z: torch.sin(30 * z), 30.0),
+    "gaussian": (lambda: fi.activations.gaussian(sigma=0.05), lambda z: torch.exp(-(z**2) / (2 * 0.05**2)), 12.14),
+    "gaussian_scale": (lambda: fi.activations.gaussian(scale=10.0), lambda z: torch.exp(-((10 * z) ** 2)), 8.58),
+    "sinc": (lambda: fi.activations.sinc(omega=2.0), lambda z: torch.sinc(2 * z / math.pi), 2 * 0.4363),
+    "relu": (lambda: "relu", torch.relu, 1.0),
+    "tanh": (lambda: "tanh", torch.tanh, 1.0),
+    "silu": (lambda: fi.activations.silu(), nn.functional.silu, 1.1),
+    "split": (lambda: fi.activations.split(m=10.0), split_formula, 10.0),
+    "fourier": (
+        lambda: fi.activations.get("fourier"),
+        lambda z: torch.cat(((2 * math.pi * z).cos(), (2 * math.pi * z).sin()), -1),
+        2 * math.pi,
+    ),
+}
+
+
+def oracle(layer: nn.Module, formula, slope: float, x: Tensor, error: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """A layer in float64, and how far the layer itself may be from it (the bound of TESTING.md), elementwise.
+
+    `error` bounds the error in x. The products and sums of one output err by c (abs(x) abs(W)^T + abs(b)),
+    c = (K+3) u; an error e in z becomes slope e; storing and the activation's own rounding add 4 ulp.
+    """
+    unit = 2.0**-24 if layer.weight.dtype == torch.float32 else 2.0**-53
+    weight = layer.weight.detach().double()
+    bias = torch.zeros(weight.shape[0]).double() if layer.bias is None else layer.bias.detach().double()
+    x = x.detach().double()
+    magnitude = (x.abs() + error) @ weight.abs().T + bias.abs()
+    moved = (torch.zeros_like(x) + error) @ weight.abs().T
+    z = x @ weight.T + bias
+    y = formula(z)
+    dz = moved + (layer.in_features + 3) * unit * magnitude
+    branches = layer.activation.branches
+    dz = sum(dz.chunk(branches, -1)) if branches > 1 else dz
+    dz = dz.repeat(*[1] * (dz.dim() - 1), layer.activation.outputs)
+    return y, slope * dz + 8 * unit * y.abs().clamp(min=1.0)
+
+
+class NotebookSineLayer(nn.Module):
+    """The layer of the SIREN notebook: its attribute names, its order of random draws."""
+
+    def __init__(self, in_features, out_features, bias=True, is_first=False, omega_0=30.0):
+        super().__init__()
+        self.omega_0 = omega_0
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        bound = 1 / in_features if is_first else math.sqrt(6 / in_features) / omega_0
+        with torch.no_grad():
+            self.linear.weight.uniform_(-bound, bound)
+
+    def forward(self, x):
+        return torch.sin(self.omega_0 * self.linear(x))
+
+
+class NotebookSiren(nn.Module):
+    """The network of the SIREN notebook."""
+
+    def __init__(self, d, width, hidden_layers, out, outermost_linear=True, first_omega_0=30.0, hidden_omega_0=30.0):
+        super().__init__()
+        net = [NotebookSineLayer(d, width, is_first=True, omega_0=first_omega_0)]
+        net += [NotebookSineLayer(width, width, omega_0=hidden_omega_0) for _ in range(hidden_layers)]
+        if outermost_linear:
+            last = nn.Linear(width, out)
+            bound = math.sqrt(6 / width) / hidden_omega_0
+            with torch.no_grad():
+                last.weight.uniform_(-bound, bound)
+        else:
+            last = NotebookSineLayer(width, out, omega_0=hidden_omega_0)
+        self.net = nn.Sequential(*net, last)
+
+    def forward(self, x):
+        return self.net(x)

@@ -1,0 +1,345 @@
+"""MLP, SIREN, SplitNet and FourierFeatures."""
+
+import copy
+import functools
+import math
+import pickle
+
+import layer_oracle
+import pytest
+import torch
+from torch import nn
+
+import fused_inr as fi
+from fused_inr.encodings import FourierFeatures
+from fused_inr.layers import FusedLinear
+
+
+def parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def follow(net, formulas, x):
+    """The network in float64 and the bound of its error, through `layer_oracle.oracle` layer by layer."""
+    error = 0.0
+    for layer, (formula, slope) in zip(net.net, formulas):
+        x, error = layer_oracle.oracle(layer, formula, slope, x, error)
+    return x, error
+
+
+# -- structure
+
+
+def test_hidden_layers_counts_the_hidden_to_hidden_layers():
+    for net in (fi.SIREN(2, 8, 3, 3), fi.SplitNet(2, 8, 3, 3), fi.MLP(2, 8, 3, 3)):
+        assert [layer.in_features for layer in net.net] == [2, 8, 8, 8, 8]
+        assert [layer.out_features for layer in net.net] == [8, 8, 8, 8, 3]
+        assert net(torch.zeros(4, 5, 2)).shape == (4, 5, 3)
+    assert len(fi.MLP(2, 8, 0, 3).net) == 2
+
+
+def test_parameter_counts_of_the_radiance_field_decoders():
+    # thesis, table 6.2: decoder input 150, output 3
+    assert parameters(fi.MLP(150, 128, 1, 3, activation="relu")) == 36_227
+    assert parameters(fi.SplitNet(150, 45, 1, 3)) == 35_598
+    assert parameters(fi.SplitNet(150, 42, 1, 3)) == 32_721
+
+
+def test_state_dict_keys():
+    assert list(fi.SIREN(2, 8, 1, 3).state_dict()) == [
+        "net.0.linear.weight",
+        "net.0.linear.bias",
+        "net.1.linear.weight",
+        "net.1.linear.bias",
+        "net.2.weight",
+        "net.2.bias",
+    ]
+    assert fi.SplitNet(2, 8, 1, 3).state_dict()["net.1.linear.weight"].shape == (32, 8)
+    assert list(fi.MLP(2, 8, 0, 3).state_dict()) == ["net.0.weight", "net.0.bias", "net.1.weight", "net.1.bias"]
+    assert "net.2.linear.weight" in fi.SIREN(2, 8, 1, 3, outermost_linear=False).state_dict()
+
+
+def test_several_outputs_widen_the_next_layer():
+    net = fi.MLP(2, 8, 1, 3, activation="fourier")
+    assert [layer.in_features for layer in net.net] == [2, 16, 16]
+    assert net(torch.zeros(4, 2)).shape == (4, 3)
+    net = fi.MLP(2, 8, 1, 6, activation="fourier", outermost_linear=False)
+    assert net.net[-1].out_features == 3
+    assert net(torch.zeros(4, 2)).shape == (4, 6)
+    with pytest.raises(ValueError, match="multiple of the activation's 2 outputs"):
+        fi.MLP(2, 8, 1, 3, activation="fourier", outermost_linear=False)
+
+
+# -- SIREN and the notebook's
+
+
+@pytest.mark.parametrize("outermost_linear", [True, False])
+def test_siren_and_the_notebook_agree(outermost_linear):
+    arguments = {"outermost_linear": outermost_linear, "first_omega_0": 20.0, "hidden_omega_0": 15.0}
+    torch.manual_seed(0)
+    notebook = layer_oracle.NotebookSiren(2, 16, 2, 3, **arguments)
+    torch.manual_seed(0)
+    net = fi.SIREN(2, 16, 2, 3, **arguments)
+    # the same seed gives the same initial network, bit for bit
+    assert list(net.state_dict()) == list(notebook.state_dict())
+    for key, value in notebook.state_dict().items():
+        assert torch.equal(net.state_dict()[key], value), key
+    # checkpoints load both ways
+    other = layer_oracle.NotebookSiren(2, 16, 2, 3, **arguments)
+    net.load_state_dict(other.state_dict())
+    notebook.load_state_dict(net.state_dict())
+    hidden = (lambda z: torch.sin(15 * z), 15.0)
+    last = (lambda z: z, 1.0) if outermost_linear else hidden
+    formulas = [(lambda z: torch.sin(20 * z), 20.0), hidden, hidden, last]
+    x = torch.rand(50, 2) * 2 - 1
+    expected, bound = follow(net, formulas, x)
+    assert ((net(x) - expected).abs() <= bound).all()
+    assert ((notebook(x) - expected).abs() <= bound).all()
+    # in float64 the bound is far below anything a wrong formula could hide under
+    net, x = net.double(), x.double()
+    expected, bound = follow(net, formulas, x)
+    assert bound.max() < 1e-9
+    assert ((net(x) - expected).abs() <= bound).all()
+
+
+def test_siren_init_constants():
+    net = fi.SIREN(2, 512, 1, 64, omega=20.0, first_omega=50.0, flic=2.0, initc=40.0)
+    bounds = [2 / 2, math.sqrt(40 / 512) / 20, math.sqrt(40 / 512) / 20]
+    for layer, bound in zip(net.net, bounds):
+        assert 0.99 * bound < layer.weight.abs().max().item() <= bound
+    assert (net.net[0].omega, net.net[1].omega) == (50, 20)
+
+
+def test_siren_preactivations_have_the_published_spread():
+    # thesis, table 3.3: std of omega z 14.14 in the first layer, 1.46 to 1.51 in the others, activations 0.71 to 0.72
+    torch.manual_seed(1)
+    net = fi.SIREN(2, 256, 3, 3)
+    x = torch.rand(4096, 2) * 2 - 1
+    with torch.no_grad():
+        for i, layer in enumerate(list(net.net)[:-1]):
+            z = 30 * layer.linear(x)
+            x = layer(x)
+            if i == 0:
+                # 256 units: the std over units has a standard error near 4 %
+                assert z.std().item() == pytest.approx(14.14, rel=0.12)
+            else:
+                # the weights give variance 1, the default bias 30^2 / (3 256)
+                assert z.std().item() == pytest.approx(math.sqrt(1 + 900 / 768), rel=0.08)
+            assert x.std().item() == pytest.approx(0.71, abs=0.03)
+
+
+def test_mlp_with_siren_init_is_a_siren():
+    torch.manual_seed(2)
+    siren = fi.SIREN(2, 64, 2, 3, omega=25.0, first_omega=25.0)
+    mlp = fi.MLP(2, 64, 2, 3, activation=fi.activations.sine(omega=25.0), init="siren")
+    for ours, theirs in zip(mlp.net, siren.net):
+        bound = theirs.weight.abs().max()
+        assert ours.weight.abs().max().item() == pytest.approx(bound.item(), rel=0.1)
+
+
+def test_siren_accepts_the_older_names():
+    net = fi.SIREN(2, 8, 1, 3, first_omega_0=7.0, hidden_omega_0=9.0)
+    assert (net.net[0].omega_0, net.net[1].omega_0) == (7, 9)
+    assert fi.SIREN(2, 8, 1, 3, omega_0=9.0).net[1].omega == 9
+
+
+# -- other networks
+
+
+@pytest.mark.parametrize("name", layer_oracle.CASES)
+def test_mlp_is_the_composition_of_its_layers(name):
+    make, formula, slope = layer_oracle.CASES[name]
+    torch.manual_seed(3)
+    net = fi.MLP(2, 6, 1, 3, activation=make(), dtype=torch.float64)
+    x = torch.rand(20, 2, dtype=torch.float64)
+    expected, bound = follow(net, [(formula, slope)] * 2 + [(lambda z: z, 1.0)], x)
+    assert ((net(x) - expected).abs() <= bound).all()
+
+
+def test_splitnet_as_published():
+    encoding = FourierFeatures(2, 128, std=10.0)
+    net = fi.SplitNet(2, 16, 1, 3, outermost_linear=False, encoding=encoding)
+    assert net.net[0].in_features == 256
+    assert net.net[-1].activation.name == "split"
+    assert net(torch.rand(9, 2)).shape == (9, 3)
+    assert "encoding.frequencies" in net.state_dict()
+
+
+def test_splitnet_starts_with_unit_preactivations_in_every_branch():
+    torch.manual_seed(4)
+    net = fi.SplitNet(2, 256, 3, 1, encoding=FourierFeatures(2, 128, std=10.0))
+    x = net.encoding(torch.rand(4096, 2) * 2 - 1)
+    with torch.no_grad():
+        for layer in list(net.net)[:-1]:
+            for z in layer.linear(x).chunk(4, -1):
+                # products of four branches have heavy tails, so widths of 256 leave a spread of some percent a layer
+                assert 0.75 < z.std().item() < 1.3
+            x = layer(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kw: fi.SIREN(2, 8, 1, 3, **kw),
+        lambda **kw: fi.SIREN(2, 8, 1, 3, init="vi3nr", learnable=True, per_feature=True, **kw),
+        lambda **kw: fi.SplitNet(2, 8, 1, 3, learnable="m", encoding=FourierFeatures(2, 4), **kw),
+        lambda **kw: fi.MLP(2, 8, 1, 3, activation=fi.activations.sinc(omega=1.0), init="vi3nr", **kw),
+    ],
+    ids=["siren", "siren vi3nr learnable", "splitnet", "mlp"],
+)
+class TestModule:
+    def test_copy_pickle_and_state_dict(self, make):
+        net, x = make(), torch.rand(5, 2)
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert torch.equal(twin(x), net(x))
+            assert repr(twin) == repr(net)
+        other = make()
+        other.load_state_dict(net.state_dict())
+        assert torch.equal(other(x), net(x))
+
+    def test_reset_is_construction(self, make):
+        torch.manual_seed(5)
+        net = make()
+        state = {k: v.clone() for k, v in net.state_dict().items()}
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(1)
+        torch.manual_seed(5)
+        net.reset_parameters()
+        assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+    def test_meta_device(self, make):
+        with torch.device("meta"):
+            net = make()
+        assert all(p.is_meta for p in net.parameters())
+        torch.manual_seed(6)
+        net.to_empty(device="cpu").reset_parameters()
+        torch.manual_seed(6)
+        twin = make()
+        assert all(torch.equal(v, twin.state_dict()[k]) for k, v in net.state_dict().items())
+
+    def test_dtype(self, make):
+        net = make(dtype=torch.float64)
+        assert all(p.dtype == torch.float64 for p in net.parameters())
+        assert net(torch.rand(3, 2, dtype=torch.float64)).dtype == torch.float64
+
+    def test_compiles_without_graph_breaks(self, make):
+        net, x = make(), torch.rand(5, 2)
+        torch._dynamo.reset()
+        y = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(y, net(x))
+
+    def test_trains(self, make):
+        torch.manual_seed(7)
+        net = make()
+        x = torch.rand(128, 2) * 2 - 1
+        target = torch.stack((x[:, 0], x[:, 1], x[:, 0] * x[:, 1]), -1)
+        optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(60):
+            loss = (net(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert all(p.grad is not None for p in net.parameters())
+        assert losses[-1] < 0.5 * losses[0]
+
+
+def test_layers_do_not_share_learnable_parameters():
+    net = fi.MLP(2, 8, 2, 3, activation=fi.activations.sine(omega=3.0, learnable=True))
+    assert len({id(net.net[i].omega) for i in range(3)}) == 3
+
+
+# -- encodings
+
+
+def test_fourier_features_are_their_formula():
+    encoding = FourierFeatures(3, 16, std=2.0, seed=5)
+    assert encoding.frequencies.std().item() == pytest.approx(2, rel=5 / math.sqrt(2 * 48))
+    assert torch.equal(encoding.frequencies, FourierFeatures(3, 16, std=2.0, seed=5).frequencies)
+    assert not torch.equal(encoding.frequencies, FourierFeatures(3, 16, std=2.0, seed=6).frequencies)
+    x = torch.rand(4, 7, 3)
+    angle = 2 * math.pi * (x.double() @ encoding.frequencies.double().T)
+    expected = torch.cat((angle.cos(), angle.sin()), -1)
+    # three products and sums, then a factor: at most 6 roundings of an angle of this magnitude
+    magnitude = 2 * math.pi * (x.double().abs() @ encoding.frequencies.double().abs().T)
+    bound = 6 * 2.0**-24 * torch.cat((magnitude, magnitude), -1) + 2.0**-23
+    assert ((encoding(x).double() - expected).abs() <= bound).all()
+
+
+def test_fourier_features_stay_float32():
+    encoding = FourierFeatures(2, 16)
+    x = torch.rand(9, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(encoding(x), FourierFeatures(2, 16)(x))
+    for cast in (encoding.half(), encoding.bfloat16()):
+        assert torch.equal(cast.frequencies, FourierFeatures(2, 16).frequencies)
+    assert encoding(x.half()).dtype == torch.float16
+    assert encoding.double().frequencies.dtype == torch.float64
+    assert encoding(x.double()).dtype == torch.float64
+    net = fi.MLP(2, 8, 1, 3, encoding=FourierFeatures(2, 16)).bfloat16()
+    assert net.encoding.frequencies.dtype == torch.float32
+    assert net(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_fourier_features_have_gradients():
+    encoding = FourierFeatures(2, 4, std=1.0).double()
+    x = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(encoding, x)
+    assert torch.autograd.gradgradcheck(encoding, x)
+
+
+# -- bad arguments
+
+
+class NoWidth(nn.Module):
+    def forward(self, x):
+        return x
+
+
+BAD = [
+    (lambda: fi.MLP(0, 8, 1, 3), ValueError, "in_features"),
+    (lambda: fi.MLP(2, 8.0, 1, 3), TypeError, "hidden_features"),
+    (lambda: fi.MLP(2, 8, -1, 3), ValueError, "hidden_layers"),
+    (lambda: fi.MLP(2, 8, 1, None), TypeError, "out_features"),
+    (lambda: fi.MLP(2, 8, 1, 3, activation="nope"), ValueError, "nope"),
+    (lambda: fi.MLP(2, 8, 1, 3, init="nope"), ValueError, "init must be one of 'default', 'siren', 'vi3nr'"),
+    (lambda: fi.MLP(2, 8, 1, 3, init=None), ValueError, "init"),
+    (lambda: fi.MLP(2, 8, 1, 3, init="siren"), ValueError, "omega"),
+    (lambda: fi.MLP(2, 8, 1, 3, outermost_linear=30.0), TypeError, "outermost_linear"),
+    (lambda: fi.MLP(2, 8, 1, 3, encoding=torch.sin), TypeError, "encoding"),
+    (lambda: fi.MLP(2, 8, 1, 3, encoding=NoWidth()), ValueError, "out_features"),
+    (lambda: fi.MLP(2, 8, 1, 3, encoding=FourierFeatures(3)), ValueError, "encoding takes 3 coordinates"),
+    (lambda: fi.MLP(2, 8, 1, 3, init="vi3nr", sigma_p=-1.0), ValueError, "sigma_p"),
+    (lambda: fi.MLP(2, 8, 1, 3, init="vi3nr", first_sigma_p=math.nan), ValueError, "first_sigma_p"),
+    (lambda: fi.SIREN(2, 8, 1, 3, True), TypeError, "omega"),
+    (lambda: fi.SIREN(2, 8, 1, 3, omega=math.inf), ValueError, "omega"),
+    (lambda: fi.SIREN(2, 8, 1, 3, omega=3.0, omega_0=3.0), TypeError, "omega_0"),
+    (lambda: fi.SIREN(2, 8, 1, 3, omega_0=3.0, hidden_omega_0=3.0), TypeError, "omega_0"),
+    (lambda: fi.SIREN(2, 8, 1, 3, first_omega="30"), TypeError, "first_omega"),
+    (lambda: fi.SIREN(2, 8, 1, 3, flic=0), ValueError, "flic"),
+    (lambda: fi.SIREN(2, 8, 1, 3, init="lsuv"), ValueError, "init"),
+    (lambda: fi.SplitNet(2, 8, 1, 3, omegas=(1, 2, 3)), ValueError, "omegas"),
+    (lambda: fi.SplitNet(2, 8, 1, 3, m=math.nan), ValueError, "m"),
+    (lambda: fi.SplitNet(2, 8, 1, 3, init="siren"), ValueError, "init"),
+    (lambda: FourierFeatures(2, 0), ValueError, "num_frequencies"),
+    (lambda: FourierFeatures(2, 4, std=0.0), ValueError, "std"),
+    (lambda: FourierFeatures(2, 4, seed=-1), ValueError, "seed"),
+    (lambda: FourierFeatures(2, 4)(torch.zeros(3)), ValueError, "x must have shape"),
+    (lambda: FourierFeatures(2, 4)(torch.zeros(3, 2, dtype=torch.int64)), TypeError, "x must be a floating-point"),
+]
+
+
+@pytest.mark.parametrize("i", range(len(BAD)))
+def test_bad_arguments_are_explained(i):
+    make, error, words = BAD[i]
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_init_may_be_a_function_of_the_network():
+    x = torch.rand(100, 2) * 5
+    net = fi.MLP(2, 8, 1, 3, activation="relu", init=functools.partial(fi.init.vi3nr_init_, sample_input=x))
+    assert all(not layer.bias.any() for layer in net.net)
+    assert isinstance(net.net[0], FusedLinear)
