@@ -1,0 +1,100 @@
+// What the objects of each capability offer to ops.cpp: plain structs and raw pointers.
+//
+// This header and everything under csrc/cpu stays free of PyTorch: those objects are compiled with their own machine
+// flags, and an inline function of a shared header compiled for AVX-512 must not end up serving the rest of the program.
+#pragma once
+
+#include <stdint.h>
+
+namespace fused_inr {
+
+enum class Storage : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// void map(n, in, stride, out): n elements of a map; a stride is 0 (one value for all) or 1
+template <class T>
+using Map = void (*)(int64_t n, const T* const* in, const int64_t* stride, T* const* out);
+
+constexpr int kSlots = 6;       // levels 0 to 3 with constant parameters, levels 1 and 2 with learnable ones
+constexpr int kMaxStreams = 96;  // of one map, inputs or outputs
+
+inline int slot_of(int level, bool learnable) {
+  if (learnable && level > 0) return level <= 2 ? 3 + level : -1;
+  return level <= 3 ? level : -1;
+}
+
+struct Maps {  // of one scalar type
+  const char* name;
+  int branches, outputs, params;
+  void* map[kSlots];
+};
+
+struct Primitive {
+  const char* name;
+  int arguments, results;
+  void* map;
+};
+
+// Rows of numbers; neighbours within a row are next to each other.
+struct Rows {
+  void* data = nullptr;
+  int64_t batch_stride = 0, row_stride = 0;  // in elements
+  Storage storage = Storage::float32;
+};
+
+// Runs task(context, 0 .. parts - 1), on several threads if it can.
+using Parallel = void (*)(int64_t parts, void (*task)(void* context, int64_t part), void* context);
+
+struct Layer {
+  int64_t batch = 1, rows = 0, in_features = 0, features = 0;  // features: of one branch
+  int branches = 1, outputs = 1, params = 0;
+  Rows x, weight;                   // weight in the compute type
+  const void* bias = nullptr;       // compute type, [branches * features]
+  int64_t bias_batch_stride = 0;
+  const void* param[kMaxStreams] = {};  // compute type
+  int64_t param_stride[kMaxStreams] = {};
+  void* map = nullptr;
+  Parallel parallel = nullptr;
+  int threads = 1;
+};
+
+struct Forward {
+  Layer layer;
+  Rows y, z;  // z.data null: not wanted
+};
+
+struct Backward {
+  Layer layer;   // layer.map: the vector-Jacobian product
+  Rows g, z;     // z.data null: recomputed
+  Rows gx;       // data null: not wanted
+  void* gw = nullptr;  // compute type, [batch, branches * features, in_features], or null
+  void* gb = nullptr;  // compute type, [batch, branches * features], or null
+  void* gp = nullptr;  // compute type, [batch, params, features], or null; layer.map is then the learnable variant
+};
+
+// One group of streams of a map over rows: `width` streams of `features` columns side by side.
+struct Group {
+  void* data = nullptr;
+  int64_t row_stride = 0, column_stride = 0;  // column_stride 0 or 1
+  int width = 1;
+  bool summed = false;  // outputs: added over the rows into `features` numbers of the compute type
+};
+
+struct MapRows {
+  int64_t rows = 0, features = 0;
+  int inputs = 0, results = 0;
+  Group in[kMaxStreams], out[kMaxStreams];
+  void* map = nullptr;
+  Parallel parallel = nullptr;
+  int threads = 1;
+};
+
+struct Engine {
+  const char* name;
+  void (*forward[2])(const Forward&);
+  void (*backward[2])(const Backward&);
+  void (*map_rows[2])(const MapRows&);
+  const Maps* maps[2];  // float32, float64; the last row has no name
+  const Primitive* primitives[2];
+};
+
+}  // namespace fused_inr

@@ -1,0 +1,574 @@
+// The operators of the native engine, `torch.ops.fused_inr_native.*`: checks, allocation, and the choice of capability.
+// The semantics are those of docs/architecture.md, sections 2 and 3.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "cpu/engine.h"
+
+#ifndef FUSED_INR_STAMP
+#define FUSED_INR_STAMP "unstamped"
+#endif
+#ifndef FUSED_INR_ENGINES
+#define FUSED_INR_ENGINES X(generic)
+#endif
+
+namespace fused_inr {
+
+#define X(name) extern const Engine engine_##name;
+FUSED_INR_ENGINES
+#undef X
+
+// fused_inr/native.py looks for this before it loads a library: one built for another PyTorch must not be loaded.
+extern "C" __attribute__((used, visibility("default"))) const char fused_inr_stamp[] = "FUSED_INR_STAMP=" FUSED_INR_STAMP ";";
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalTensors = c10::List<OptionalTensor>;
+
+// -- capabilities
+
+bool runs_here(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (name == "avx512")
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (name != "generic") return avx2;
+#endif
+  return true;
+}
+
+const std::vector<const Engine*>& engines() {  // slowest first
+  static const std::vector<const Engine*> all = {
+#define X(name) &engine_##name,
+      FUSED_INR_ENGINES
+#undef X
+  };
+  return all;
+}
+
+const Engine* best_engine() {
+  const Engine* best = engines().front();
+  for (const Engine* e : engines())
+    if (std::string(e->name) != "wide" && runs_here(e->name)) best = e;
+  return best;
+}
+
+std::atomic<const Engine*>& current() {
+  static std::atomic<const Engine*> engine{best_engine()};
+  return engine;
+}
+
+std::string capability() { return current().load()->name; }
+
+std::vector<std::string> capabilities() {
+  std::vector<std::string> names;
+  for (const Engine* e : engines())
+    if (runs_here(e->name)) names.emplace_back(e->name);
+  return names;
+}
+
+void set_capability(const std::string& name) {
+  if (name.empty()) {
+    current() = best_engine();
+    return;
+  }
+  for (const Engine* e : engines()) {
+    if (name != e->name) continue;
+    TORCH_CHECK_VALUE(runs_here(name), "capability '", name, "' is built but this processor cannot run it");
+    current() = e;
+    return;
+  }
+  TORCH_CHECK_VALUE(false, "capability: no '", name, "' in this build, expected one of ", c10::Join(", ", capabilities()));
+}
+
+// -- activations
+
+struct Activation {
+  int branches = 1, outputs = 1, params = 0;
+  std::array<std::array<void*, kSlots>, 2> map{};
+};
+
+std::shared_mutex registry_mutex;
+std::unordered_map<std::string, Activation>& registered() {
+  static std::unordered_map<std::string, Activation> table;
+  return table;
+}
+
+const std::unordered_map<std::string, Activation>& built_in(const Engine* engine) {
+  static std::mutex mutex;
+  static std::unordered_map<const Engine*, std::unordered_map<std::string, Activation>> tables;
+  std::lock_guard lock(mutex);
+  auto& table = tables[engine];
+  if (table.empty())
+    for (int type = 0; type < 2; ++type)
+      for (const Maps* m = engine->maps[type]; m->name; ++m) {
+        Activation& a = table[m->name];
+        a.branches = m->branches;
+        a.outputs = m->outputs;
+        a.params = m->params;
+        for (int s = 0; s < kSlots; ++s) a.map[type][s] = m->map[s];
+      }
+  return table;
+}
+
+bool find_activation(const Engine* engine, const std::string& key, Activation* found) {
+  const auto& table = built_in(engine);
+  if (auto it = table.find(key); it != table.end()) {
+    *found = it->second;
+    return true;
+  }
+  std::shared_lock lock(registry_mutex);
+  if (auto it = registered().find(key); it != registered().end()) {
+    *found = it->second;
+    return true;
+  }
+  return false;
+}
+
+Activation activation_of(const Engine* engine, c10::string_view key) {
+  Activation a;
+  TORCH_CHECK_VALUE(find_activation(engine, std::string(key), &a), "activation: the native engine knows no '", key,
+                    "'; register_activation adds one");
+  return a;
+}
+
+void* map_of(const Activation& a, c10::string_view key, bool float64, int level, bool learnable) {
+  const int slot = slot_of(level, learnable && a.params > 0);
+  void* map = slot < 0 ? nullptr : a.map[float64][slot];
+  TORCH_CHECK_NOT_IMPLEMENTED(map != nullptr, "activation '", key, "': the native engine has no derivative of order ", level,
+                              learnable ? " with learnable parameters" : "", " for ", float64 ? "float64" : "float32");
+  return map;
+}
+
+bool has_activation(const std::string& key, int64_t level, bool learnable) {
+  Activation a;
+  if (!find_activation(current().load(), key, &a)) return false;
+  const int slot = slot_of(static_cast<int>(level), learnable && a.params > 0);
+  return slot >= 0 && a.map[0][slot] && a.map[1][slot];
+}
+
+// tables: addresses of `Map<float>` for the slots of engine.h, then of `Map<double>`; 0 where there is none
+void register_activation(const std::string& key, int64_t branches, int64_t outputs, int64_t params,
+                         at::ArrayRef<int64_t> tables) {
+  TORCH_CHECK_VALUE(tables.size() == 2 * kSlots, "tables: expected ", 2 * kSlots, " addresses, got ", tables.size());
+  TORCH_CHECK_VALUE(branches >= 1 && outputs >= 1 && params >= 0, "branches, outputs, params: expected at least 1, 1, 0, got ",
+                    branches, ", ", outputs, ", ", params);
+  TORCH_CHECK_VALUE(2 * (branches + outputs + params) * 3 <= 2 * kMaxStreams, "activation '", key,
+                    "': too many branches, outputs and parameters together (at most ", kMaxStreams / 3, ")");
+  TORCH_CHECK_VALUE(built_in(current().load()).count(key) == 0, "key: '", key, "' is a built-in activation");
+  Activation a;
+  a.branches = static_cast<int>(branches);
+  a.outputs = static_cast<int>(outputs);
+  a.params = static_cast<int>(params);
+  for (int type = 0; type < 2; ++type)
+    for (int s = 0; s < kSlots; ++s) a.map[type][s] = reinterpret_cast<void*>(tables[type * kSlots + s]);
+  std::unique_lock lock(registry_mutex);
+  registered()[key] = a;
+}
+
+// -- tensors
+
+void parallel(int64_t parts, void (*task)(void*, int64_t), void* context) {
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) task(context, part);
+  });
+}
+
+int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+Storage storage_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Storage::float32;
+    case at::kDouble: return Storage::float64;
+    case at::kBFloat16: return Storage::bfloat16;
+    case at::kHalf: return Storage::float16;
+    default: break;
+  }
+  TORCH_CHECK_TYPE(false, name, ": expected float32, float64, bfloat16 or float16, got ", t.scalar_type());
+}
+
+// Fresh memory for a result. Large ones in huge pages: 64 MB in pages of 4 KB cost more in faults than in arithmetic.
+Tensor fresh(at::IntArrayRef sizes, at::ScalarType type) {
+  Tensor t = at::empty(sizes, at::TensorOptions().dtype(type));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = uintptr_t{2} << 20;
+  if (t.nbytes() >= 2 * huge) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
+    const uintptr_t from = (begin + huge - 1) / huge * huge, to = end / huge * huge;
+    if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // only advice: no check
+  }
+#endif
+  return t;
+}
+
+Tensor nothing(at::ScalarType type) { return at::empty({0}, at::TensorOptions().dtype(type)); }
+
+Tensor with_unit_columns(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
+
+Rows rows_of(const Tensor& t, const char* name) {
+  Rows r;
+  r.data = t.data_ptr();
+  r.batch_stride = t.dim() == 3 ? t.stride(0) : 0;
+  r.row_stride = t.stride(-2);
+  r.storage = storage_of(t, name);
+  return r;
+}
+
+// Parameters in the compute type: tensors of one element or one per feature, or the constants.
+struct Params {
+  std::vector<Tensor> keep;
+  std::array<float, kMaxStreams> floats;
+  std::array<double, kMaxStreams> doubles;
+  std::array<const void*, kMaxStreams> data;
+  std::array<int64_t, kMaxStreams> stride;
+
+  Params(const OptionalTensors& params, at::ArrayRef<double> constants, const Activation& a, int64_t features,
+         at::ScalarType type) {
+    const size_t count = static_cast<size_t>(a.params);
+    TORCH_CHECK_VALUE(params.size() <= count && (params.empty() || params.size() == count), "params: expected ", count,
+                      " (or none), got ", params.size());
+    for (size_t j = 0; j < count; ++j) {
+      const OptionalTensor p = params.empty() ? OptionalTensor() : OptionalTensor(params.get(j));
+      if (p && p->defined()) {
+        TORCH_CHECK_VALUE(p->dim() <= 1 && (p->numel() == 1 || p->numel() == features), "params[", j,
+                          "]: expected one number or ", features, " (one per feature), got shape ", p->sizes());
+        keep.push_back(p->to(type).contiguous());
+        data[j] = keep.back().data_ptr();
+        stride[j] = p->numel() == 1 ? 0 : 1;
+      } else {
+        TORCH_CHECK_VALUE(j < constants.size(), "constants: expected ", count, ", got ", constants.size());
+        floats[j] = static_cast<float>(constants[j]);
+        doubles[j] = constants[j];
+        data[j] = type == at::kDouble ? static_cast<const void*>(&doubles[j]) : &floats[j];
+        stride[j] = 0;
+      }
+    }
+  }
+};
+
+// x, weight and bias of a call, checked and in a form that the engine takes.
+struct Operands {
+  const Engine* engine = current().load();
+  Activation activation;
+  at::ScalarType compute;
+  int64_t batch = 1, rows = 0, depth = 0, features = 0;
+  bool batched = false;
+  Tensor x, weight, bias;
+
+  Operands(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, c10::string_view key)
+      : activation(activation_of(engine, key)), compute(x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {
+    storage_of(x_, "x");
+    storage_of(weight_, "weight");
+    batched = weight_.dim() == 3;
+    TORCH_CHECK_VALUE(weight_.dim() == 2 || batched, "weight: expected [B*N, K] or [G, B*N, K], got ", weight_.sizes());
+    TORCH_CHECK_VALUE(x_.dim() == weight_.dim(), "x: expected ", weight_.dim(), " dimensions as weight has, got ", x_.sizes());
+    TORCH_CHECK_VALUE(x_.size(-1) == weight_.size(-1), "x: its last size ", x_.size(-1), " is not weight's, ", weight_.size(-1));
+    TORCH_CHECK_VALUE(!batched || x_.size(0) == weight_.size(0), "x: batch ", x_.size(0), " is not weight's, ", weight_.size(0));
+    TORCH_CHECK_VALUE(weight_.size(-2) % activation.branches == 0, "weight: ", weight_.size(-2), " rows are not a multiple of ",
+                      activation.branches, " branches");
+    batch = batched ? x_.size(0) : 1;
+    rows = x_.size(-2);
+    depth = x_.size(-1);
+    features = weight_.size(-2) / activation.branches;
+    x = with_unit_columns(x_);
+    weight = with_unit_columns(weight_.to(compute));
+    if (bias_ && bias_->defined()) {
+      const int64_t columns = weight_.size(-2);
+      TORCH_CHECK_VALUE(bias_->size(-1) == columns && bias_->numel() == columns * batch && bias_->dim() == weight_.dim() - 1,
+                        "bias: expected ", batched ? "[G, " : "[", columns, "], got ", bias_->sizes());
+      storage_of(*bias_, "bias");
+      bias = bias_->to(compute).contiguous();
+    }
+  }
+
+  std::vector<int64_t> shape(int64_t m, int64_t n) const {
+    return batched ? std::vector<int64_t>{batch, m, n} : std::vector<int64_t>{m, n};
+  }
+  int64_t columns() const { return activation.branches * features; }
+  bool float64() const { return compute == at::kDouble; }
+
+  Layer layer(const Params& params, void* map) const {
+    Layer l;
+    l.batch = batch;
+    l.rows = rows;
+    l.in_features = depth;
+    l.features = features;
+    l.branches = activation.branches;
+    l.outputs = activation.outputs;
+    l.params = activation.params;
+    l.x = rows_of(x, "x");
+    l.weight = rows_of(weight, "weight");
+    l.bias = bias.defined() ? bias.data_ptr() : nullptr;
+    l.bias_batch_stride = bias.defined() && batched ? bias.stride(0) : 0;
+    for (int j = 0; j < activation.params; ++j) {
+      l.param[j] = params.data[j];
+      l.param_stride[j] = params.stride[j];
+    }
+    l.map = map;
+    l.parallel = parallel;
+    l.threads = threads();
+    return l;
+  }
+};
+
+// -- operators
+
+std::tuple<Tensor, Tensor> linear_act(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensors& params, at::ArrayRef<double> constants,
+                                      c10::string_view activation, bool save) {
+  const Operands o(x, weight, bias, activation);
+  const Params p(params, constants, o.activation, o.features, o.compute);
+  void* map = map_of(o.activation, activation, o.float64(), 0, false);
+  Tensor y = fresh(o.shape(o.rows, o.activation.outputs * o.features), x.scalar_type());
+  Tensor z = save ? fresh(o.shape(o.rows, o.columns()), o.compute) : nothing(o.compute);
+  Forward f;
+  f.layer = o.layer(p, map);
+  f.y = rows_of(y, "y");
+  if (save) f.z = rows_of(z, "z");
+  o.engine->forward[o.float64()](f);
+  return {y, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_backward(
+    const Tensor& g_, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensors& params,
+    at::ArrayRef<double> constants, const OptionalTensor& z_, c10::string_view activation, std::array<bool, 4> needs) {
+  const Operands o(x, weight, bias, activation);
+  const Params p(params, constants, o.activation, o.features, o.compute);
+  const bool learnable = needs[3] && o.activation.params > 0;
+  const auto expected = o.shape(o.rows, o.activation.outputs * o.features);
+  TORCH_CHECK_VALUE(g_.sizes() == at::IntArrayRef(expected), "g: expected ", at::IntArrayRef(expected), ", got ", g_.sizes());
+  Backward f;
+  f.layer = o.layer(p, map_of(o.activation, activation, o.float64(), 1, learnable));
+
+  const bool widened = (g_.scalar_type() == at::kDouble) != o.float64();
+  const Tensor g = with_unit_columns(widened ? g_.to(o.compute) : g_);
+  f.g = rows_of(g, "g");
+  Tensor z;
+  if (z_ && z_->defined()) {
+    const auto z_shape = o.shape(o.rows, o.columns());
+    TORCH_CHECK_VALUE(z_->sizes() == at::IntArrayRef(z_shape), "z: expected ", at::IntArrayRef(z_shape), ", got ", z_->sizes());
+    z = with_unit_columns(z_->to(o.compute));
+    f.z = rows_of(z, "z");
+    // an empty tensor has no address, and none is needed
+  }
+  const bool bias_needed = needs[2] && bias && bias->defined();
+  const bool empty = o.rows == 0 || o.batch == 0 || o.columns() == 0;
+  const auto sum = [&](std::vector<int64_t> shape) {
+    const auto options = at::TensorOptions().dtype(o.compute);
+    return empty ? at::zeros(shape, options) : at::empty(shape, options);
+  };
+  Tensor gx = nothing(x.scalar_type()), gw = nothing(weight.scalar_type()), gb = nothing(o.compute), gp = nothing(o.compute);
+  if (needs[0]) {
+    gx = empty ? at::zeros(x.sizes(), at::TensorOptions().dtype(x.scalar_type())) : fresh(x.sizes(), x.scalar_type());
+    f.gx = rows_of(gx, "gx");
+  }
+  if (needs[1]) {
+    gw = sum(o.shape(o.columns(), o.depth));
+    f.gw = gw.data_ptr();
+  }
+  if (bias_needed) {
+    gb = sum(bias->sizes().vec());
+    f.gb = gb.data_ptr();
+  }
+  if (learnable) {
+    gp = sum(o.shape(o.activation.params, o.features));
+    f.gp = gp.data_ptr();
+  }
+  if (!empty && (needs[0] || needs[1] || bias_needed || learnable)) o.engine->backward[o.float64()](f);
+  if (needs[1]) gw = gw.to(weight.scalar_type());
+  if (bias_needed) gb = gb.to(bias->scalar_type());
+  return {gx, gw, gb, gp};
+}
+
+// The groups of a map's inputs and outputs, derived level by level (docs/architecture.md, section 1).
+struct Streams {
+  struct Kind {
+    int width;
+    bool param;
+  };
+  std::vector<Kind> in, out;
+
+  Streams(const Activation& a, int level, bool learnable) {
+    in.push_back({a.branches, false});
+    for (int p = 0; p < a.params; ++p) in.push_back({1, true});
+    out.push_back({a.outputs, false});
+    for (int l = 1; l <= level; ++l) {
+      std::vector<Kind> gradients;
+      for (size_t i = 0; i < in.size(); ++i) {
+        const bool constant = !learnable && i >= 1 && i <= static_cast<size_t>(a.params);
+        if (!constant) gradients.push_back(in[i]);
+      }
+      in.insert(in.end(), out.begin(), out.end());
+      out = gradients;
+    }
+  }
+};
+
+std::vector<Tensor> act_map(at::TensorList inputs, const OptionalTensors& params, at::ArrayRef<double> constants,
+                            c10::string_view key, int64_t level, bool learnable) {
+  const Engine* engine = current().load();
+  const Activation a = activation_of(engine, key);
+  TORCH_CHECK_VALUE(level >= 0 && level <= 3, "level: expected 0 to 3, got ", level);
+  const Streams streams(a, static_cast<int>(level), learnable);
+  const size_t count = streams.in.size() - static_cast<size_t>(a.params);
+  TORCH_CHECK_VALUE(inputs.size() == count, "inputs: expected ", count, " tensors, got ", inputs.size());
+  const Tensor& z = inputs[0];
+  TORCH_CHECK_VALUE(z.dim() >= 2 && z.size(-1) % a.branches == 0, "inputs[0]: expected [M, ", a.branches, "*N], got ", z.sizes());
+  for (size_t i = 0; i < count; ++i) storage_of(inputs[i], "inputs");
+  const auto compute = z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t features = z.size(-1) / a.branches;
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < z.dim(); ++d) rows *= z.size(d);
+  void* map = map_of(a, key, compute == at::kDouble, static_cast<int>(level), learnable);
+  const Params p(params, constants, a, features, compute);
+
+  MapRows f;
+  f.rows = rows;
+  f.features = features;
+  f.map = map;
+  f.parallel = parallel;
+  f.threads = threads();
+  std::vector<Tensor> keep;
+  size_t next = 0;
+  for (size_t i = 0; i < streams.in.size(); ++i) {
+    Group& group = f.in[f.inputs++];
+    if (i >= 1 && i <= static_cast<size_t>(a.params)) {
+      group.data = const_cast<void*>(p.data[i - 1]);
+      group.column_stride = p.stride[i - 1];
+      continue;
+    }
+    const Streams::Kind kind = streams.in[i];
+    Tensor t = inputs[next];
+    group.width = kind.width;
+    if (kind.param) {
+      TORCH_CHECK_VALUE(t.dim() <= 1 && (t.numel() == 1 || t.numel() == features), "inputs[", next,
+                        "]: the cotangent of a parameter, expected one number or ", features, ", got ", t.sizes());
+      t = t.to(compute).contiguous();
+      group.column_stride = t.numel() == 1 ? 0 : 1;
+    } else {
+      auto shape = z.sizes().vec();
+      shape.back() = kind.width * features;
+      TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(shape), "inputs[", next, "]: expected ", at::IntArrayRef(shape), ", got ",
+                        t.sizes());
+      t = t.to(compute);
+      if (t.dim() != 2) t = t.reshape({rows, kind.width * features});
+      if (t.size(1) > 1 && t.stride(1) > 1) t = t.contiguous();
+      group.row_stride = t.stride(0);
+      group.column_stride = t.size(1) > 1 ? t.stride(1) : 1;
+    }
+    group.data = t.data_ptr();
+    keep.push_back(t);
+    ++next;
+  }
+  std::vector<Tensor> results;
+  const bool empty = rows * features == 0;
+  for (const Streams::Kind kind : streams.out) {
+    Group& group = f.out[f.results++];
+    group.width = kind.width;
+    group.summed = kind.param;
+    if (kind.param) {
+      const auto options = at::TensorOptions().dtype(compute);
+      results.push_back(empty ? at::zeros({features}, options) : at::empty({features}, options));
+    } else {
+      auto shape = z.sizes().vec();
+      shape.back() = kind.width * features;
+      results.push_back(fresh(shape, compute));
+      group.row_stride = kind.width * features;
+    }
+    group.data = results.back().data_ptr();
+  }
+  if (!empty) engine->map_rows[compute == at::kDouble](f);
+  return results;
+}
+
+// One primitive, element by element: for tests of their accuracy.
+std::vector<Tensor> primitive(c10::string_view name, at::TensorList arguments) {
+  TORCH_CHECK_VALUE(!arguments.empty(), "arguments: expected at least one tensor");
+  const auto type = arguments[0].scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, "arguments: expected float32 or float64, got ", type);
+  const Primitive* row = current().load()->primitives[type == at::kDouble];
+  while (row->name && name != row->name) ++row;
+  TORCH_CHECK_VALUE(row->name, "name: no primitive '", name, "'");
+  TORCH_CHECK_VALUE(arguments.size() == static_cast<size_t>(row->arguments), "arguments: '", name, "' takes ", row->arguments,
+                    ", got ", arguments.size());
+  std::vector<Tensor> in, out;
+  std::array<const void*, 3> source{};
+  std::array<void*, 2> target{};
+  const std::array<int64_t, 3> stride{1, 1, 1};
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    TORCH_CHECK_VALUE(arguments[i].sizes() == arguments[0].sizes() && arguments[i].scalar_type() == type,
+                      "arguments: expected one shape and type");
+    in.push_back(arguments[i].contiguous());
+    source[i] = in.back().data_ptr();
+  }
+  for (int i = 0; i < row->results; ++i) {
+    out.push_back(at::empty(arguments[0].sizes(), arguments[0].options()));
+    target[static_cast<size_t>(i)] = out.back().data_ptr();
+  }
+  const auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    const T* from[3];
+    T* to[2];
+    for (int i = 0; i < 3; ++i) from[i] = static_cast<const T*>(source[static_cast<size_t>(i)]);
+    for (int i = 0; i < 2; ++i) to[i] = static_cast<T*>(target[static_cast<size_t>(i)]);
+    reinterpret_cast<Map<T>>(row->map)(arguments[0].numel(), from, stride.data(), to);
+  };
+  if (type == at::kDouble) {
+    run(double());
+  } else {
+    run(float());
+  }
+  return out;
+}
+
+std::string stamp() { return FUSED_INR_STAMP; }
+
+}  // namespace
+
+TORCH_LIBRARY(fused_inr_native, m) {
+  m.def(
+      "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor?[] params, float[] constants, str activation, bool save) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "linear_act_backward(Tensor g, Tensor x, Tensor weight, Tensor? bias, Tensor?[] params, float[] constants, Tensor? z, "
+      "str activation, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, int level, bool learnable) -> Tensor[]");
+  m.def("primitive(str name, Tensor[] arguments) -> Tensor[]");
+  m.def("register_activation(str key, int branches, int outputs, int params, int[] tables) -> ()",
+        [](const std::string& key, int64_t b, int64_t c, int64_t p, at::ArrayRef<int64_t> t) { register_activation(key, b, c, p, t); });
+  m.def("has_activation(str key, int level=0, bool learnable=False) -> bool",
+        [](const std::string& key, int64_t level, bool learnable) { return has_activation(key, level, learnable); });
+  m.def("capability() -> str", []() { return capability(); });
+  m.def("capabilities() -> str[]", []() { return capabilities(); });
+  m.def("set_capability(str name) -> ()", [](const std::string& name) { set_capability(name); });
+  m.def("stamp() -> str", []() { return stamp(); });
+}
+
+TORCH_LIBRARY_IMPL(fused_inr_native, CPU, m) {
+  m.impl("linear_act", linear_act);
+  m.impl("linear_act_backward", linear_act_backward);
+  m.impl("act_map", act_map);
+  m.impl("primitive", primitive);
+}
+
+}  // namespace fused_inr
