@@ -211,7 +211,7 @@ _DISTRIBUTIONS = {"uniform": vi3nr_uniform_, "normal": vi3nr_normal_}
 
 
 def default_sigma_p(activation: Activation) -> float:
-    """The sigma_p that `vi3nr_init_` takes where none is given (a choice for z before omega).
+    """The sigma_p that `vi3nr_init_` takes where none is given (for z before omega; but see its `first_sigma_p`).
 
     | activation | sigma_p | reason |
     | --- | --- | --- |
@@ -258,6 +258,10 @@ _SIGMA_P: dict[str, Callable[[dict[str, float]], float]] = {
 }
 
 
+#: Activations whose first layer keeps SIREN's spread where no sigma_p is given.
+_FIRST_AS_SIREN = ("sine", "finer", "finer_detached", "incode")
+
+
 def vi3nr_init_(
     module: nn.Module,
     sigma_p: float | None = None,
@@ -281,7 +285,9 @@ def vi3nr_init_(
             is passed first.
         sigma_p: standard deviation of every pre-activation before omega; by default `default_sigma_p` of each layer's
             activation. A linear (identity) layer takes that of the layer before it.
-        first_sigma_p: another one for the first layer (it sets the frequencies that a network starts with).
+        first_sigma_p: another one for the first layer, which decides the frequencies that a network starts with. By
+            default sigma_p if that is given; else, for a sine, finer or incode layer of d bare coordinates,
+            1 / (3 sqrt d), which is SIREN's first layer, so that its omega keeps setting the bandwidth.
         sample_input: coordinates as the network will see them, [.., in_features], to take the input's mean and
             standard deviation from; by default uniform on [-1, 1]^in_features.
         is_first: whether the first layer found sees the coordinates; by default its own `is_first`, else True for
@@ -303,6 +309,7 @@ def vi3nr_init_(
         if is_first is None:
             is_first = module is not layers[0]
     is_first = boolean("is_first", is_first) or sample_input is not None
+    bare = is_first and getattr(module, "encoding", None) is None
 
     if any(layer.weight.is_meta for layer in layers):
         return module  # shapes only: there is nothing to fill
@@ -315,6 +322,9 @@ def vi3nr_init_(
             sigma = first_sigma_p
         elif sigma_p is not None:
             sigma = sigma_p
+        elif previous is None and bare and activation.name in _FIRST_AS_SIREN:
+            # measured, 96x96 picture, 3x96, 150 steps of Adam at 1e-3: 51.9 dB; 21.6 dB with 1/omega here too
+            sigma = 1 / (3 * math.sqrt(layer.in_features))
         elif activation.name == "identity" and previous is not None:
             sigma = previous[1]
         else:
