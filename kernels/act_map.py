@@ -1,0 +1,142 @@
+"""A generated map of any level, elementwise over row groups, with the sums of parameter gradients over rows.
+
+Streams come in groups, one tensor a group: row groups [M, k*N] (k branches or outputs side by side, any strides, 0 too) and
+parameter cotangents ([] or [N]). Parameter gradients are partial sums per row tile, added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tune
+from .linear_act import accumulator, launch_sum, mode, on_device
+from .maps import load_params, param_arguments
+
+# ---------------------------------------------------------------- which groups a level has
+
+
+def groups(level: int, learnable: bool, B: int, C: int, P: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Group sizes of a level's inputs (z first, the P parameters behind it left out) and outputs.
+
+    k > 0: a row group of k streams side by side; 0: one parameter's cotangent, or its gradient.
+    Level 0 maps z to y. Level n + 1 has the inputs of n and a cotangent for each output of n, and gives a gradient for each
+    input of n (parameters among them if learnable, behind z).
+    """
+    inputs: tuple[int, ...] = (B,)
+    outputs: tuple[int, ...] = (C,)
+    parameters = (0,) * P if learnable else ()
+    for _ in range(level):
+        inputs, outputs = inputs + outputs, inputs[:1] + parameters + inputs[1:]
+    return inputs, outputs
+
+
+# ---------------------------------------------------------------- kernel
+
+
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
+def act_map_kernel(
+    in_ptrs, in_strides_m, in_strides_n, params, param_strides, out_ptrs, M, N,
+    MAP: tl.constexpr, MODE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, FIRST: tl.constexpr,
+    POINTERS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = MAP(in). IN and OUT: group sizes as `groups` gives them; FIRST: the first output of each group."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)
+    tile_n = tl.program_id(0) % tiles_n
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # int64
+    offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    args = ()
+    for i in tl.static_range(len(in_ptrs)):
+        if IN[i] > 0:
+            tile = in_ptrs[i] + offs_m[:, None] * in_strides_m[i]
+            for k in tl.static_range(IN[i]):
+                v = tl.load(tile + (k * N + offs_n)[None, :] * in_strides_n[i], mask=mask, other=0.0)
+                args = args + (v.to(ACC),)
+        else:
+            p = tl.load(in_ptrs[i] + offs_n * in_strides_n[i], mask=mask_n, other=0.0).to(ACC)
+            args = args + (p[None, :],)
+        if i == 0:
+            args = args + load_params(params, param_strides, offs_n, mask_n, POINTERS, ACC)
+    out = MAP(*args, MODE=MODE)
+    for i in tl.static_range(len(out_ptrs)):
+        if OUT[i] > 0:
+            for k in tl.static_range(OUT[i]):
+                tile = out_ptrs[i] + offs_m[:, None] * (OUT[i] * N) + (k * N + offs_n)[None, :]
+                tl.store(tile, out[FIRST[i] + k].to(out_ptrs[i].dtype.element_ty), mask=mask)
+        else:  # rows outside may hold anything: they must not reach the sum
+            rows = tl.sum(tl.where(mask, out[FIRST[i]], 0.0), axis=0)
+            tl.store(out_ptrs[i] + tile_m * N + offs_n, rows, mask=mask_n)
+
+
+# ---------------------------------------------------------------- launcher
+
+
+def launch_act_map(inputs, param_args, outputs, function, sizes, config: tune.Config, M: int, N: int) -> None:
+    """outputs: row groups [M, k*N] contiguous, parameter gradients [tiles, N] (partial sums), as `sizes` says."""
+    if not M * N:
+        return
+    params, param_strides, pointers = param_args
+    in_sizes, out_sizes = sizes
+    first = tuple(sum(max(1, k) for k in out_sizes[:i]) for i in range(len(out_sizes)))
+    z = inputs[0]
+    strides_m = tuple(t.stride(0) if k else 0 for t, k in zip(inputs, in_sizes, strict=True))
+    strides_n = tuple(t.stride(-1) if t.dim() else 0 for t in inputs)
+    options = config.options()
+    del options["BLOCK_K"]
+    with on_device(z):
+        act_map_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
+            tuple(inputs), strides_m, strides_n, params, param_strides, tuple(outputs), M, N,
+            MAP=function, MODE=mode(z.dtype, "ieee"), IN=in_sizes, OUT=out_sizes, FIRST=first, POINTERS=pointers,
+            ACC=tl.float64 if z.dtype == torch.float64 else tl.float32, **options,
+        )  # fmt: skip
+
+
+def act_map(
+    inputs: list[torch.Tensor],
+    params: list[torch.Tensor | None],
+    constants: list[float],
+    activation,
+    level: int,
+    learnable: bool,
+) -> list[torch.Tensor]:
+    """The level-th derivative map of an activation, element by element; not differentiable by itself.
+
+    Args:
+        inputs: the streams in groups, one tensor a group: [z, g, u_z, (u_p_1 .. u_p_P), v_z, ..]; row groups [M, k*N] of any
+            strides, parameter cotangents [] or [N].
+        params: one tensor ([] or [N]) a parameter, or None for the number in `constants`.
+        activation: has `branches`, `outputs` and `triton_map(level, learnable)`.
+        level: 0 for the value, n for n vector-Jacobian products.
+        learnable: whether parameters are inputs that have gradients.
+    Returns:
+        one tensor a group of outputs, in z's type: row groups [M, k*N], parameter gradients [N] summed over rows (float32
+        or float64).
+    Raises:
+        ValueError: if the number of inputs does not fit the level.
+    """
+    B, C, P = activation.branches, activation.outputs, len(params)
+    learnable = learnable and P > 0
+    sizes = groups(level, learnable, B, C, P)
+    if len(inputs) != len(sizes[0]):
+        raise ValueError(
+            f"inputs: level {level} of {activation.name!r} takes {len(sizes[0])} groups of streams, got {len(inputs)}"
+        )
+    z = inputs[0]
+    M, N = z.shape[0], z.shape[1] // B
+    acc = accumulator(z.dtype)
+    streams = sum(max(1, k) for k in sizes[0] + sizes[1])
+    config = tune.pick_map(tune.arch(z.device), streams, N)
+    tiles = triton.cdiv(M, config.block_m)
+    outputs = [z.new_empty((M, k * N)) if k else z.new_empty((tiles, N), dtype=acc) for k in sizes[1]]
+    param_args = param_arguments(params, constants, acc == torch.float64, z.device)
+    launch_act_map(inputs, param_args, outputs, activation.triton_map(level, learnable), sizes, config, M, N)
+    for i, k in enumerate(sizes[1]):
+        if not k:
+            total = z.new_empty((1, N), dtype=acc)
+            launch_sum(outputs[i].view(1, tiles, N), total)
+            outputs[i] = total[0]
+    return outputs

@@ -1,0 +1,543 @@
+"""y = map(x W^T + b) and its backward, fused.
+
+Forward: one kernel; the branches of a layer share one read of x. Backward: a forward-shaped kernel recomputes z (or reads it)
+and writes gz = vjp(z, g) once, in the compute type, with the bias and parameter gradients as partial sums per row tile; then
+gx = gz W (the forward kernel with the identity map) and gW = gz^T x (rows split over programs, partial products summed in a
+fixed order by a second kernel). No atomics: the same bits every run.
+
+Shapes, inside: x [G, M, K], weight [G, B*N, K], z and gz [G, M, B*N], y and g [G, M, C*N]; stride 0 on G where shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tune
+from .maps import INTERPRETED, load_params, param_arguments
+
+DOT, NARROW_K, NARROW_N = tune.DOT, tune.NARROW_K, tune.NARROW_N
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def identity(z0, MODE: tl.constexpr):
+    return (z0,)
+
+
+@triton.jit
+def pre_activation(
+    x_ptr, w_ptr, b_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
+    B: tl.constexpr, HAS_BIAS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """z = x W^T + b for one tile: B tiles [BLOCK_M, BLOCK_N]. Row and column offsets arrive as int64."""
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    acc = ()
+    if KIND == 1:  # K of 1 to 8: BLOCK_K = K multiply-adds, no tile of tensor cores padded to 16
+        for _ in tl.static_range(B):
+            acc = acc + (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
+        for k in tl.static_range(BLOCK_K):
+            x = tl.load(x_ptr + offs_m * stride_xm + k * stride_xk, mask=mask_m, other=0.0).to(ACC)
+            new = ()
+            for b in tl.static_range(B):
+                w = tl.load(w_ptr + (b * N + offs_n) * stride_wn + k * stride_wk, mask=mask_n, other=0.0).to(ACC)
+                new = new + (acc[b] + x[:, None] * w[None, :],)
+            acc = new
+    elif KIND == 2:  # N of 1 to 4: products side by side, summed over K once at the end
+        for _ in tl.static_range(B):
+            acc = acc + (tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), ACC),)
+        for k in range(0, K, BLOCK_K):
+            offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+            mask_k = offs_k < K
+            x = tl.load(
+                x_ptr + offs_m[:, None, None] * stride_xm + offs_k[None, None, :] * stride_xk,
+                mask=mask_m[:, None, None] & mask_k[None, None, :],
+                other=0.0,
+            ).to(ACC)  # [BLOCK_M, 1, BLOCK_K]
+            new = ()
+            for b in tl.static_range(B):
+                w = tl.load(
+                    w_ptr + (b * N + offs_n)[None, :, None] * stride_wn + offs_k[None, None, :] * stride_wk,
+                    mask=mask_n[None, :, None] & mask_k[None, None, :],
+                    other=0.0,
+                ).to(ACC)  # [1, BLOCK_N, BLOCK_K]
+                new = new + (acc[b] + x * w,)
+            acc = new
+        new = ()
+        for b in tl.static_range(B):
+            new = new + (tl.sum(acc[b], axis=2),)
+        acc = new
+    else:
+        for _ in tl.static_range(B):
+            acc = acc + (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
+        for k in range(0, K, BLOCK_K):
+            offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+            mask_k = offs_k < K
+            x = tl.load(
+                x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
+                mask=mask_m[:, None] & mask_k[None, :],
+                other=0.0,
+            )
+            if UPCAST:  # the interpreter multiplies bfloat16 as the integers that it keeps them in
+                x = x.to(ACC)
+            new = ()
+            for b in tl.static_range(B):
+                w = tl.load(
+                    w_ptr + (b * N + offs_n)[None, :] * stride_wn + offs_k[:, None] * stride_wk,
+                    mask=mask_n[None, :] & mask_k[:, None],
+                    other=0.0,
+                )
+                if UPCAST:
+                    w = w.to(ACC)
+                new = new + (tl.dot(x, w, acc[b], input_precision=PRECISION, out_dtype=ACC),)
+            acc = new
+    if HAS_BIAS:
+        new = ()
+        for b in tl.static_range(B):
+            bias = tl.load(b_ptr + (b * N + offs_n) * stride_b, mask=mask_n, other=0.0).to(ACC)
+            new = new + (acc[b] + bias[None, :],)
+        acc = new
+    return acc
+
+
+@triton.jit
+def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Layer, row tile, column tile. All on grid axis 0 (the others stop at 65,535); neighbours share a row tile of x."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n
+    tile_gm = pid // tiles_n
+    return (tile_gm // tiles_m).to(tl.int64), (tile_gm % tiles_m).to(tl.int64), tile_n
+
+
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
+def forward_kernel(
+    x_ptr, w_ptr, b_ptr, params, param_strides, y_ptr, z_ptr, M, N, K,
+    stride_xg, stride_xm, stride_xk, stride_wg, stride_wn, stride_wk, stride_bg, stride_b,
+    stride_yg, stride_ym, stride_zg, stride_zm,
+    MAP: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, POINTERS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE_Z: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = MAP(x W^T + b), and z = x W^T + b if SAVE_Z."""
+    g, tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # int64
+    offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    z = pre_activation(
+        x_ptr + g * stride_xg, w_ptr + g * stride_wg, b_ptr + g * stride_bg if HAS_BIAS else b_ptr, offs_m, offs_n,
+        M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
+        B, HAS_BIAS, KIND, PRECISION, UPCAST, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    if SAVE_Z:
+        z_tile = z_ptr + g * stride_zg + offs_m[:, None] * stride_zm + offs_n[None, :]
+        for b in tl.static_range(B):
+            tl.store(z_tile + b * N, z[b], mask=mask)
+    p = load_params(params, param_strides, offs_n, mask_n, POINTERS, ACC)
+    y = MAP(*z, *p, MODE=MODE)
+    y_tile = y_ptr + g * stride_yg + offs_m[:, None] * stride_ym + offs_n[None, :]
+    for c in tl.static_range(C):
+        tl.store(y_tile + c * N, y[c].to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
+def gz_kernel(
+    g_ptr, x_ptr, w_ptr, b_ptr, params, param_strides, z_ptr, gz_ptr, gb_ptr, gp_ptr, M, N, K,
+    stride_gg, stride_gm, stride_gn, stride_xg, stride_xm, stride_xk, stride_wg, stride_wn, stride_wk,
+    stride_bg, stride_b, stride_zg, stride_zm,
+    MAP: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, P: tl.constexpr, POINTERS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, WRITE_GZ: tl.constexpr, WRITE_GB: tl.constexpr,
+    KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """gz [G, M, B*N] = MAP(z, params, g), the level-1 map; sums over the tile's rows of gz to gb [G, tiles, B*N], and of
+    the gradients of P parameters (0: constants) to gp [G, tiles, P*N]."""
+    layer, tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # int64
+    offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    if HAS_Z:
+        z = ()
+        z_tile = z_ptr + layer * stride_zg + offs_m[:, None] * stride_zm + offs_n[None, :]
+        for b in tl.static_range(B):
+            z = z + (tl.load(z_tile + b * N, mask=mask, other=0.0),)
+    else:
+        z = pre_activation(
+            x_ptr + layer * stride_xg, w_ptr + layer * stride_wg, b_ptr + layer * stride_bg if HAS_BIAS else b_ptr,
+            offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
+            B, HAS_BIAS, KIND, PRECISION, UPCAST, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    g = ()
+    g_tile = g_ptr + layer * stride_gg + offs_m[:, None] * stride_gm
+    for c in tl.static_range(C):
+        g = g + (tl.load(g_tile + (c * N + offs_n)[None, :] * stride_gn, mask=mask, other=0.0).to(ACC),)
+    p = load_params(params, param_strides, offs_n, mask_n, POINTERS, ACC)
+    out = MAP(*z, *p, *g, MODE=MODE)
+    row = layer * tl.cdiv(M, BLOCK_M) + tile_m
+    for b in tl.static_range(B):
+        # rows and columns outside may hold anything (0 times an infinite derivative): they must not reach the sums
+        gz = tl.where(mask, out[b], 0.0)
+        if WRITE_GZ:
+            gz_tile = gz_ptr + (layer * M + offs_m)[:, None] * (B * N) + (b * N + offs_n)[None, :]
+            tl.store(gz_tile, gz.to(gz_ptr.dtype.element_ty), mask=mask)
+        if WRITE_GB:
+            tl.store(gb_ptr + row * (B * N) + b * N + offs_n, tl.sum(gz, axis=0), mask=mask_n)
+    for j in tl.static_range(P):
+        gp = tl.where(mask, out[B + j], 0.0)
+        tl.store(gp_ptr + row * (P * N) + j * N + offs_n, tl.sum(gp, axis=0), mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["M", "rows"], do_not_specialize_on_alignment=["M", "rows"])
+def weight_grad_kernel(
+    gz_ptr, x_ptr, out_ptr, M, N, K, rows, SPLITS, stride_gzg, stride_gzm, stride_xg, stride_xm, stride_xk,
+    DOT_PRODUCT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [G, SPLITS, N, K] = gz^T x over `rows` rows a split; here N counts the columns of gz (branches times features)."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n
+    tile_k = (pid // tiles_n) % tiles_k
+    row = pid // (tiles_n * tiles_k)  # layer and split
+    layer = (row // SPLITS).to(tl.int64)
+    start = (row % SPLITS).to(tl.int64) * rows
+    stop = tl.minimum(start + rows, M)
+    offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    offs_k = (tile_k * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    mask_n = offs_n < N
+    mask_k = offs_k < K
+    gz_ptr += layer * stride_gzg
+    x_ptr += layer * stride_xg
+    steps = tl.cdiv(stop - start, BLOCK_M).to(tl.int32)
+    if DOT_PRODUCT:
+        acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
+        for i in range(steps):
+            offs_m = start + i * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < stop
+            gz = tl.load(
+                gz_ptr + offs_m[None, :] * stride_gzm + offs_n[:, None],
+                mask=mask_m[None, :] & mask_n[:, None],
+                other=0.0,
+            )
+            x = tl.load(
+                x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
+                mask=mask_m[:, None] & mask_k[None, :],
+                other=0.0,
+            )
+            if UPCAST:
+                gz = gz.to(ACC)
+                x = x.to(ACC)
+            acc = tl.dot(gz, x, acc, input_precision=PRECISION, out_dtype=ACC)
+    else:  # a narrow side: products over the rows of a block side by side, summed at the end
+        partial = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), ACC)
+        for i in range(steps):
+            offs_m = start + i * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < stop
+            gz = tl.load(
+                gz_ptr + offs_m[:, None, None] * stride_gzm + offs_n[None, :, None],
+                mask=mask_m[:, None, None] & mask_n[None, :, None],
+                other=0.0,
+            ).to(ACC)
+            x = tl.load(
+                x_ptr + offs_m[:, None, None] * stride_xm + offs_k[None, None, :] * stride_xk,
+                mask=mask_m[:, None, None] & mask_k[None, None, :],
+                other=0.0,
+            ).to(ACC)
+            partial += gz * x
+        acc = tl.sum(partial, axis=0)
+    out = out_ptr + row.to(tl.int64) * N * K + offs_n[:, None] * K + offs_k[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
+
+
+@triton.jit(do_not_specialize=["S", "chunk"], do_not_specialize_on_alignment=["S", "chunk"])
+def sum_kernel(
+    in_ptr, out_ptr, S, L, chunk, CHUNKS,
+    ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """out [G, CHUNKS, L] = sums of in [G, S, L] over `chunk` rows each, in a fixed order."""
+    tiles = tl.cdiv(L, BLOCK_L)
+    pid = tl.program_id(0)
+    row = pid // tiles  # layer and chunk
+    layer = (row // CHUNKS).to(tl.int64)
+    start = (row % CHUNKS) * chunk
+    stop = tl.minimum(start + chunk, S)
+    offs_l = ((pid % tiles) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    mask_l = offs_l < L
+    acc = tl.zeros((BLOCK_S, BLOCK_L), ACC)
+    for s in range(start, stop, BLOCK_S):
+        offs_s = (s + tl.arange(0, BLOCK_S)).to(tl.int64)
+        part = in_ptr + (layer * S + offs_s)[:, None] * L + offs_l[None, :]
+        acc += tl.load(part, mask=(offs_s < stop)[:, None] & mask_l[None, :], other=0.0).to(ACC)
+    out = out_ptr + row.to(tl.int64) * L + offs_l
+    tl.store(out, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=mask_l)
+
+
+# ---------------------------------------------------------------- launchers: allocated outputs, checked inputs
+
+
+def on_device(tensor: torch.Tensor):
+    """Triton launches on the current device and its current stream: make them the tensor's."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type of pre-activations, sums and maps: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def mode(dtype: torch.dtype, precision: str) -> int:
+    """Primitives: accurate where the product is as good as float32's, fast where it is not, pure in the interpreter."""
+    if INTERPRETED:
+        return 2
+    return 0 if dtype == torch.float32 and precision in ("ieee", "tf32x3", "bf16x3") else 1
+
+
+def dot_precision(dtype: torch.dtype, precision: str) -> str:
+    # the interpreter ignores it; 16-bit types have one precision only
+    return precision if dtype == torch.float32 and not INTERPRETED else "ieee"
+
+
+def _layer_strides(t: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    """Strides with one for G in front: 0 where the tensor has no G."""
+    if t is None:
+        return (0,) * (dims + 1)
+    return (*((0,) if t.dim() == dims else ()), *t.stride())
+
+
+def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, precision: str) -> None:
+    """y (and z, unless None) = function(x weight^T + bias). y and z: [.., M, columns], last stride 1."""
+    G, M, N = y.shape[0] if y.dim() == 3 else 1, y.shape[-2], y.shape[-1] // C
+    K = x.shape[-1]
+    if not G * M * N:
+        return
+    params, param_strides, pointers = param_args
+    kind = tune.kind(N, K)
+    config = tune.pick(tune.arch(x.device), "forward", kind, x.dtype, precision, B, N, K)
+    acc = accumulator(x.dtype)
+    grid = (G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    with on_device(x):
+        forward_kernel[grid](
+            x, weight, bias, params, param_strides, y, z, M, N, K,
+            *_layer_strides(x, 2), *_layer_strides(weight, 2), *_layer_strides(bias, 1),
+            *_layer_strides(y, 2)[:2], *_layer_strides(z, 2)[:2],
+            MAP=function, MODE=mode(x.dtype, precision), B=B, C=C, POINTERS=pointers,
+            HAS_BIAS=bias is not None, SAVE_Z=z is not None, KIND=kind,
+            PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED, ACC=_TRITON[acc],
+            **config.options(),
+        )  # fmt: skip
+
+
+def launch_gz(g, x, weight, bias, param_args, z, gz, gb, gp, function, B: int, C: int, precision: str) -> None:
+    """gz [G, M, B*N], gb [G, tiles, B*N] and gp [G, tiles, P*N], each contiguous, or None where not wanted."""
+    G, M, N = g.shape[0] if g.dim() == 3 else 1, g.shape[-2], g.shape[-1] // C
+    K = x.shape[-1]
+    if not G * M * N:
+        return
+    params, param_strides, pointers = param_args
+    kind = tune.kind(N, K) if z is None else tune.MAP
+    config = tune.pick(tune.arch(x.device), "gz", kind, x.dtype, precision, B, N, K)
+    acc = accumulator(x.dtype)
+    grid = (G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    with on_device(x):
+        gz_kernel[grid](
+            g, x, weight, bias, params, param_strides, z, gz, gb, gp, M, N, K,
+            *_layer_strides(g, 2), *_layer_strides(x, 2), *_layer_strides(weight, 2), *_layer_strides(bias, 1),
+            *_layer_strides(z, 2)[:2],
+            MAP=function, MODE=mode(x.dtype, precision), B=B, C=C, P=len(params) if gp is not None else 0,
+            POINTERS=pointers, HAS_BIAS=bias is not None, HAS_Z=z is not None,
+            WRITE_GZ=gz is not None, WRITE_GB=gb is not None, KIND=kind,
+            PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED, ACC=_TRITON[acc],
+            **config.options(),
+        )  # fmt: skip
+
+
+def weight_grad_splits(M: int, N: int, K: int, config: tune.Config, layers: int) -> tuple[int, int]:
+    """Number of splits and rows in each: enough programs to fill a large device, at least 8 steps each. It depends on the
+    shapes alone, so the sum's order (and its bits) does not change from device to device of one architecture."""
+    tiles = layers * triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k)
+    wanted = max(1, min(triton.cdiv(tune.TARGET_PROGRAMS, tiles), triton.cdiv(M, 8 * config.block_m)))
+    rows = triton.cdiv(triton.cdiv(M, wanted), config.block_m) * config.block_m
+    return triton.cdiv(M, rows), rows
+
+
+def launch_weight_grad(gz, x, out, splits: int, rows: int, config: tune.Config, precision: str) -> None:
+    """out [G, splits, N, K] = gz^T x by splits of the rows; gz [G, M, N] contiguous, M > 0."""
+    G, M, N = gz.shape
+    K = x.shape[-1]
+    grid = (G * splits * triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k),)
+    with on_device(x):
+        weight_grad_kernel[grid](
+            gz, x, out, M, N, K, rows, splits, *gz.stride()[:2], *_layer_strides(x, 2),
+            DOT_PRODUCT=config.dot, PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED,
+            ACC=_TRITON[accumulator(x.dtype)], **config.options(),
+        )  # fmt: skip
+
+
+def launch_sum(partials: torch.Tensor, out: torch.Tensor) -> None:
+    """out [G, L] = partials [G, S, L] summed over S; both contiguous. Two passes where S is long."""
+    G, S, L = partials.shape
+    if not G * L:
+        return
+    config = tune.SUM
+    acc = accumulator(partials.dtype)
+    chunks = 1 if S <= 4 * config.chunk else triton.cdiv(S, config.chunk)
+    target = out if chunks == 1 else partials.new_empty((G, chunks, L))
+    chunk = triton.cdiv(S, chunks) if chunks == 1 else config.chunk
+    with on_device(partials):
+        sum_kernel[(G * chunks * triton.cdiv(L, config.block_l),)](
+            partials, target, S, L, chunk, chunks, ACC=_TRITON[acc],
+            BLOCK_S=config.block_s, BLOCK_L=config.block_l, num_warps=config.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    if chunks > 1:
+        launch_sum(target, out)
+
+
+# ---------------------------------------------------------------- the raw operations
+
+
+def _layers(*tensors: torch.Tensor | None) -> int | None:
+    """G, or None if no tensor has a batch of layers; the last argument is the bias."""
+    *matrices, bias = tensors
+    for t in matrices:
+        if t is not None and t.dim() == 3:
+            return t.shape[0]
+    return bias.shape[0] if bias is not None and bias.dim() == 2 else None
+
+
+def linear_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    params: list[torch.Tensor | None],
+    constants: list[float],
+    activation,
+    precision: str = "ieee",
+    save: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = map(x weight^T + bias), z = x weight^T + bias; not differentiable by itself (`fused_inr.ops` differentiates).
+
+    Args:
+        x: [M, K] or [G, M, K], any strides; float32, bfloat16, float16 (float64 in the interpreter).
+        weight: [B*N, K] or [G, B*N, K], of x's type; bias: [B*N], [G, B*N] or None.
+        params: one tensor ([] or [N]) a parameter, or None for the number in `constants`.
+        activation: has `branches` (B), `outputs` (C) and `triton_map(level, learnable)`.
+        precision: of a float32 product: "ieee", "tf32", "tf32x3" or "bf16x3".
+        save: whether to return z.
+    Returns:
+        y [.., M, C*N] in x's type; z [.., M, B*N] in float32 (float64 for float64), or empty ([0]).
+    """
+    B, C = activation.branches, activation.outputs
+    G = _layers(x, weight, bias)
+    lead = () if G is None else (G,)
+    M, N = x.shape[-2], weight.shape[-2] // B
+    acc = accumulator(x.dtype)
+    y = x.new_empty((*lead, M, C * N))
+    z = x.new_empty((*lead, M, B * N) if save else (0,), dtype=acc)
+    param_args = param_arguments(params, constants, acc == torch.float64, x.device)
+    launch_forward(
+        x, weight, bias, param_args, y, z if save else None, activation.triton_map(0, False), B, C, precision
+    )
+    return y, z
+
+
+def linear_act_backward(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    params: list[torch.Tensor | None],
+    constants: list[float],
+    z: torch.Tensor | None,
+    activation,
+    precision: str = "ieee",
+    needs: tuple[bool, bool, bool, bool] | list[bool] = (True, True, True, True),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `linear_act` for the cotangent g of y: (gx, gw, gb, gp), empty ([0]) where `needs` says so.
+
+    gx, gw, gb have the types of x, weight and bias, and their shapes (a tensor without G, shared by all layers, gets the sum
+    over G); gp is [P, N] or [G, P, N] in float32 (float64 for float64): per feature, summed over rows. z None: recomputed.
+    """
+    B, C, P = activation.branches, activation.outputs, len(params)
+    need_x, need_w, need_b, need_p = needs
+    need_b, need_p = need_b and bias is not None, need_p and P > 0
+    G = _layers(g, x, weight, bias)
+    layers = 1 if G is None else G
+    M, N, K = x.shape[-2], weight.shape[-2] // B, x.shape[-1]
+    acc = accumulator(x.dtype)
+    nothing = x.new_empty(0)
+    if not (need_x or need_w or need_b or need_p):
+        return nothing, nothing, nothing, nothing
+    if z is not None and (z.numel() == 0 and M * N or z.stride(-1) != 1):
+        z = z.contiguous() if z.numel() else None
+
+    rows = triton.cdiv(M, tune.pick(
+        tune.arch(x.device), "gz", tune.kind(N, K) if z is None else tune.MAP, x.dtype, precision, B, N, K
+    ).block_m)  # fmt: skip
+    gz = x.new_empty((layers, M, B * N)) if need_x or need_w else None
+    gb_rows = x.new_empty((layers, rows, B * N), dtype=acc) if need_b else None
+    gp_rows = x.new_empty((layers, rows, P * N), dtype=acc) if need_p else None
+    launch_gz(
+        g, x, weight, bias, param_arguments(params, constants, acc == torch.float64, x.device), z, gz, gb_rows, gp_rows,
+        activation.triton_map(1, need_p), B, C, precision,
+    )  # fmt: skip
+
+    gx = gw = gb = gp = nothing
+    if need_x:
+        gx = _input_gradient(gz, x, weight, precision)
+    if need_w:
+        gw = _weight_gradient(gz, x, weight, precision)
+    if need_b:
+        gb = torch.empty_like(bias, memory_format=torch.contiguous_format)
+        shared = bias.dim() == 1
+        launch_sum(gb_rows.view(1, layers * rows, B * N) if shared else gb_rows, gb.view(-1, B * N))
+    if need_p:
+        gp = x.new_empty((layers, P, N) if G is not None else (P, N), dtype=acc)
+        launch_sum(gp_rows, gp.view(layers, P * N))
+    return gx, gw, gb, gp
+
+
+def _input_gradient(gz, x, weight, precision: str) -> torch.Tensor:
+    """gz weight, summed over the layers that share x: the forward kernel with the transposed weight and no map."""
+    layers, M, _ = gz.shape
+    K = x.shape[-1]
+    shared = x.dim() == 2 and layers > 1
+    full = x.new_empty((layers, M, K), dtype=accumulator(x.dtype) if shared else x.dtype)
+    launch_forward(gz, weight.mT, None, ((), (), 0), full, None, identity, 1, 1, precision)
+    if not shared:
+        return full.view(x.shape)
+    gx = x.new_empty(x.shape)
+    launch_sum(full.view(1, layers, M * K), gx.view(1, M * K))
+    return gx
+
+
+def _weight_gradient(gz, x, weight, precision: str) -> torch.Tensor:
+    layers, M, N = gz.shape
+    K = x.shape[-1]
+    gw = weight.new_empty(weight.shape)
+    if not gw.numel():
+        return gw
+    if not M:
+        return gw.zero_()
+    config = tune.pick(tune.arch(x.device), "weight_grad", tune.kind(N, K), x.dtype, precision, 1, N, K)
+    splits, rows = weight_grad_splits(M, N, K, config, layers)
+    shared = weight.dim() == 2
+    if splits * (layers if shared else 1) == 1:
+        launch_weight_grad(gz, x, gw.view(layers, 1, N, K), splits, rows, config, precision)
+        return gw
+    partials = gz.new_empty((layers, splits, N * K), dtype=accumulator(x.dtype))
+    launch_weight_grad(gz, x, partials, splits, rows, config, precision)
+    launch_sum(partials.view(1, layers * splits, N * K) if shared else partials, gw.view(-1, N * K))
+    return gw
