@@ -3,6 +3,7 @@
 
 #include "../generated/activations.h"
 #include "capability.h"
+#include "map_table.h"
 
 namespace fused_inr {
 namespace {
@@ -11,31 +12,7 @@ using T = FUSED_INR_SCALAR;
 using V = Vec<T, FUSED_INR_VECTOR_BYTES>;
 static_assert(kMaxLevel == 3 && kMaxLearnableLevel == 2, "Maps has a slot for each of these levels");
 
-// Streams of each level, as in docs/architecture.md, section 1.
-constexpr int in0(int B, int, int P) { return B + P; }
-constexpr int in1(int B, int C, int P) { return B + P + C; }
-constexpr int in2(int B, int C, int P) { return in1(B, C, P) + B; }
-constexpr int in3(int B, int C, int P) { return in2(B, C, P) + B + C; }
-constexpr int in2p(int B, int C, int P) { return in1(B, C, P) + B + P; }
-
-#define FI_MAP(function, In, Out)                                                                       \
-  void map_##function(int64_t n, const T* const* in, const int64_t* stride, T* const* out) {            \
-    run_map<V, In, Out>([](const V* a, V* r) FI_LAMBDA { function<V>(a, r); }, n, in, stride, out); \
-  }
-// `dz, dg, du` of level 3 are gradients of the inputs of level 2 that are not parameters
-#define FI_MAPS(name, B, C, P)                     \
-  FI_MAP(name##_l0, in0(B, C, P), C)               \
-  FI_MAP(name##_l1, in1(B, C, P), B)               \
-  FI_MAP(name##_l2, in2(B, C, P), B + C)           \
-  FI_MAP(name##_l3, in3(B, C, P), B + C + B)       \
-  FI_MAP(name##_p1, in1(B, C, P), B + P)           \
-  FI_MAP(name##_p2, in2p(B, C, P), B + P + C)
 FUSED_INR_ACTIVATIONS(FI_MAPS)
-
-#define FI_ROW(name, B, C, P)                                                                 \
-  {#name, B, C, P,                                                                            \
-   {(void*)map_##name##_l0, (void*)map_##name##_l1, (void*)map_##name##_l2, (void*)map_##name##_l3, \
-    (void*)map_##name##_p1, (void*)map_##name##_p2}},
 
 // -- primitives, for tests
 

@@ -1,0 +1,33 @@
+// From FUSED_INR_ACTIVATIONS(X) to functions of the C ABI, and to rows of a table: FUSED_INR_ACTIVATIONS(FI_MAPS) and (FI_ROW)
+// in a scope that has the scalar `T` and the vector `V`.
+#pragma once
+
+#include "map.h"
+
+namespace fused_inr {
+
+// Streams of each level, as in docs/architecture.md, section 1.
+constexpr int in0(int B, int, int P) { return B + P; }
+constexpr int in1(int B, int C, int P) { return B + P + C; }
+constexpr int in2(int B, int C, int P) { return in1(B, C, P) + B; }
+constexpr int in3(int B, int C, int P) { return in2(B, C, P) + B + C; }
+constexpr int in2p(int B, int C, int P) { return in1(B, C, P) + B + P; }
+
+#define FI_MAP(function, In, Out)                                                                       \
+  void map_##function(int64_t n, const T* const* in, const int64_t* stride, T* const* out) {            \
+    run_map<V, In, Out>([](const V* a, V* r) FI_LAMBDA { function<V>(a, r); }, n, in, stride, out); \
+  }
+#define FI_MAPS(name, B, C, P)                     \
+  FI_MAP(name##_l0, in0(B, C, P), C)               \
+  FI_MAP(name##_l1, in1(B, C, P), B)               \
+  FI_MAP(name##_l2, in2(B, C, P), B + C)           \
+  FI_MAP(name##_l3, in3(B, C, P), B + C + B)       \
+  FI_MAP(name##_p1, in1(B, C, P), B + P)           \
+  FI_MAP(name##_p2, in2p(B, C, P), B + P + C)
+
+#define FI_ROW(name, B, C, P)                                                                 \
+  {#name, B, C, P,                                                                            \
+   {(void*)map_##name##_l0, (void*)map_##name##_l1, (void*)map_##name##_l2, (void*)map_##name##_l3, \
+    (void*)map_##name##_p1, (void*)map_##name##_p2}},
+
+}  // namespace fused_inr

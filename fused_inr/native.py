@@ -1,0 +1,294 @@
+"""The native CPU engine: where its library comes from, and how it is built.
+
+One build path serves `setup.py`, which puts `_C.so` beside this file, and the first use in an installation without one,
+which compiles into a private cache. A library carries a stamp (the versions of PyTorch and of the sources); one with
+another stamp is never loaded. A failure is a reason to be told, never an exception on import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+__all__ = ["build", "compile_maps", "load", "status"]
+
+_PACKAGED = Path(__file__).resolve().parent / "_C.so"
+_SLOTS = 6  # kSlots of csrc/cpu/engine.h
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+#: capability: (bytes of a vector, compiler flags). "wide" runs AVX-512's code on AVX2, for tests.
+_CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "generic": (16, ()),
+    "avx2": (32, ("-mavx2", "-mfma", "-mf16c")),
+    "avx512": (64, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c")),
+    "wide": (64, ("-mavx2", "-mfma", "-mf16c")),
+}
+_SHIPPED = ("generic", "avx2", "avx512") if _X86 else ("generic",)
+
+# NaN, infinities and signed zeros keep their meaning: no -ffast-math.
+_KERNEL_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_OPS_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-g0")
+
+_logger = logging.getLogger("fused_inr")
+_lock = threading.Lock()
+_state: tuple[Path | None, str] | None = None
+_user_libraries: dict[str, ctypes.CDLL] = {}
+
+
+# -- sources, compiler, stamp
+
+
+def sources() -> Path:
+    """The folder of the C++ sources: `fused_inr/_csrc` where installed, `csrc` in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "_csrc", here.parent / "csrc"):
+        if (folder / "ops.cpp").is_file():
+            return folder
+    raise RuntimeError("the C++ sources of the native engine are not installed")
+
+
+def _source_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cpp")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _stamp(folder: Path) -> str:
+    return f"torch {torch.__version__} sources {_source_hash(folder)}"
+
+
+def _stamp_of(library: Path) -> str | None:
+    """The stamp in a library file, read without loading it."""
+    data = library.read_bytes()
+    begin = data.find(b"FUSED_INR_STAMP=")
+    if begin < 0:
+        return None
+    begin += len(b"FUSED_INR_STAMP=")
+    return data[begin : data.index(b";", begin)].decode()
+
+
+def compiler() -> tuple[list[str], str]:
+    """The C++ compiler as a command, and its version: `$CXX`, else g++, clang++ or c++."""
+    if sys.platform == "win32":
+        raise RuntimeError("the native engine needs GCC or Clang; it is not built on Windows")
+    if os.environ.get("CXX"):
+        candidates = [shlex.split(os.environ["CXX"])]
+    else:
+        candidates = [[name] for name in ("g++", "clang++", "c++") if shutil.which(name)]
+    if not candidates:
+        raise RuntimeError("no C++ compiler (g++, clang++ or c++) was found; install one, or set CXX")
+    command = candidates[0]
+    try:
+        shown = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"the C++ compiler {shlex.join(command)!r} does not run: {error}") from error
+    return command, shown.splitlines()[0] if shown else "unknown"
+
+
+# -- the private cache
+
+
+def cache_folder(base: Path | None = None) -> Path:
+    """A folder for compiled code that only this user can write; `base` replaces the user's cache folder.
+
+    Raises RuntimeError where the folder belongs to somebody else or others can write to it: what lies there is loaded as code.
+    """
+    root = base or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "fused_inr"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise RuntimeError(f"{folder} is a link, not a folder of its own; compiled code is not kept there")
+    if found.st_uid != os.getuid():
+        raise RuntimeError(f"{folder} belongs to another user; compiled code is not loaded from there")
+    if found.st_mode & 0o022:
+        raise RuntimeError(f"{folder} can be written by others (chmod 700 mends it); compiled code is not loaded from there")
+    return folder
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _cached_library(folder: Path, base: Path | None) -> Path:
+    _, version = compiler()
+    return cache_folder(base) / f"engine_{_digest(_stamp(folder), version, platform.machine())}.so"
+
+
+# -- building
+
+
+def _run(command: Sequence[str], verbose: bool) -> None:
+    if verbose:
+        print(shlex.join(command), file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"the compiler could not be started: {error}") from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")
+        raise RuntimeError(f"{command[0]} failed with exit code {done.returncode}: {first}")
+    if verbose and done.stderr:
+        print(done.stderr, file=sys.stderr, flush=True)
+
+
+def _kernel_flags(capability: str) -> list[str]:
+    size, machine = _CAPABILITIES[capability]
+    names = [f"-DFUSED_INR_CAPABILITY={capability}", f"-DFUSED_INR_VECTOR_BYTES={size}"]
+    return [*_KERNEL_FLAGS, *machine, *names]
+
+
+def _workers() -> int:
+    return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
+
+
+def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SHIPPED) -> Path:
+    """Compile the engine against the installed PyTorch into the library `target`, and return it.
+
+    Everything happens in a temporary folder beside `target`, which is then renamed: two builds at once, or a killed one, leave
+    a whole library or none. Raises RuntimeError with the first error of the compiler.
+    """
+    target = Path(target)
+    folder = sources()
+    command, _ = compiler()
+    torch_folder = Path(torch.__file__).resolve().parent
+    include = torch_folder / "include"
+    engines = " ".join(f"X({name})" for name in capabilities)
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # at::parallel_for is a header: without, it is serial
+    ops = [
+        *_OPS_FLAGS,
+        *openmp,
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        f"-DFUSED_INR_ENGINES={engines}",
+        f'-DFUSED_INR_STAMP="{_stamp(folder)}"',
+        "-isystem",
+        str(include),
+        "-isystem",
+        str(include / "torch" / "csrc" / "api" / "include"),
+    ]
+    units: list[tuple[str, list[str], str]] = [("ops.cpp", ops, "ops")]  # the longest first
+    for name in reversed(capabilities):
+        for scalar in ("float", "double"):
+            units.append(("cpu/maps.cpp", [*_kernel_flags(name), f"-DFUSED_INR_SCALAR={scalar}"], f"maps_{scalar}_{name}"))
+        units.append(("cpu/engine.cpp", _kernel_flags(name), f"engine_{name}"))
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".build_", dir=target.parent) as temporary:
+
+        def compile_unit(unit: tuple[str, list[str], str]) -> str:
+            source, flags, name = unit
+            output = str(Path(temporary) / f"{name}.o")
+            _run([*command, *flags, "-c", str(folder / source), "-o", output], verbose)
+            return output
+
+        with ThreadPoolExecutor(_workers()) as pool:
+            futures = [pool.submit(compile_unit, unit) for unit in units]
+            try:
+                objects = [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+        library = Path(temporary) / target.name
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        search = f"-L{torch_folder / 'lib'}"
+        _run([*command, "-shared", *objects, "-o", str(library), search, "-ltorch_cpu", "-lc10", *openmp, *undefined], verbose)
+        os.replace(library, target)
+    return target
+
+
+# -- loading
+
+
+def _usable(library: Path, stamp: str) -> bool:
+    try:
+        return _stamp_of(library) == stamp
+    except (OSError, ValueError):
+        return False
+
+
+def _find_or_build(base: Path | None) -> Path:
+    folder = sources()
+    stamp = _stamp(folder)
+    if base is None and _usable(_PACKAGED, stamp):
+        return _PACKAGED
+    library = _cached_library(folder, base)
+    if not _usable(library, stamp):
+        _logger.warning("fused_inr: compiling the native CPU engine (about a minute, once) into %s", library.parent)
+        build(library)
+    return library
+
+
+def load(cache: Path | None = None) -> bool:
+    """Make `torch.ops.fused_inr_native` available: from the installed library, the cache, or by compiling it now.
+
+    The outcome is remembered; `status()` tells it. Never raises.
+    """
+    global _state
+    with _lock:
+        if _state is None:
+            try:
+                library = _find_or_build(cache)
+                torch.ops.load_library(str(library))
+                _state = (library, "")
+            except Exception as error:  # whatever it is, the reference serves instead, and says why
+                _state = (None, f"{error}")
+        return _state[0] is not None
+
+
+def status() -> tuple[Path | None, str]:
+    """The loaded library, or None and the reason why there is none."""
+    if _state is None:
+        return None, "not loaded yet"
+    return _state
+
+
+# -- a user's formula
+
+
+def compile_maps(key: str, source: str, cache: Path | None = None) -> ctypes.Array:
+    """Compile the generated C++ `source` of one activation, and register it with the engine under `key`.
+
+    `source` is what `fused_inr.activations.emit.cpp_source` prints for one map. Returns the table: branches, outputs, parameters,
+    then the addresses of its functions. Raises RuntimeError where there is no engine, no compiler, or an error in the source.
+    """
+    if not load():
+        raise RuntimeError(f"the native engine is not available: {status()[1]}")
+    ops = torch.ops.fused_inr_native
+    capability = ops.capability()
+    folder = sources()
+    command, version = compiler()
+    digest = _digest(_source_hash(folder), version, platform.machine(), capability, source)
+    library = cache_folder(cache) / f"maps_{digest}.so"
+    if not library.is_file():
+        with tempfile.TemporaryDirectory(prefix=".build_", dir=library.parent) as temporary:
+            header, built = Path(temporary) / "maps.h", Path(temporary) / library.name
+            header.write_text(source)
+            flags = [*_kernel_flags(capability), f'-DFUSED_INR_MAPS_HEADER="{header}"', f"-I{folder}"]
+            _run([*command, *flags, "-shared", str(folder / "cpu" / "user_maps.cpp"), "-o", str(built)], False)
+            os.replace(built, library)
+    loaded = ctypes.CDLL(str(library))
+    table = (ctypes.c_int64 * (3 + 2 * _SLOTS))()
+    loaded.fused_inr_user_maps.restype = None
+    loaded.fused_inr_user_maps(table)
+    _user_libraries[key] = loaded  # the engine keeps addresses into it
+    ops.register_activation(key, table[0], table[1], table[2], list(table[3:]))
+    return table
