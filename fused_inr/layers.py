@@ -114,18 +114,15 @@ class FusedLayer(nn.Module):
     def _reset_linear(self) -> None:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [.., in_features] to [.., output_features]."""
-        return linear_act(x, self.weight, self.bias, self.activation_with_parameters())
-
     def _described_init(self) -> str:
         if self._init_name is not None:
             return repr(self._init_name)
         return getattr(self._init, "__name__", type(self._init).__name__)
 
     def extra_repr(self) -> str:
+        has_bias = getattr(self, "bias", None) is not None
         parts = [
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}",
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}",
             f"activation={self.activation!r}",
         ]
         if self.output_features != self.out_features:
@@ -175,6 +172,10 @@ class FusedLinear(FusedLayer):
         self._register_activation_parameters(device, dtype)
         self.reset_parameters()
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., in_features] to [.., output_features]."""
+        return linear_act(x, self.weight, self.bias, self.activation_with_parameters())
+
     def _reset_linear(self) -> None:
         # the calls of nn.Linear in its order, so that a seed gives the same numbers
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -198,6 +199,11 @@ class _NamedLayer(FusedLayer):
         self.linear = nn.Linear(self.in_features, rows, bias=boolean("bias", bias), device=device, dtype=dtype)
         self._register_activation_parameters(device, dtype)
         self._reset_activation_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., in_features] to [.., output_features]."""
+        linear = self.linear
+        return linear_act(x, linear.weight, linear.bias, self.activation_with_parameters())
 
     def _initialise(self) -> None:
         if self._init is not None:

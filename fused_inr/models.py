@@ -71,10 +71,10 @@ class _Network(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw everything again as at construction (also an encoding that has a `reset_parameters`)."""
-        if hasattr(self.encoding, "reset_parameters"):
-            self.encoding.reset_parameters()
-        for layer in self.net:
-            layer.reset_parameters()
+        for module in (self.encoding, *self.net):
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
         if self._init is not None:
             self._init(self)
 

@@ -24,7 +24,7 @@ from fused_inr.init import (
 )
 
 A = fi.activations
-SAMPLES = 400_000
+SAMPLES = 200_000
 
 
 def moments(f, sigma: float) -> tuple[float, float]:
@@ -291,7 +291,7 @@ def spread(net, x) -> list[float]:
 def test_every_preactivation_has_the_standard_deviation_asked_for(activation, sigma_p, distribution):
     torch.manual_seed(0)
     net = fi.MLP(16, 512, 2, 512, activation=activation)
-    vi3nr_init_(net, sigma_p, distribution=distribution, samples=200_000)
+    vi3nr_init_(net, sigma_p, distribution=distribution, samples=100_000)
     wanted = [sigma_p or default_sigma_p(activation)] * 4
     if activation.name == "sine" and sigma_p is None:
         wanted[0] = 1 / (3 * math.sqrt(16))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import boolean, finite_float
-from .walk import fused_layers
+from .walk import fused_layers, sees_coordinates
 
 
 def siren_uniform_(
@@ -60,11 +60,11 @@ def siren_uniform_(
                 raise ValueError("omega must be finite and not 0 in every feature")
             bound = math.sqrt(initc / fan_in) / omega.detach().abs().to(weight)
             return weight.uniform_(-1.0, 1.0, generator=generator).mul_(bound.unsqueeze(1))
-        omega = 1.0 if isinstance(omega, Tensor) and omega.device.type == "meta" else finite_float("omega", omega)
-        if omega == 0:
+        number = 1.0 if isinstance(omega, Tensor) and omega.device.type == "meta" else finite_float("omega", omega)
+        if number == 0:
             raise ValueError("omega must not be 0")
-        bound = math.sqrt(initc / fan_in) / abs(omega)
-        return weight.uniform_(-bound, bound, generator=generator)
+        limit = math.sqrt(initc / fan_in) / abs(number)
+        return weight.uniform_(-limit, limit, generator=generator)
 
 
 def siren_init_(
@@ -90,10 +90,7 @@ def siren_init_(
     Biases stay as they are. Returns `module`. Raises ValueError where a layer has no omega and none is given.
     """
     layers = fused_layers(module)
-    if is_first is None:
-        is_first = getattr(layers[0], "is_first", None)
-        if is_first is None:
-            is_first = module is not layers[0]
+    is_first = sees_coordinates(module, layers) if is_first is None else boolean("is_first", is_first)
     previous = None
     for layer in layers:
         own = layer.activation_with_parameters().params.get("omega")
@@ -109,7 +106,7 @@ def siren_init_(
             chosen = 1.0
         if isinstance(chosen, Tensor) and chosen.dim():
             chosen = chosen.repeat(layer.activation.branches)
-        siren_uniform_(layer.weight, bool(is_first), chosen, flic, initc, generator)
+        siren_uniform_(layer.weight, is_first, chosen, flic, initc, generator)
         previous = own.detach().mean() if isinstance(own, Tensor) else own
         is_first = False
     return module

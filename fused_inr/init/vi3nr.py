@@ -24,7 +24,7 @@ from .. import activations
 from .._checks import boolean, finite_float, one_of, positive_int
 from ..activations import Activation, ActivationMap
 from .siren import _described
-from .walk import fused_layers
+from .walk import Layer, fused_layers, sees_coordinates
 
 #: Pre-activations drawn at a time. On the CPU below the grain size from which PyTorch splits a sum among threads, so
 #: that the bits do not depend on their number.
@@ -102,10 +102,10 @@ def _second_moment(
             f"act_func must be a callable from tensor to tensor, an activation or its name, got {type(f).__name__}"
         )
     device, generator = _source(f, device, generator, seed)
-    branches, features = (f.branches, _features(f)) if isinstance(f, Activation) else (1, 1)
-    outputs = f.outputs if isinstance(f, Activation) else 1
+    branches = outputs = features = 1
     plain = not isinstance(f, Activation)
-    if not plain:
+    if isinstance(f, Activation):
+        branches, outputs, features = f.branches, f.outputs, _features(f)
         # learnable parameters may be half-precision: the estimate is not
         f = f.with_params(**{k: _widened(v, device) for k, v in f.params.items()})
     chunk = max(1, _CHUNK.get(device.type, _CHUNK_DEVICE) // features)
@@ -304,16 +304,13 @@ def vi3nr_init_(
         sigma_p = finite_float("sigma_p", sigma_p, above=0)
     if first_sigma_p is not None:
         first_sigma_p = finite_float("first_sigma_p", first_sigma_p, above=0)
-    if is_first is None:
-        is_first = getattr(layers[0], "is_first", None)
-        if is_first is None:
-            is_first = module is not layers[0]
-    is_first = boolean("is_first", is_first) or sample_input is not None
+    is_first = sees_coordinates(module, layers) if is_first is None else boolean("is_first", is_first)
+    is_first = is_first or sample_input is not None
     bare = is_first and getattr(module, "encoding", None) is None
 
     if any(layer.weight.is_meta for layer in layers):
         return module  # shapes only: there is nothing to fill
-    moments: dict[tuple[Activation, float], float] = {}
+    moments: dict[tuple, float] = {}  # layers with the same activation and sigma share one estimate
     gains: list[float] = []  # all of them before the first weight changes: what is refused leaves the module as it was
     previous: tuple[Activation, float] | None = None
     for layer in layers:
@@ -332,10 +329,12 @@ def vi3nr_init_(
         if previous is None and is_first:
             gains.append(vi3nr_input_gain(sigma, *_input_statistics(module, layers[0], sample_input)))
         else:
-            before = previous or (activation, sigma)
-            if before not in moments:
-                moments[before] = _second_moment(before[1], before[0], samples, seed=seed)
-            gains.append(sigma / math.sqrt(moments[before]))
+            before, sigma_before = previous or (activation, sigma)
+            values = (v.flatten().tolist() if isinstance(v, Tensor) else [v] for v in before.params.values())
+            key = (before.map.key, *map(tuple, values), sigma_before)
+            if key not in moments:
+                moments[key] = _second_moment(sigma_before, before, samples, seed=seed)
+            gains.append(sigma / math.sqrt(moments[key]))
         previous = (activation, sigma)
     for layer, gain in zip(layers, gains):
         fill(layer.weight, gain, generator)
@@ -344,12 +343,12 @@ def vi3nr_init_(
     return module
 
 
-def _input_statistics(module: nn.Module, first: nn.Module, sample_input: Tensor | None) -> tuple[float, float]:
+def _input_statistics(module: nn.Module, first: Layer, sample_input: Tensor | None) -> tuple[float, float]:
     """Mean and standard deviation of what the first layer sees."""
     encoding = getattr(module, "encoding", None)
     if sample_input is None and encoding is None:
         return 0.0, math.sqrt(1 / 3)
-    width = module.in_features if encoding is not None else first.in_features
+    width: int = first.in_features if encoding is None else getattr(module, "in_features")  # noqa: B009 (for mypy)
     weight = first.weight
     if sample_input is None:
         rng = torch.Generator().manual_seed(0)
