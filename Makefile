@@ -100,6 +100,6 @@ check-tools:
 # nothing else would fetch it.
 $(STAMP): $(INGREDIENTS) | check-tools
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77' wheel ninja numpy torch
-	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[fit,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77' numpy torch
+	FUSED_INR_REQUIRE_NATIVE=1 $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[fit,test]'
 	@touch $@

@@ -51,8 +51,8 @@ def parse_activation(text: str) -> Activation:
         raise CliError(f"--activation {text}: {error}") from error
 
 
-def _parameters(text: str, tail: str) -> tuple[dict[str, float], bool]:
-    values: dict[str, float] = {}
+def _parameters(text: str, tail: str) -> tuple[dict[str, Any], bool]:
+    values: dict[str, Any] = {}
     learnable = False
     for item in filter(None, (part.strip() for part in tail.split(","))):
         name, equals, number = (part.strip() for part in item.partition("="))

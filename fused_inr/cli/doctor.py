@@ -6,14 +6,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
-import subprocess
 import warnings
 from typing import Any
 
 import torch
 
-from .. import FusedLinear, __version__, activations, backends
+from .. import FusedLinear, __version__, activations, backends, native
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,7 +41,6 @@ def examine() -> dict[str, Any]:
                 "threads": torch.get_num_threads(),
             },
             "devices": _devices(),
-            "compiler": _compiler(),
             "native": _native(),
             "backends": {
                 name: {"available": usable, "reason": reason} for name, (usable, reason) in backends.available().items()
@@ -90,27 +87,19 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
-def _compiler() -> dict[str, str | None]:
-    """The C++ compiler that would build the native engine, or a formula."""
-    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        path = shutil.which(name)
-        if path is None:
-            continue
-        try:
-            text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        return {"path": path, "version": text.splitlines()[0] if text else None}
-    return {"path": None, "version": None}
-
-
 def _native() -> dict[str, Any]:
-    """Where the native engine comes from."""
-    from .. import native
-
+    """Where the native engine comes from, and what would build it, or a formula."""
     native.load()
     path, reason = native.status()
-    return {"library": None if path is None else str(path), "reason": reason}
+    found: dict[str, Any] = {"library": None if path is None else str(path), "reason": reason}
+    if path is not None:
+        found["capability"] = torch.ops.fused_inr_native.capability()
+    try:
+        command, version = native.compiler()
+        found["compiler"] = f"{' '.join(command)}: {version}"
+    except RuntimeError as error:
+        found["compiler"] = f"none: {error}"
+    return found
 
 
 def _layers() -> list[dict[str, str]]:
@@ -135,18 +124,19 @@ def _text(found: dict[str, Any]) -> str:
     missing = [name for name, version in found["extras"].items() if version is None]
     if missing:
         lines.append(f"  without {', '.join(missing)} (extras fit and test)")
-    cpu, compiler, native = found["cpu"], found["compiler"], found["native"]
+    cpu, engine = found["cpu"], found["native"]
     lines += ["devices", f"  cpu          {cpu['name']}, {cpu['capability']}, {cpu['threads']} threads"]
     for d in found["devices"]:
-        lines.append(
-            f"  {d['device']:<12} {d['name']}, capability {d['capability']}, {d['memory_gib']} GiB, CUDA {d['cuda']}"
-        )
+        about = f"capability {d['capability']}, {d['memory_gib']} GiB, CUDA {d['cuda']}"
+        lines.append(f"  {d['device']:<12} {d['name']}, {about}")
     if not found["devices"]:
         lines.append("  cuda         none that torch sees")
-    lines += ["native engine", f"  library      {native['library'] or 'none: ' + native['reason']}"]
-    lines.append(
-        f"  compiler     {compiler['version'] or 'none found'}" + (f" ({compiler['path']})" * bool(compiler["path"]))
-    )
+    lines.append("native engine")
+    if engine["library"] is None:
+        lines.append(f"  library      none: {engine['reason']}")
+    else:
+        lines.append(f"  library      {engine['library']}, {engine['capability']}")
+    lines.append(f"  compiler     {engine['compiler']}")
     lines.append("backends")
     for name, backend in found["backends"].items():
         lines.append(f"  {name:<12} {'available' if backend['available'] else 'not here: ' + backend['reason']}")

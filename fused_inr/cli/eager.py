@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import Activation
+from ..layers import FusedLayer
 
 
 def _split(z: Tensor, m, w1, w2, w3, w4) -> Tensor:
@@ -47,13 +49,15 @@ _IDIOMS: dict[str, Callable[..., Tensor]] = {
 class EagerLayer(nn.Module):
     """activation(linear(x)) with the weights of a fused layer, as two modules would compute it."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: FusedLayer):
         super().__init__()
-        rows, columns = layer.weight.shape
-        self.linear = nn.Linear(columns, rows, bias=layer.bias is not None, device="meta")
-        self.linear.weight = nn.Parameter(layer.weight.detach().clone())
-        if layer.bias is not None:
-            self.linear.bias = nn.Parameter(layer.bias.detach().clone())
+        weight: Any = layer.weight
+        bias: Any = layer.bias
+        rows, columns = weight.shape
+        self.linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+        self.linear.weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            self.linear.bias = nn.Parameter(bias.detach().clone())
         self.activation: Activation = layer.activation
         self.values: list[float | None] = []  # None: a tensor of this module, learnable or not
         present = layer.activation_with_parameters()
@@ -79,4 +83,4 @@ class EagerLayer(nn.Module):
 
 def eager_twin(model: nn.Module) -> nn.Module:
     """A network of plain PyTorch layers with the weights that `model` (an `MLP`, `SIREN` or `SplitNet`) has now."""
-    return nn.Sequential(*(EagerLayer(layer) for layer in model.net))
+    return nn.Sequential(*(EagerLayer(layer) for layer in model.modules() if isinstance(layer, FusedLayer)))

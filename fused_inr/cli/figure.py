@@ -21,8 +21,8 @@ def draw(target: np.ndarray, reconstruction: np.ndarray, curve: list[float], tit
     for axis, pixels, name in zip(axes, (target, reconstruction), ("target", "reconstruction")):
         axis.imshow(_displayed(pixels), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(name)
-    error = np.abs(reconstruction - target).mean(-1)
-    shown = axes[2].imshow(error, cmap="magma", vmin=0, vmax=max(float(error.max()), 1e-6), interpolation="nearest")
+    off = np.abs(reconstruction - target).mean(-1)
+    shown = axes[2].imshow(off, cmap="magma", vmin=0, vmax=max(float(off.max()), 1e-6), interpolation="nearest")
     axes[2].set_title("absolute error, mean over channels")
     figure.colorbar(shown, ax=axes[2], fraction=0.046)
     for axis in axes[:3]:
