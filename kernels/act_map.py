@@ -106,15 +106,15 @@ def act_map(
     """The level-th derivative map of an activation, element by element; not differentiable by itself.
 
     Args:
-        inputs: the streams in groups, one tensor a group: [z, g, u_z, (u_p_1 .. u_p_P), v_z, ..]; row groups [M, k*N] of any
-            strides, parameter cotangents [] or [N].
+        inputs: the streams in groups, one tensor a group: [z, g, u_z, (u_p_1 .. u_p_P), v_z, ..]; row groups [.., M, k*N] of
+            any strides, parameter cotangents [] or [N].
         params: one tensor ([] or [N]) a parameter, or None for the number in `constants`.
         activation: has `branches`, `outputs` and `triton_map(level, learnable)`.
         level: 0 for the value, n for n vector-Jacobian products.
         learnable: whether parameters are inputs that have gradients.
     Returns:
-        one tensor a group of outputs, in z's type: row groups [M, k*N], parameter gradients [N] summed over rows (float32
-        or float64).
+        one tensor a group of outputs, in z's type: row groups [.., M, k*N], parameter gradients [N] summed over rows
+        (float32 or float64).
     Raises:
         ValueError: if the number of inputs does not fit the level.
     """
@@ -125,6 +125,8 @@ def act_map(
         raise ValueError(
             f"inputs: level {level} of {activation.name!r} takes {len(sizes[0])} groups of streams, got {len(inputs)}"
         )
+    lead = inputs[0].shape[:-1]
+    inputs = [t.reshape(-1, t.shape[-1]) if k and t.dim() != 2 else t for t, k in zip(inputs, sizes[0], strict=True)]
     z = inputs[0]
     M, N = z.shape[0], z.shape[1] // B
     acc = accumulator(z.dtype)
@@ -139,4 +141,6 @@ def act_map(
             total = z.new_empty((1, N), dtype=acc)
             launch_sum(outputs[i].view(1, tiles, N), total)
             outputs[i] = total[0]
+        elif len(lead) != 1:
+            outputs[i] = outputs[i].view(*lead, k * N)
     return outputs

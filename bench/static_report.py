@@ -1,0 +1,197 @@
+"""`fused-inr bench static`: what the compiler makes of every Triton kernel and shipped configuration, without a GPU.
+
+Per architecture: registers, spilled bytes, shared memory, tensor-core, multiply-add and special-function instructions. Compiled
+from the sources each time, in folders of its own, so that no cache answers for code that has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+ARCHS = ("sm80", "sm86", "sm90", "sm100")
+COLUMNS = (
+    ("kernel", "kernel", 16),
+    ("type", "type", 15),
+    ("activation", "activation", 10),
+    ("level", "lv", 2),
+    ("shape", "N x K", 9),
+    ("aligned", "al", 2),
+    ("tile", "tile", 13),
+    ("warps", "w/s", 4),
+    ("registers", "reg", 4),
+    ("spilled", "spill", 5),
+    ("shared", "shared", 7),
+    ("tmem", "tmem", 4),
+    ("tensor", "tensor", 12),
+    ("ffma", "ffma", 6),
+    ("mufu", "mufu", 5),
+    ("frnd", "frnd", 4),
+)
+
+
+def _initialise(cache: str) -> None:
+    # a process in which Triton interprets cannot compile; and no cache but this run's
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(cache, str(os.getpid()))
+
+
+def _compile(job: dict) -> dict:
+    from fused_inr.kernels import aot
+
+    row = aot.compile_job(aot.Job(**job))
+    shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
+    return row
+
+
+def _list_jobs(options: dict) -> list[dict]:
+    """In a worker: listing the jobs imports the kernels, which the caller's process may interpret."""
+    from dataclasses import asdict
+
+    from fused_inr.activations import generated
+    from fused_inr.kernels import aot
+
+    options = dict(options)
+    activations = options.pop("activations")
+    if activations == ["all"]:
+        activations = list(generated.SHAPES)
+    unknown = sorted(set(activations) - set(generated.SHAPES))
+    if unknown:
+        raise ValueError(f"activations: no generated map {unknown[0]!r}; there are: {', '.join(generated.SHAPES)}")
+    wanted = aot.jobs(tuple(options["archs"]), tuple(activations), quick=options["quick"])
+    kernels = options["kernels"]
+    return [asdict(j) for j in wanted if not kernels or j.kernel in kernels]
+
+
+def _version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def run(
+    archs: tuple[str, ...] | list[str] = ("sm80", "sm90", "sm100"),
+    activations: tuple[str, ...] | list[str] = ("sine", "gaussian", "gabor", "split"),
+    *,
+    kernels: tuple[str, ...] | list[str] = (),
+    quick: bool = False,
+    every: int = 1,
+    processes: int = 2,
+    progress: bool = False,
+) -> list[dict]:
+    """Compile and read back; one dict a compilation, `problems` among its keys (empty if it may ship).
+
+    Args:
+        archs: of "sm80", "sm86" (99 KB of shared memory; also 8.9 and 12.x), "sm90", "sm100".
+        activations: names of generated maps, or ["all"].
+        kernels: of "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map", "sum"; empty: all.
+        quick: aligned, one width, two types.
+        every: compile every n-th job only (a sample that is the same each time).
+        processes: worker processes.
+        progress: one line a compilation on stderr.
+    Raises:
+        ValueError: an unknown architecture or activation.
+    """
+    unknown = sorted(set(archs) - set(ARCHS))
+    if unknown:
+        raise ValueError(f"archs: {unknown[0]!r} is not one of {', '.join(ARCHS)}")
+    options = {"archs": list(archs), "activations": list(activations), "kernels": list(kernels), "quick": quick}
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory(prefix="fused_inr_static_") as cache:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, _initialise, (cache,)) as pool:
+            jobs = pool.submit(_list_jobs, options).result()[::every]
+            futures = {pool.submit(_compile, job): i for i, job in enumerate(jobs)}
+            done: dict[int, dict] = {}
+            for count, future in enumerate(as_completed(futures), 1):
+                row = done[futures[future]] = future.result()
+                if progress:
+                    mark = "; ".join(row["problems"]) or "ok"
+                    name = f"{row['arch']} {row['kernel']} {row['activation']} {row['type']}"
+                    print(f"[{count}/{len(jobs)}] {name}: {mark}", file=sys.stderr, flush=True)
+            rows = [done[i] for i in range(len(jobs))]
+    return rows
+
+
+def _cell(row: dict, key: str) -> str:
+    if key == "shape":
+        return f"{row['N']}x{row['K']}"
+    if key == "tile":
+        return "x".join(str(row[k]) for k in ("block_m", "block_n", "block_k") if k in row)
+    if key == "warps":
+        return f"{row.get('num_warps', '?')}/{row.get('num_stages', '-')}"
+    if key == "aligned":
+        return "16" if row["aligned"] else "1"
+    if key == "tensor":
+        return f"{row['tensor']} {row['tensor_op']}" if row.get("tensor") else "-"
+    if key == "ffma":
+        return str(row["ffma"] + row["ffma2"]) if "ffma" in row else "-"
+    return str(row.get(key, "-"))
+
+
+def table(rows: list[dict]) -> str:
+    """The report as text, one table an architecture, problems under their row."""
+    lines = []
+    for arch, group in itertools.groupby(sorted(rows, key=lambda r: ARCHS.index(r["arch"])), key=lambda r: r["arch"]):
+        of_arch = list(group)
+        lines += ["", arch, "  ".join(title.ljust(width) for _, title, width in COLUMNS)]
+        for row in of_arch:
+            lines.append("  ".join(_cell(row, key).ljust(width) for key, _, width in COLUMNS).rstrip())
+            lines += [f"    ! {p}" for p in row["problems"]]
+        bad = sum(bool(r["problems"]) for r in of_arch)
+        most = max((r.get("registers", 0) for r in of_arch), default=0)
+        lines.append(
+            f"{arch}: {len(of_arch)} compiled, {bad} with a problem, {sum(r.get('spilled', 0) for r in of_arch)} bytes "
+            f"spilled, {most} registers at most, {max(r.get('shared', 0) for r in of_arch)} bytes of shared memory at most"
+        )
+    return "\n".join(lines[1:])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 if a shipped configuration has a problem; under another Triton than 3.7 problems are only reported."""
+    parser = argparse.ArgumentParser(prog="fused-inr bench static", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm80", "sm90", "sm100"], help="architectures")
+    parser.add_argument("--activation", nargs="+", default=["sine", "gaussian", "gabor", "split"], help='or "all"')
+    parser.add_argument("--kernel", nargs="+", default=[], help="forward input_grad gz gz_from_z weight_grad act_map sum")
+    parser.add_argument("--quick", action="store_true", help="aligned, one width, two types: a minute or two")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th compilation only")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        version = _version()
+    except ImportError:
+        print("fused-inr bench static: Triton is not installed (pip install 'triton>=3.6'; Linux)", file=sys.stderr)
+        return 2
+    if arguments.every < 1 or arguments.processes < 1:
+        parser.error("--every and --processes take a number of 1 or more")
+    try:
+        rows = run(
+            arguments.arch, arguments.activation, kernels=arguments.kernel, quick=arguments.quick, every=arguments.every,
+            processes=arguments.processes, progress=sys.stderr.isatty(),
+        )  # fmt: skip
+    except ValueError as error:
+        print(f"fused-inr bench static: {error}", file=sys.stderr)
+        return 2
+    print(f"Triton {version}")
+    print(table(rows))
+    if arguments.json:
+        report = {"triton": version, "rows": rows}
+        temporary = arguments.json.with_name(arguments.json.name + ".tmp")
+        temporary.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        os.replace(temporary, arguments.json)
+    bad = any(row["problems"] for row in rows)
+    # the bound of no spill is on the Triton that torch 2.13 requires
+    return 1 if bad and version.startswith("3.7.") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""Every kernel and shipped configuration, compiled ahead of time: no GPU and no driver needed, only Triton's own tools.
+
+A compile that succeeds proves little: over 512 columns of tensor memory Triton emits a body of `trap`, shared memory beyond
+the device's is not refused, and `tl.sin` alone "spills" a table. So each result is read back: ptxas' stack, local loads and
+stores, shared and tensor memory, and which instructions the SASS holds.
+
+Not for a process in which Triton interprets (TRITON_INTERPRET=1): the two do not go together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import act_map, linear_act, maps, tune
+
+ROWS = 65536
+_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation: a kernel ("forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map", "sum") with shapes."""
+
+    arch: str
+    kernel: str
+    dtype: torch.dtype
+    precision: str
+    activation: str
+    N: int
+    K: int
+    aligned: bool = True
+    learnable: bool = False
+    level: int = 0
+
+    def describe(self) -> dict[str, object]:
+        type_name = str(self.dtype).removeprefix("torch.")
+        return {
+            "arch": self.arch,
+            "kernel": self.kernel + ("" if not self.learnable else "+params"),
+            "type": type_name if self.dtype != torch.float32 else f"float32 {self.precision}",
+            "activation": self.activation,
+            "level": self.level,
+            "N": self.N,
+            "K": self.K,
+            "aligned": self.aligned,
+        }
+
+
+class _Arguments:
+    """A launch's arguments as Triton's JIT would specialise them: 1 becomes a constant, multiples of 16 are marked."""
+
+    def __init__(self, kernel, aligned: bool):
+        self.kernel, self.aligned = kernel, aligned
+        self.names = kernel.arg_names
+        self.fixed = {p.name for p in kernel.params if p.do_not_specialize}
+        self.signature: dict[str, object] = {}
+        self.constants: dict[tuple[int, ...], object] = {}
+        self.attributes: dict[tuple[int, ...], list] = {}
+
+    def constant(self, **values) -> None:
+        for name, value in values.items():
+            self.signature[name] = "constexpr"
+            self.constants[self.names.index(name),] = value
+
+    def pointer(self, name: str, dtype: torch.dtype | None) -> None:
+        if dtype is None:
+            self.constant(**{name: None})
+            return
+        self.signature[name] = _POINTER[dtype]
+        if self.aligned:
+            self.attributes[self.names.index(name),] = [["tt.divisibility", 16]]
+
+    def integers(self, **values: int) -> None:
+        for name, value in values.items():
+            if value == 1 and name not in self.fixed:
+                self.constant(**{name: 1})
+                continue
+            self.signature[name] = "i32"
+            if value % 16 == 0 and name not in self.fixed:
+                self.attributes[self.names.index(name),] = [["tt.divisibility", 16]]
+
+    def tuple(self, name: str, types: Iterable[str]) -> None:
+        """Scalars "fp32", pointers, and "one" for a stride of 1."""
+        path = self.names.index(name)
+        entries = []
+        for i, t in enumerate(types):
+            if t == "one":
+                entries.append("constexpr")
+                self.constants[path, i] = 1
+                continue
+            entries.append(t)
+            if t.startswith("*") and self.aligned or t == "i32" and self.aligned:
+                self.attributes[path, i] = [["tt.divisibility", 16]]
+        self.signature[name] = tuple(entries)
+
+    def compile(self, capability: int, options: dict):
+        signature = {n: self.signature[n] for n in self.names}
+        source = ASTSource(self.kernel, signature, self.constants, self.attributes)
+        launch = {k: v for k, v in options.items() if k.islower()}
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+
+
+def _params(arguments: _Arguments, job: Job, P: int) -> int:
+    """Learnable: each a tensor [N]; else a number each. Returns POINTERS."""
+    if job.learnable:
+        arguments.tuple("params", [_POINTER[torch.float32]] * P)
+        arguments.tuple("param_strides", ["one"] * P)
+        return (1 << P) - 1
+    arguments.tuple("params", ["fp32"] * P)
+    arguments.tuple("param_strides", ["i32"] * P)
+    return 0
+
+
+def _matrix(arguments: _Arguments, job: Job, letter: str, columns: int, names: str = "gmk") -> None:
+    """Strides of a contiguous [G, ROWS, columns], a column longer when unaligned."""
+    row = columns if job.aligned else columns + 1
+    values = {"g": ROWS * row + (0 if job.aligned else 1), "m": row, "n": row if "m" not in names else 1, "k": 1}
+    arguments.integers(**{f"stride_{letter}{n}": values[n] for n in names})
+
+
+def _shape(name: str):
+    from fused_inr.activations import generated
+
+    return generated.SHAPES[name]
+
+
+def build(job: Job) -> tuple[_Arguments, dict]:
+    """The kernel's arguments and its launch options."""
+    f32 = torch.float32
+    if job.kernel == "sum":
+        arguments = _Arguments(linear_act.sum_kernel, job.aligned)
+        arguments.pointer("in_ptr", f32)
+        arguments.pointer("out_ptr", job.dtype)
+        arguments.integers(S=ROWS, L=job.N, chunk=tune.SUM.chunk, CHUNKS=256)
+        arguments.constant(ACC=tl.float32, BLOCK_S=tune.SUM.block_s, BLOCK_L=tune.SUM.block_l)
+        return arguments, {"num_warps": tune.SUM.num_warps, "enable_fp_fusion": True}
+    B, C, P = (1, 1, 0) if job.kernel in ("input_grad", "weight_grad") else _shape(job.activation)
+    precision = linear_act.dot_precision(job.dtype, job.precision)
+    common = dict(PRECISION=precision, UPCAST=False, ACC=tl.float32)
+    N, K = job.N, job.K
+    if job.kernel == "weight_grad":
+        arguments = _Arguments(linear_act.weight_grad_kernel, job.aligned)
+        config = tune.pick(job.arch, "weight_grad", tune.kind(N, K), job.dtype, job.precision, 1, N, K)
+        arguments.pointer("gz_ptr", job.dtype)
+        arguments.pointer("x_ptr", job.dtype)
+        arguments.pointer("out_ptr", f32)
+        arguments.integers(M=ROWS, N=N, K=K, rows=4096, SPLITS=16, stride_gzg=ROWS * N, stride_gzm=N)
+        _matrix(arguments, job, "x", K)
+        arguments.constant(DOT_PRODUCT=config.dot, **common, **_blocks(config))
+        return arguments, config.options()
+    if job.kernel == "act_map":
+        return _build_act_map(job, B, C, P)
+    forward = job.kernel in ("forward", "input_grad")
+    kernel = linear_act.forward_kernel if forward else linear_act.gz_kernel
+    op = "forward" if forward else "gz"
+    kind = tune.MAP if job.kernel == "gz_from_z" else tune.kind(N, K)
+    config = tune.pick(job.arch, op, kind, job.dtype, job.precision, B, N, K)
+    arguments = _Arguments(kernel, job.aligned)
+    arguments.pointer("x_ptr", job.dtype)
+    arguments.pointer("w_ptr", job.dtype)
+    biased = job.kernel != "input_grad"
+    arguments.pointer("b_ptr", job.dtype if biased else None)
+    pointers = _params(arguments, job, P)
+    arguments.integers(M=ROWS, N=N, K=K, stride_bg=B * N, stride_b=1)
+    _matrix(arguments, job, "x", K)
+    if job.kernel == "input_grad":  # the weight [K, N] of the layer, transposed
+        arguments.integers(stride_wg=N * K, stride_wn=1, stride_wk=N if job.aligned else N + 1)
+    else:
+        arguments.integers(stride_wg=B * N * K, stride_wn=K if job.aligned else K + 1, stride_wk=1)
+    mode = 0 if job.dtype == f32 and job.precision in ("ieee", "tf32x3", "bf16x3") else 1
+    common.update(MODE=mode, B=B, C=C, POINTERS=pointers, HAS_BIAS=biased, KIND=kind, **_blocks(config))
+    if forward:
+        arguments.pointer("y_ptr", job.dtype)
+        arguments.pointer("z_ptr", None)
+        arguments.integers(stride_yg=ROWS * C * N, stride_ym=C * N, stride_zg=0, stride_zm=0)
+        function = linear_act.identity if job.kernel == "input_grad" else maps.get(job.activation, 0)
+        arguments.constant(MAP=function, SAVE_Z=False, **common)
+    else:
+        from_z = job.kernel == "gz_from_z"
+        arguments.pointer("g_ptr", job.dtype)
+        arguments.pointer("z_ptr", f32 if from_z else None)
+        arguments.pointer("gz_ptr", job.dtype)
+        arguments.pointer("gb_ptr", f32)
+        arguments.pointer("gp_ptr", f32 if job.learnable else None)
+        _matrix(arguments, job, "g", C * N, "gm")
+        arguments.integers(stride_gn=1, stride_zg=ROWS * B * N if from_z else 0, stride_zm=B * N if from_z else 0)
+        function = maps.get(job.activation, 1, job.learnable)
+        arguments.constant(
+            MAP=function, P=P if job.learnable else 0, HAS_Z=from_z, WRITE_GZ=True, WRITE_GB=True, **common
+        )
+    return arguments, config.options()
+
+
+def _blocks(config: tune.Config) -> dict[str, int]:
+    return {k: v for k, v in config.options().items() if k.startswith("BLOCK")}
+
+
+def _build_act_map(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
+    sizes = act_map.groups(job.level, job.learnable, B, C, P)
+    streams = sum(max(1, k) for k in sizes[0] + sizes[1])
+    config = tune.pick_map(job.arch, streams, job.N)
+    arguments = _Arguments(act_map.act_map_kernel, job.aligned)
+    f32 = _POINTER[torch.float32]
+    arguments.tuple("in_ptrs", [f32] * len(sizes[0]))
+    arguments.tuple("in_strides_m", ["i32"] * len(sizes[0]))
+    arguments.tuple("in_strides_n", ["one"] * len(sizes[0]))
+    arguments.tuple("out_ptrs", [f32] * len(sizes[1]))
+    pointers = _params(arguments, job, P)
+    arguments.integers(M=ROWS, N=job.N)
+    first = tuple(sum(max(1, k) for k in sizes[1][:i]) for i in range(len(sizes[1])))
+    arguments.constant(
+        MAP=maps.get(job.activation, job.level, job.learnable), MODE=0, IN=sizes[0], OUT=sizes[1], FIRST=first,
+        POINTERS=pointers, ACC=tl.float32, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+    )  # fmt: skip
+    return arguments, config.options()
+
+
+# ---------------------------------------------------------------- what came out
+
+_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", re.M)
+_TENSOR = re.compile(r"HMMA|HGMMA|UTC\w*MMA|IMMA|QGMMA")
+
+
+def _tool(name: str, *arguments: str) -> str:
+    result = subprocess.run([os.path.join(_TOOLS, name), *arguments], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{name} failed: {result.stderr.strip()[:400]}")
+    return result.stdout
+
+
+def compile_job(job: Job) -> dict[str, object]:
+    """Compile one job; a row of the report: what it is, the configuration, resources, instruction counts, problems."""
+    start = time.perf_counter()
+    row = job.describe()
+    try:
+        arguments, options = build(job)
+        row.update({k.lower(): v for k, v in options.items() if k != "enable_fp_fusion"})
+        row.update({k.lower(): v for k, v in _block_constants(arguments).items()})
+        compiled = arguments.compile(tune.CAPABILITY[job.arch], options)
+        row.update(inspect(compiled))
+    except Exception as error:  # a row of its own, not the end of the report
+        row.update(problems=[f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"])
+        return row
+    row["seconds"] = round(time.perf_counter() - start, 2)
+    row["problems"] = problems(job, row)
+    return row
+
+
+def _block_constants(arguments: _Arguments) -> dict[str, int]:
+    names = arguments.names
+    return {names[k[0]]: v for k, v in arguments.constants.items() if names[k[0]].startswith("BLOCK") and len(k) == 1}
+
+
+def inspect(compiled) -> dict[str, object]:
+    """Registers, stack and local memory (bytes; what ptxas spilled), shared and tensor memory, instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", f.name)
+        sass = _tool("nvdisasm", "-c", f.name)
+    ops = Counter(_INSTRUCTION.findall(sass))
+    resource = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    tensor = Counter({op: n for op, n in ops.items() if _TENSOR.fullmatch(op)})
+    return {
+        "registers": resource.get("REG", -1),
+        "spilled": resource.get("STACK", 0) + resource.get("LOCAL", 0),
+        "local": ops["LDL"] + ops["STL"],
+        "shared": int(compiled.metadata.shared),
+        "tmem": int(getattr(compiled.metadata, "tmem_size", 0) or 0),
+        "trap": bool(re.search(r"^\s*trap;", compiled.asm["ptx"], re.M)),
+        "tensor": sum(tensor.values()),
+        "tensor_op": "+".join(sorted(tensor)) or "-",
+        "ffma": ops["FFMA"],
+        "ffma2": ops["FFMA2"],
+        "mufu": ops["MUFU"],
+        "frnd": ops["FRND"],
+        "instructions": sum(ops.values()),
+    }
+
+
+def problems(job: Job, row: dict) -> list[str]:
+    """What a shipped configuration must not have; empty if it may ship."""
+    found = []
+    if row["spilled"] or row["local"]:
+        found.append(f"{row['spilled']} bytes of stack, {row['local']} local loads and stores")
+    limit = tune.SHARED_LIMIT[job.arch]
+    if row["shared"] > limit:
+        found.append(f"{row['shared']} bytes of shared memory, {job.arch} has {limit}")
+    if row["tmem"] > 512:
+        found.append(f"{row['tmem']} columns of tensor memory of 512")
+    if row["trap"]:
+        found.append("the PTX traps")
+    product = job.kernel in ("forward", "input_grad", "gz", "weight_grad")
+    dot = product and tune.kind(job.N, job.K) == tune.DOT
+    ieee = job.dtype == torch.float32 and job.precision == "ieee"
+    if dot and not ieee and not row["tensor"]:
+        found.append("no tensor-core instruction")
+    if dot and ieee and not row["ffma"] + row["ffma2"]:
+        found.append("no multiply-add")
+    return found
+
+
+# ---------------------------------------------------------------- which jobs
+
+_TYPES = tune.TYPES
+#: One activation a branch count; the rest of the registry differs from them in the map alone.
+REPRESENTATIVES = ("sine", "gaussian", "gabor", "split")
+
+
+def jobs(
+    archs: tuple[str, ...] = ("sm80", "sm90", "sm100"),
+    activations: tuple[str, ...] = REPRESENTATIVES,
+    *,
+    quick: bool = False,
+) -> list[Job]:
+    """Every kernel x shipped configuration x type x alignment, for these activations (each brings its branch count).
+
+    quick: aligned, one width class and the types that differ most, for a look in a minute or two.
+    """
+    result: dict[Job, None] = {}
+    widths = (256,) if quick else tune.WIDTHS
+    alignments = (True,) if quick else (True, False)
+    for arch in archs:
+        for dtype, precision in _TYPES:
+            if quick and (dtype, precision) not in ((torch.float32, "tf32"), (torch.bfloat16, "ieee")):
+                continue
+            for aligned in alignments:
+                base = dict(arch=arch, dtype=dtype, precision=precision, aligned=aligned)
+                narrow = [(256, 2)] + ([] if quick else [(256, 3), (3, 256), (1, 256)])
+                shapes = [(w, w) for w in widths] + narrow
+                for name in activations:
+                    for N, K in shapes:
+                        for kernel in ("forward", "gz"):
+                            result[Job(kernel=kernel, activation=name, N=N, K=K, **base)] = None
+                    N = K = widths[-1]
+                    result[Job(kernel="gz_from_z", activation=name, N=N, K=K, **base)] = None
+                    if _shape(name)[2] and not quick:
+                        result[Job(kernel="gz", activation=name, N=N, K=K, learnable=True, **base)] = None
+                        result[Job(kernel="gz_from_z", activation=name, N=N, K=K, learnable=True, **base)] = None
+                for N, K in [*shapes, *([] if quick else [(256, 64), (64, 256), (1024, 256)])]:
+                    result[Job(kernel="weight_grad", activation="-", N=N, K=K, **base)] = None
+                    result[Job(kernel="input_grad", activation="identity", N=K, K=N, **base)] = None
+        for aligned in alignments:
+            base = dict(arch=arch, dtype=torch.float32, precision="ieee", aligned=aligned, N=256, K=256)
+            result[Job(kernel="sum", activation="-", **base)] = None
+            for name in activations:
+                for learnable, top in ((False, 3), (True, 2)):
+                    if learnable and not _shape(name)[2]:
+                        continue
+                    for level in range(1 if learnable else 0, (1 if quick else top) + 1):
+                        result[Job(kernel="act_map", activation=name, level=level, learnable=learnable, **base)] = None
+    return list(result)
