@@ -35,6 +35,12 @@ def groups(level: int, learnable: bool, B: int, C: int, P: int) -> tuple[tuple[i
 # ---------------------------------------------------------------- kernel
 
 
+@triton.constexpr_function
+def _at(sizes, i):
+    """An element of a constexpr tuple as a constexpr (indexing gives a plain int, which static_range refuses)."""
+    return sizes[i]
+
+
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
 def act_map_kernel(
     in_ptrs, in_strides_m, in_strides_n, params, param_strides, out_ptrs, M, N,
@@ -53,7 +59,7 @@ def act_map_kernel(
     for i in tl.static_range(len(in_ptrs)):
         if IN[i] > 0:
             tile = in_ptrs[i] + offs_m[:, None] * in_strides_m[i]
-            for k in tl.static_range(IN[i]):
+            for k in tl.static_range(_at(IN, i)):
                 v = tl.load(tile + (k * N + offs_n)[None, :] * in_strides_n[i], mask=mask, other=0.0)
                 args = args + (v.to(ACC),)
         else:
@@ -64,7 +70,7 @@ def act_map_kernel(
     out = MAP(*args, MODE=MODE)
     for i in tl.static_range(len(out_ptrs)):
         if OUT[i] > 0:
-            for k in tl.static_range(OUT[i]):
+            for k in tl.static_range(_at(OUT, i)):
                 tile = out_ptrs[i] + offs_m[:, None] * (OUT[i] * N) + (k * N + offs_n)[None, :]
                 tl.store(tile, out[FIRST[i] + k].to(out_ptrs[i].dtype.element_ty), mask=mask)
         else:  # rows outside may hold anything: they must not reach the sum
