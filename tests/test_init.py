@@ -364,6 +364,16 @@ def test_network_init_is_reproducible():
     assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters()))
 
 
+def test_equal_learnable_values_count_as_the_constant():
+    weights = []
+    for learnable, per_feature in ((False, False), (True, False), (True, True)):
+        net = fi.SIREN(2, 16, 1, 3, learnable=learnable, per_feature=per_feature)
+        vi3nr_init_(net, 0.1, samples=1000, generator=torch.Generator().manual_seed(0))
+        weights.append([layer.weight for layer in net.net])
+    for others in weights[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(weights[0], others))
+
+
 def test_default_sigma_p():
     assert default_sigma_p(A.gaussian(sigma=0.05)) == pytest.approx(0.0777, abs=1e-4)
     # the same bump in the other parametrisation
