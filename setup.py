@@ -1,7 +1,8 @@
 """Builds the native CPU engine into the package where PyTorch is there to build against; see fused_inr/native.py.
 
-Metadata stands in pyproject.toml. Without PyTorch (an isolated build), without a compiler, or where the compiler fails, the
-package installs all the same and compiles the engine on first use; FUSED_INR_REQUIRE_NATIVE=1 makes a failure an error.
+Metadata stands in pyproject.toml. Without PyTorch (an isolated build), without a compiler, or where the compiler fails,
+the package installs all the same and compiles the engine on first use; FUSED_INR_REQUIRE_NATIVE=1 makes a failure an
+error.
 """
 
 import importlib.util
@@ -42,8 +43,11 @@ class BuildNative(build_ext):
 def _extensions():
     if importlib.util.find_spec("torch") is None:
         if os.environ.get("FUSED_INR_REQUIRE_NATIVE") == "1":
-            raise SystemExit("FUSED_INR_REQUIRE_NATIVE=1: PyTorch is not importable in this build (--no-build-isolation?)")
-        print("fused_inr: no PyTorch in this build: a wheel without the native engine, which first use compiles", file=sys.stderr)
+            raise SystemExit("FUSED_INR_REQUIRE_NATIVE=1: no PyTorch in this build (--no-build-isolation?)")
+        print(
+            "fused_inr: no PyTorch in this build: no native engine in this wheel; first use compiles it",
+            file=sys.stderr,
+        )
         return []
     return [Extension("fused_inr._C", sources=[], optional=True)]
 

@@ -41,7 +41,15 @@ _CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
 _SHIPPED = ("generic", "avx2", "avx512") if _X86 else ("generic",)
 
 # NaN, infinities and signed zeros keep their meaning: no -ffast-math.
-_KERNEL_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_KERNEL_FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+)
 _OPS_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-g0")
 
 _logger = logging.getLogger("fused_inr")
@@ -84,6 +92,13 @@ def _stamp_of(library: Path) -> str | None:
     return data[begin : data.index(b";", begin)].decode()
 
 
+def _usable(library: Path, stamp: str) -> bool:
+    try:
+        return _stamp_of(library) == stamp
+    except (OSError, ValueError):
+        return False
+
+
 def compiler() -> tuple[list[str], str]:
     """The C++ compiler as a command, and its version: `$CXX`, else g++, clang++ or c++."""
     if sys.platform == "win32":
@@ -108,7 +123,8 @@ def compiler() -> tuple[list[str], str]:
 def cache_folder(base: Path | None = None) -> Path:
     """A folder for compiled code that only this user can write; `base` replaces the user's cache folder.
 
-    Raises RuntimeError where the folder belongs to somebody else or others can write to it: what lies there is loaded as code.
+    Raises RuntimeError where the folder belongs to somebody else or others can write to it: what lies there is loaded
+    as code.
     """
     root = base or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "fused_inr"
@@ -119,7 +135,9 @@ def cache_folder(base: Path | None = None) -> Path:
     if found.st_uid != os.getuid():
         raise RuntimeError(f"{folder} belongs to another user; compiled code is not loaded from there")
     if found.st_mode & 0o022:
-        raise RuntimeError(f"{folder} can be written by others (chmod 700 mends it); compiled code is not loaded from there")
+        raise RuntimeError(
+            f"{folder} can be written by others (chmod 700 mends it); compiled code is not loaded from there"
+        )
     return folder
 
 
@@ -127,9 +145,15 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _cached_library(folder: Path, base: Path | None) -> Path:
-    _, version = compiler()
-    return cache_folder(base) / f"engine_{_digest(_stamp(folder), version, platform.machine())}.so"
+def cached_library(base: Path | None = None, capabilities: Sequence[str] = _SHIPPED) -> Path:
+    """The engine's library in the cache, compiled now if it is not there."""
+    stamp, (_, version) = _stamp(sources()), compiler()
+    digest = _digest(stamp, version, platform.machine(), *capabilities)
+    library = cache_folder(base) / f"engine_{digest}.so"
+    if not _usable(library, stamp):
+        _logger.warning("fused_inr: compiling the native CPU engine (about a minute, once) into %s", library.parent)
+        build(library, capabilities=capabilities)
+    return library
 
 
 # -- building
@@ -163,8 +187,8 @@ def _workers() -> int:
 def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SHIPPED) -> Path:
     """Compile the engine against the installed PyTorch into the library `target`, and return it.
 
-    Everything happens in a temporary folder beside `target`, which is then renamed: two builds at once, or a killed one, leave
-    a whole library or none. Raises RuntimeError with the first error of the compiler.
+    Everything happens in a temporary folder beside `target`, and the library is then renamed: two builds at once, or a
+    killed one, leave a whole library or none. Raises RuntimeError with the first error of the compiler.
     """
     target = Path(target)
     folder = sources()
@@ -187,7 +211,9 @@ def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SH
     units: list[tuple[str, list[str], str]] = [("ops.cpp", ops, "ops")]  # the longest first
     for name in reversed(capabilities):
         for scalar in ("float", "double"):
-            units.append(("cpu/maps.cpp", [*_kernel_flags(name), f"-DFUSED_INR_SCALAR={scalar}"], f"maps_{scalar}_{name}"))
+            units.append(
+                ("cpu/maps.cpp", [*_kernel_flags(name), f"-DFUSED_INR_SCALAR={scalar}"], f"maps_{scalar}_{name}")
+            )
         units.append(("cpu/engine.cpp", _kernel_flags(name), f"engine_{name}"))
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -210,31 +236,15 @@ def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SH
         library = Path(temporary) / target.name
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         search = f"-L{torch_folder / 'lib'}"
-        _run([*command, "-shared", *objects, "-o", str(library), search, "-ltorch_cpu", "-lc10", *openmp, *undefined], verbose)
+        _run(
+            [*command, "-shared", *objects, "-o", str(library), search, "-ltorch_cpu", "-lc10", *openmp, *undefined],
+            verbose,
+        )
         os.replace(library, target)
     return target
 
 
 # -- loading
-
-
-def _usable(library: Path, stamp: str) -> bool:
-    try:
-        return _stamp_of(library) == stamp
-    except (OSError, ValueError):
-        return False
-
-
-def _find_or_build(base: Path | None) -> Path:
-    folder = sources()
-    stamp = _stamp(folder)
-    if base is None and _usable(_PACKAGED, stamp):
-        return _PACKAGED
-    library = _cached_library(folder, base)
-    if not _usable(library, stamp):
-        _logger.warning("fused_inr: compiling the native CPU engine (about a minute, once) into %s", library.parent)
-        build(library)
-    return library
 
 
 def load(cache: Path | None = None) -> bool:
@@ -246,8 +256,11 @@ def load(cache: Path | None = None) -> bool:
     with _lock:
         if _state is None:
             try:
-                library = _find_or_build(cache)
-                torch.ops.load_library(str(library))
+                packaged = cache is None and _usable(_PACKAGED, _stamp(sources()))
+                library = _PACKAGED if packaged else cached_library(cache)
+                # one process, one engine: a second registration of its operators would end the process
+                if not hasattr(torch.ops.fused_inr_native, "stamp"):
+                    torch.ops.load_library(str(library))
                 _state = (library, "")
             except Exception as error:  # whatever it is, the reference serves instead, and says why
                 _state = (None, f"{error}")
@@ -267,8 +280,9 @@ def status() -> tuple[Path | None, str]:
 def compile_maps(key: str, source: str, cache: Path | None = None) -> ctypes.Array:
     """Compile the generated C++ `source` of one activation, and register it with the engine under `key`.
 
-    `source` is what `fused_inr.activations.emit.cpp_source` prints for one map. Returns the table: branches, outputs, parameters,
-    then the addresses of its functions. Raises RuntimeError where there is no engine, no compiler, or an error in the source.
+    `source` is what `fused_inr.activations.emit.cpp_source` prints for one map. Returns the table: branches, outputs,
+    parameters, then the addresses of its functions. Raises RuntimeError where there is no engine, no compiler, or an
+    error in the source.
     """
     if not load():
         raise RuntimeError(f"the native engine is not available: {status()[1]}")
