@@ -66,7 +66,7 @@ def _list_jobs(options: dict) -> list[dict]:
     unknown = sorted(set(activations) - set(generated.SHAPES))
     if unknown:
         raise ValueError(f"activations: no generated map {unknown[0]!r}; there are: {', '.join(generated.SHAPES)}")
-    wanted = aot.jobs(tuple(options["archs"]), tuple(activations), quick=options["quick"])
+    wanted = aot.jobs(tuple(options["archs"]), tuple(activations), scope=options["scope"])
     kernels = options["kernels"]
     return [asdict(j) for j in wanted if not kernels or j.kernel in kernels]
 
@@ -79,10 +79,10 @@ def _version() -> str:
 
 def run(
     archs: tuple[str, ...] | list[str] = ("sm80", "sm90", "sm100"),
-    activations: tuple[str, ...] | list[str] = ("sine", "gaussian", "gabor", "split"),
+    activations: tuple[str, ...] | list[str] = ("sine", "gabor", "split"),
     *,
     kernels: tuple[str, ...] | list[str] = (),
-    quick: bool = False,
+    scope: str = "default",
     every: int = 1,
     processes: int = 2,
     progress: bool = False,
@@ -93,17 +93,20 @@ def run(
         archs: of "sm80", "sm86" (99 KB of shared memory; also 8.9 and 12.x), "sm90", "sm100".
         activations: names of generated maps, or ["all"].
         kernels: of "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map", "sum"; empty: all.
-        quick: aligned, one width, two types.
+        scope: "default": every configuration and type; "quick": one width, two types; "full": unaligned operands, odd widths
+            and learnable parameters as well.
         every: compile every n-th job only (a sample that is the same each time).
         processes: worker processes.
         progress: one line a compilation on stderr.
     Raises:
-        ValueError: an unknown architecture or activation.
+        ValueError: an unknown architecture, activation or scope.
     """
+    if scope not in ("quick", "default", "full"):
+        raise ValueError(f"scope: {scope!r} is not one of quick, default, full")
     unknown = sorted(set(archs) - set(ARCHS))
     if unknown:
         raise ValueError(f"archs: {unknown[0]!r} is not one of {', '.join(ARCHS)}")
-    options = {"archs": list(archs), "activations": list(activations), "kernels": list(kernels), "quick": quick}
+    options = {"archs": list(archs), "activations": list(activations), "kernels": list(kernels), "scope": scope}
     rows: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="fused_inr_static_") as cache:
         context = multiprocessing.get_context("spawn")
@@ -159,9 +162,13 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 1 if a shipped configuration has a problem; under another Triton than 3.7 problems are only reported."""
     parser = argparse.ArgumentParser(prog="fused-inr bench static", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm80", "sm90", "sm100"], help="architectures")
-    parser.add_argument("--activation", nargs="+", default=["sine", "gaussian", "gabor", "split"], help='or "all"')
+    parser.add_argument("--activation", nargs="+", default=["sine", "gabor", "split"], help='or "all"')
     parser.add_argument("--kernel", nargs="+", default=[], help="forward input_grad gz gz_from_z weight_grad act_map sum")
-    parser.add_argument("--quick", action="store_true", help="aligned, one width, two types: a minute or two")
+    scope = parser.add_mutually_exclusive_group()
+    scope.add_argument("--quick", action="store_const", dest="scope", const="quick", help="one width, two types")
+    scope.add_argument(
+        "--full", action="store_const", dest="scope", const="full", help="unaligned operands, odd widths, learnable parameters"
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th compilation only")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
@@ -175,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--every and --processes take a number of 1 or more")
     try:
         rows = run(
-            arguments.arch, arguments.activation, kernels=arguments.kernel, quick=arguments.quick, every=arguments.every,
+            arguments.arch, arguments.activation, kernels=arguments.kernel, scope=arguments.scope or "default", every=arguments.every,
             processes=arguments.processes, progress=sys.stderr.isatty(),
         )  # fmt: skip
     except ValueError as error:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -316,51 +316,66 @@ def problems(job: Job, row: dict) -> list[str]:
 
 # ---------------------------------------------------------------- which jobs
 
-_TYPES = tune.TYPES
-#: One activation a branch count; the rest of the registry differs from them in the map alone.
-REPRESENTATIVES = ("sine", "gaussian", "gabor", "split")
+#: One activation a branch count (1, 2, 4); the rest of the registry differs from them in the map alone.
+REPRESENTATIVES = ("sine", "gabor", "split")
 
 
 def jobs(
     archs: tuple[str, ...] = ("sm80", "sm90", "sm100"),
     activations: tuple[str, ...] = REPRESENTATIVES,
     *,
-    quick: bool = False,
+    scope: str = "default",
 ) -> list[Job]:
-    """Every kernel x shipped configuration x type x alignment, for these activations (each brings its branch count).
+    """Every kernel x shipped configuration x type, for these activations (each brings its branch count).
 
-    quick: aligned, one width class and the types that differ most, for a look in a minute or two.
+    scope: "full" adds unaligned operands, maps with learnable parameters in every kernel and odd widths; "quick" keeps one
+    width, and tf32 and bfloat16 of the types.
     """
-    result: dict[Job, None] = {}
+    result: dict[object, Job] = {}
+
+    def add(**what) -> None:
+        """Once for each different compilation: shapes that lead to one configuration do so to one program."""
+        job = Job(**what)
+        op = {"input_grad": "forward", "gz_from_z": "gz"}.get(job.kernel, job.kernel)
+        key: object = job
+        if op in ("forward", "gz", "weight_grad"):
+            kind = tune.MAP if job.kernel == "gz_from_z" else tune.kind(job.N, job.K)
+            B = 1 if job.activation == "-" else _shape(job.activation)[0]
+            config = tune.pick(job.arch, op, kind, job.dtype, job.precision, B, job.N, job.K)
+            multiples = (job.N % 16 == 0, job.K % 16 == 0, job.N == 1)
+            key = (replace(job, N=0, K=0), kind, config, multiples)
+        result.setdefault(key, job)
+
+    quick, full = scope == "quick", scope == "full"
     widths = (256,) if quick else tune.WIDTHS
-    alignments = (True,) if quick else (True, False)
+    shapes = [(w, w) for w in reversed(widths)] + [(256, 2)]  # the widest first: the rest repeats it where it is no different
+    shapes += [] if quick else [(3, 256)]
+    shapes += [(256, 3), (1, 256)] if full else []
+    products = shapes + ([] if quick else [(256, 64), (64, 256)])
     for arch in archs:
-        for dtype, precision in _TYPES:
+        for dtype, precision in tune.TYPES:
             if quick and (dtype, precision) not in ((torch.float32, "tf32"), (torch.bfloat16, "ieee")):
                 continue
-            for aligned in alignments:
+            for aligned in (True, False) if full else (True,):
                 base = dict(arch=arch, dtype=dtype, precision=precision, aligned=aligned)
-                narrow = [(256, 2)] + ([] if quick else [(256, 3), (3, 256), (1, 256)])
-                shapes = [(w, w) for w in widths] + narrow
                 for name in activations:
                     for N, K in shapes:
                         for kernel in ("forward", "gz"):
-                            result[Job(kernel=kernel, activation=name, N=N, K=K, **base)] = None
-                    N = K = widths[-1]
-                    result[Job(kernel="gz_from_z", activation=name, N=N, K=K, **base)] = None
-                    if _shape(name)[2] and not quick:
-                        result[Job(kernel="gz", activation=name, N=N, K=K, learnable=True, **base)] = None
-                        result[Job(kernel="gz_from_z", activation=name, N=N, K=K, learnable=True, **base)] = None
-                for N, K in [*shapes, *([] if quick else [(256, 64), (64, 256), (1024, 256)])]:
-                    result[Job(kernel="weight_grad", activation="-", N=N, K=K, **base)] = None
-                    result[Job(kernel="input_grad", activation="identity", N=K, K=N, **base)] = None
-        for aligned in alignments:
+                            add(kernel=kernel, activation=name, N=N, K=K, **base)
+                    add(kernel="gz_from_z", activation=name, N=256, K=256, **base)
+                    if _shape(name)[2] and full:
+                        for kernel in ("gz", "gz_from_z"):
+                            add(kernel=kernel, activation=name, N=256, K=256, learnable=True, **base)
+                for N, K in products:
+                    add(kernel="weight_grad", activation="-", N=N, K=K, **base)
+                    add(kernel="input_grad", activation="identity", N=K, K=N, **base)
+        for aligned in (True, False) if full else (True,):
             base = dict(arch=arch, dtype=torch.float32, precision="ieee", aligned=aligned, N=256, K=256)
-            result[Job(kernel="sum", activation="-", **base)] = None
+            add(kernel="sum", activation="-", **base)
             for name in activations:
                 for learnable, top in ((False, 3), (True, 2)):
                     if learnable and not _shape(name)[2]:
                         continue
                     for level in range(1 if learnable else 0, (1 if quick else top) + 1):
-                        result[Job(kernel="act_map", activation=name, level=level, learnable=learnable, **base)] = None
-    return list(result)
+                        add(kernel="act_map", activation=name, level=level, learnable=learnable, **base)
+    return list(result.values())
