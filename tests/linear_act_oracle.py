@@ -22,8 +22,15 @@ from tolerances import UNIT, Map, Rounded, cat, chunk, compute_type, times, tole
 NAMES = fi.activations.names()
 #: Derivatives differ from those of the value, so finite differences do not apply.
 DETACHED = {"finer_detached"}
-BACKENDS = ["reference", "cpu", *(["triton"] if torch.cuda.is_available() else [])]
-CPU_BACKENDS = ["reference", "cpu"]
+
+
+def pytest_generate_tests(metafunc):
+    """`backend`: what runs on the device under test; `exact_backend`: of those, what runs float64."""
+    cuda = metafunc.config.getoption("--device").startswith("cuda")
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", ["reference", "triton" if cuda else "cpu"])
+    if "exact_backend" in metafunc.fixturenames:
+        metafunc.parametrize("exact_backend", ["reference"] if cuda else ["reference", "cpu"])
 
 
 def unavailable(backend: str) -> str:
@@ -42,10 +49,6 @@ def using(backend: str):
         pytest.skip(f"backend {backend!r}: {reason}")
     with fi.backends.use(backend):
         yield
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" else "cpu"
 
 
 def compiler() -> str | None:
@@ -115,7 +118,7 @@ class Problem:
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(t for t in (self.x, self.weight, self.bias) if t is not None)
 
-    def to(self, dtype: torch.dtype, device: str = "cpu") -> Problem:
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Problem:
         moved = {k: None if (t := getattr(self, k)) is None else t.to(device, dtype) for k in ("x", "weight", "bias", "g")}
         return replace(self, **moved)
 

@@ -28,8 +28,8 @@ class Tolerance:
 
 #: Half an ulp of 1: a value stored in this type differs from the true one by at most this, relatively.
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-#: Half the distance of subnormal numbers: what storing costs near 0.
-TINY = {torch.float64: 2.0**-1075, torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+#: The distance of subnormal numbers: what storing may cost near 0.
+TINY = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 
 TABLE = {
     "dot": Tolerance(
