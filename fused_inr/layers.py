@@ -117,7 +117,8 @@ class FusedLayer(nn.Module):
     def _described_init(self) -> str:
         if self._init_name is not None:
             return repr(self._init_name)
-        return getattr(self._init, "__name__", type(self._init).__name__)
+        function = getattr(self._init, "func", self._init)  # of a functools.partial
+        return getattr(function, "__name__", type(function).__name__)
 
     def extra_repr(self) -> str:
         has_bias = getattr(self, "bias", None) is not None

@@ -65,7 +65,8 @@ class _Network(nn.Module):
         self.net = nn.Sequential(*layers)
 
         self._init = inits[init] if isinstance(init, str) else init
-        self._init_name = init if isinstance(init, str) else getattr(init, "__name__", type(init).__name__)
+        function = getattr(init, "func", init)  # of a functools.partial
+        self._init_name = init if isinstance(init, str) else getattr(function, "__name__", type(function).__name__)
         if self._init is not None:
             self._init(self)
 

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from tolerances import UNIT, tolerance
 from torch import Tensor, nn
 
 import fused_inr as fi
@@ -36,9 +37,10 @@ def oracle(layer: nn.Module, formula, slope: float, x: Tensor, error: Tensor | f
     """A layer in float64, and how far the layer itself may be from it (the bound of TESTING.md), elementwise.
 
     `error` bounds the error in x. The products and sums of one output err by c (abs(x) abs(W)^T + abs(b)),
-    c = (K+3) u; an error e in z becomes slope e; storing and the activation's own rounding add 4 ulp.
+    c = (K+3) u; an error e in z becomes slope e; the activation's own rounding adds 4 ulp. The figures are those of
+    tolerances.py.
     """
-    unit = 2.0**-24 if layer.weight.dtype == torch.float32 else 2.0**-53
+    unit = UNIT[layer.weight.dtype]
     weight = layer.weight.detach().double()
     bias = torch.zeros(weight.shape[0]).double() if layer.bias is None else layer.bias.detach().double()
     x = x.detach().double()
@@ -46,11 +48,11 @@ def oracle(layer: nn.Module, formula, slope: float, x: Tensor, error: Tensor | f
     moved = (torch.zeros_like(x) + error) @ weight.abs().T
     z = x @ weight.T + bias
     y = formula(z)
-    dz = moved + (layer.in_features + 3) * unit * magnitude
+    dz = moved + (layer.in_features + tolerance("dot")) * unit * magnitude
     branches = layer.activation.branches
     dz = sum(dz.chunk(branches, -1)) if branches > 1 else dz
     dz = dz.repeat(*[1] * (dz.dim() - 1), layer.activation.outputs)
-    return y, slope * dz + 8 * unit * y.abs().clamp(min=1.0)
+    return y, slope * dz + tolerance("evaluation") * 2 * unit * y.abs().clamp(min=1.0)
 
 
 class NotebookSineLayer(nn.Module):

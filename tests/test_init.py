@@ -165,6 +165,14 @@ def test_generator_and_global_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_on_a_device(device):
+    gains = [vi3nr_gain_MC(1.0, torch.relu, SAMPLES, device, seed=0) for _ in range(2)]
+    assert gains[0] == gains[1]
+    assert_gain(gains[0], 1.0, 0.5, 1.5)
+    w = vi3nr_normal_(torch.empty(300, 200, device=device), gains[0])
+    assert w.device.type == device.type
+
+
 def test_memory_does_not_grow_with_samples():
     sizes = []
 

@@ -8,6 +8,7 @@ import pickle
 import layer_oracle
 import pytest
 import torch
+from tolerances import tolerance
 from torch import nn
 
 import fused_inr as fi
@@ -78,8 +79,8 @@ def test_gradients_are_those_of_linear_and_activation(name):
     ours = torch.autograd.grad((layer(x) * cotangent).sum(), inputs)
     plain = torch.autograd.grad((formula(nn.functional.linear(*inputs)) * cotangent).sum(), inputs)
     for a, b in zip(ours, plain):
-        # float64, sums of at most 11 terms whose factors are below 900: 1e-10 is thousands of times the rounding
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        near = tolerance("same arithmetic")
+        torch.testing.assert_close(a, b, rtol=near, atol=near * b.abs().max().item())
 
 
 def test_an_activation_with_two_outputs_widens_the_output():
@@ -236,7 +237,8 @@ def test_learnable_parameters_get_the_gradients_of_plain_pytorch(name, per_featu
     plain = torch.autograd.grad((layer.activation.with_params(**leaves)(z) * cotangent).sum(), list(leaves.values()))
     for a, b in zip(ours, plain):
         assert a.shape == ((N,) if per_feature else ())
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        near = tolerance("same arithmetic")
+        torch.testing.assert_close(a, b, rtol=near, atol=near * b.abs().max().item())
 
 
 def test_learnable_parameters_train_and_come_back_from_a_state_dict():
@@ -267,6 +269,18 @@ def test_a_constant_tensor_moves_with_the_layer_and_stays_out_of_the_state_dict(
     x = torch.randn(4, K, dtype=torch.float64)
     expected = torch.sin(omega.double() * layer.linear(x))
     torch.testing.assert_close(layer(x), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_formula_of_the_user_in_a_layer():
+    import sympy
+
+    chirp = fi.activations.define("chirp_layer", lambda z, omega: sympy.sin(omega * z**2), omega=2.0)
+    layer = fi.FusedLinear(K, N, activation=chirp.map(learnable=True), init="vi3nr", dtype=torch.float64)
+    x = torch.randn(4, K, dtype=torch.float64)
+    expected = torch.sin(2 * nn.functional.linear(x, layer.weight, layer.bias) ** 2)
+    for twin in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(twin(x), expected, rtol=0, atol=tolerance("same arithmetic"))
+    assert "chirp_layer(omega=2" in repr(layer)
 
 
 def test_a_parameter_that_hides_an_attribute_is_refused():

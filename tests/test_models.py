@@ -246,6 +246,22 @@ class TestModule:
         assert losses[-1] < 0.5 * losses[0]
 
 
+def test_on_a_device_as_on_the_cpu(device):
+    torch.manual_seed(8)
+    net = fi.SIREN(2, 32, 2, 3)
+    x = torch.rand(70, 2) * 2 - 1
+    formulas = [(lambda z: torch.sin(30 * z), 30.0)] * 3 + [(lambda z: z, 1.0)]
+    expected, bound = follow(net, formulas, x)
+    y = net.to(device)(x.to(device))
+    assert y.device.type == device.type
+    assert ((y.cpu() - expected).abs() <= bound).all()
+    net = fi.SplitNet(2, 8, 1, 3, learnable="m", encoding=FourierFeatures(2, 16, device=device), device=device)
+    assert {p.device.type for p in net.parameters()} == {device.type}
+    assert torch.equal(net.encoding.frequencies.cpu(), FourierFeatures(2, 16).frequencies)
+    net(x.to(device)).sum().backward()
+    assert net.net[0].m.grad.device.type == device.type
+
+
 def test_layers_do_not_share_learnable_parameters():
     net = fi.MLP(2, 8, 2, 3, activation=fi.activations.sine(omega=3.0, learnable=True))
     assert len({id(net.net[i].omega) for i in range(3)}) == 3
