@@ -1,0 +1,123 @@
+"""What counts as correct, in one table with its reasons; the checks of the benches and the GPU tests read it.
+
+Two measures. `against_eager`: no further from float64 than twice what eager PyTorch is in the same types, for anything whose
+bound would be as long as its program (networks, second derivatives). `layer_bounds`: an error bound for the output and the
+first derivatives of one layer, element by element, from what rounding may have done to each intermediate value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation
+
+#: unit roundoff of a stored value
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+#: relative error of a factor in a product whose operands are rounded on the way into the matrix unit: TF32 keeps 10 bits,
+#: and both factors are rounded or cut. Half types go in as they are.
+FACTOR = {"ieee": 0.0, "tf32": 2.0**-9, "bf16": 0.0, "fp16": 0.0}
+#: absolute error of an activation or derivative relative to its largest values, where the hardware's approximations serve
+#: (sin.approx and its like, 2^-21 absolute on their range, two of them in a product and one ulp for the arithmetic around)
+APPROXIMATE = {"ieee": 2.0**-22, "tf32": 2.0**-19, "bf16": 2.0**-19, "fp16": 2.0**-19}
+#: how much further than eager a result may be, and how many units of the stored type are always granted: a result that eager
+#: happens to hit exactly (a loss, one number) leaves twice nothing
+TWICE, ALWAYS = 2.0, 8.0
+
+
+def against_eager(value: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, summed: int = 1) -> dict[str, float]:
+    """Errors of `value` and `eager` against `exact` (float64), relative to its largest value, and the bound in the same unit.
+
+    `summed`: over how many rows each value is a sum. Rounding in a float32 sum of n terms in any fixed order walks at random to
+    about sqrt(n) 2^-24 of the result, which is granted; eager's pairwise sums may come out better, and need not be matched.
+    `of_bound` is error / bound: NaN where `value` has NaN or the shapes differ.
+    """
+    if value.shape != exact.shape:
+        return {"error": float("nan"), "eager_error": float("nan"), "bound": float("nan"), "of_bound": float("nan")}
+    exact = exact.double()
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    scale = scale or 1.0
+    error, eager_error = (
+        (t.double() - exact).abs().max().item() / scale if exact.numel() else 0.0 for t in (value, eager)
+    )
+    bound = TWICE * eager_error + ALWAYS * UNIT[dtype] + (summed**0.5 * UNIT[torch.float32] if summed > 1 else 0.0)
+    return {"error": error, "eager_error": eager_error, "bound": bound, "of_bound": error / bound}
+
+
+def layer_bounds(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    g: Tensor,
+    precision: str,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Exact values (float64) and error bounds of a layer's output and gradients: "y", "gx", "gw", "gb".
+
+    x [M, K], weight [B N, K], bias [B N] or None, g [M, C N], in the stored types; the exact values are those of exactly these
+    numbers. A pre-activation is off by dz = ((K + 3) u + f) (|x| |W|^T + |b|), u = 2^-24 the unit of the float32 accumulator
+    (2^-53 for float64) and f the loss of a factor of the products; a value computed from it by at most as much as the map
+    moves when each branch moves by dz, plus the accuracy of the activation and the rounding of what is stored.
+    """
+    stored = UNIT[x.dtype]
+    unit = 2.0**-53 if x.dtype == torch.float64 else 2.0**-24
+    factor = FACTOR[precision]
+    x64, w64, g64 = x.detach().double(), weight.detach().double(), g.detach().double()
+    b64 = x64.new_zeros(weight.shape[0]) if bias is None else bias.detach().double()
+    params = [p.detach().double() if isinstance(p, Tensor) else p for p in activation.params.values()]
+    branches, outputs = activation.branches, activation.outputs
+    rows, k = x.shape
+    z = x64 @ w64.t() + b64
+    dz = ((k + 3) * unit + factor) * (x64.abs() @ w64.abs().t() + b64.abs())
+    zs, dzs, gs = z.chunk(branches, -1), dz.chunk(branches, -1), g64.chunk(outputs, -1)
+
+    def value(at: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.expand_as(at[0]) for t in activation.map.torch_map(0)(*at, *params)], -1)
+
+    def gradient(at: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.expand_as(at[0]) for t in activation.map.torch_map(1)(*at, *params, *gs)], -1)
+
+    approximate = APPROXIMATE[precision] if x.dtype != torch.float64 else 2.0**-50
+    y, dy = _moved(value, zs, dzs)
+    dy = dy + approximate * y.abs().max() + (4 * unit + stored) * (y.abs() + dy)
+    gz, dgz = _moved(gradient, zs, dzs)
+    # gz is kept in the compute type: half types round it, TF32 and half products read it rounded
+    dgz = dgz + approximate * gz.abs().max() + (4 * unit + (stored if stored > unit else 0.0)) * (gz.abs() + dgz)
+    columns = gz.shape[-1]
+    exact = {"y": y, "gx": gz @ w64, "gw": gz.t() @ x64, "gb": gz.sum(0)}
+    loose = gz.abs() + dgz
+    bound = {
+        "y": dy,
+        "gx": dgz @ w64.abs() + ((columns + 3) * unit + factor) * (loose @ w64.abs()),
+        "gw": dgz.t() @ x64.abs() + ((rows + 3) * unit + factor) * (loose.t() @ x64.abs()),
+        "gb": dgz.sum(0) + (rows + 3) * unit * loose.sum(0),
+    }
+    for name in ("gx", "gw", "gb"):
+        bound[name] = bound[name] + stored * exact[name].abs()
+    return exact, bound
+
+
+def _moved(function, zs: Sequence[Tensor], dzs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The function's value, and the most it moves when each branch moves by up to its dz: seen at nine points a branch."""
+    at = function(zs)
+    total = torch.zeros_like(at)
+    for i, (z, dz) in enumerate(zip(zs, dzs)):
+        most = torch.zeros_like(at)
+        for step in (-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0):
+            most = torch.maximum(most, (function([*zs[:i], z + step * dz, *zs[i + 1 :]]) - at).abs())
+        total += most
+    return at, total
+
+
+def of_bound(value: Tensor, exact: Tensor, bound: Tensor) -> dict[str, Any]:
+    """The largest error, and the largest share of its bound; NaN anywhere makes both NaN."""
+    if value.shape != exact.shape:
+        return {"error": float("nan"), "of_bound": float("nan"), "shape": list(value.shape)}
+    if not value.numel():
+        return {"error": 0.0, "of_bound": 0.0}
+    error = (value.double() - exact).abs()
+    share = error / bound.clamp_min(1e-300)
+    return {"error": error.max().item(), "of_bound": share.max().item(), "largest": exact.abs().max().item()}

@@ -1,0 +1,245 @@
+"""`fused-inr bench table`: our figures beside eager PyTorch's and torch.compile's on this machine, and what they must be.
+
+Each row is timed in a process of its own, variants interleaved; peak memory in one process a variant. `--warmed` adds every
+row with an allocator that keeps its memory, since a good part of eager's time on CPUs is page faults.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import report, worker
+from .cases import COMPILED, Case
+from .report import number, ratio
+
+
+@dataclass(frozen=True)
+class Row:
+    """A piece of work, and how much faster than each rival it must be (as the user starts it, and with a warmed allocator)."""
+
+    name: str
+    case: Case
+    demands: dict[str, float] = field(default_factory=dict)
+    warmed: dict[str, float] = field(default_factory=dict)
+    memory: float | None = None  # largest share of eager's peak
+
+
+ROWS = (
+    Row("inference", Case("network", "inference"), {"eager": 2.2, "compile": 1.2}, {"eager": 1.5, "compile": 1.0}),
+    Row("training", Case("network", "training"), {"eager": 2.5, "compile": 1.1}, {"eager": 1.5, "compile": 1.0}),
+    Row("eikonal", Case("network", "eikonal"), {"eager": 1.8}, {"eager": 1.5}),
+    Row("split", Case("layer", "training", "split", in_features=256), {"eager": 3.0}, {"eager": 1.5, "compile": 1.0}, 0.5),
+    Row("small", Case("network", "training", width=64, rows=1024), {"eager": 1.0}, {"eager": 1.0}),
+)
+IMPORT_LIMIT_S, PSNR_LIMIT_DB = 0.3, 0.1
+OTHERS = ("import", "psnr")
+NAMES = (*(row.name for row in ROWS), *OTHERS)
+ALLOCATORS = {False: "as started", True: "warmed allocator"}
+
+
+def parser() -> report.Parser:
+    p = report.Parser(prog="fused-inr bench table", description=__doc__, formatter_class=report.argparse.RawTextHelpFormatter)
+    p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE, after every row")
+    p.add_argument("--figure", type=Path, metavar="FILE", help="draw the times as a bar chart (.png, .svg, .pdf)")
+    p.add_argument("--only", type=report.one_or_more(NAMES), metavar="NAME,..", help=f"rows: {', '.join(NAMES)}")
+    p.add_argument("--rows", type=report.integer(1), metavar="N", help="rows of the inputs (65536; small: 1024)")
+    p.add_argument("--width", type=report.integer(1), metavar="N", help="features of a hidden layer (256; small: 64)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, .. (cpu)")
+    p.add_argument("--threads", type=report.integer(1), metavar="N", help="PyTorch's threads (its own default)")
+    p.add_argument("--seconds", type=report.positive, default=15.0, metavar="S", help="timing of a row, all variants (15)")
+    p.add_argument("--warmed", action="store_true", help="every row also with a warmed allocator (CPU, glibc)")
+    p.add_argument("--max-autotune", action="store_true", help="torch.compile's max-autotune too (minutes a row)")
+    p.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    p.add_argument("--no-memory", action="store_true", help="without peak memory")
+    p.add_argument("--quick", action="store_true", help="small sizes, few rounds, no torch.compile: does it work at all?")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 every row was measured (whether or not it meets its demand), 1 a row failed."""
+    p = parser()
+    options = p.parse_args(argv)
+    try:
+        device = torch.device(options.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        p.error(f"argument --device: {options.device!r} cannot be used here: {str(error).splitlines()[0]}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.warmed and (device.type != "cpu" or not sys.platform.startswith("linux")):
+        p.error("argument --warmed: it is about glibc's allocator, so it needs a CPU and Linux")
+    about = report.environment(device)
+    results = report.Results(options.json, about)
+    print("\n".join(report.about_lines(about)))
+    print(f"medians of interleaved rounds; {'a quick run: sizes reduced, nothing is judged' if options.quick else 'float32'}\n")
+    bench = _Bench(options, device)
+    lines, failed, bars = [], 0, {}
+    for name in options.only or NAMES:
+        for warmed in (False, True) if options.warmed and name not in OTHERS else (False,):
+            progress(f"{name}, {ALLOCATORS[warmed]} ...")
+            result = bench.measure(name, warmed)
+            results.append(result)
+            failed += "error" in result
+            lines += bench.lines(result)
+            if "timings" in result:
+                label = name + (", warmed" if warmed else "")
+                bars[label] = {variant: t["ms"] for variant, t in result["timings"].items()}
+    progress("")
+    print(report.table(HEAD, lines, left=2))
+    print("\n".join(_notes(options)))
+    if options.figure is not None:
+        report.bar_chart(options.figure, f"{about['device']}, torch {torch.__version__}", bars, "ms a step (less is better)")
+    results.finish()
+    return 1 if failed else 0
+
+
+HEAD = ("work", "allocator", "fused", "eager", "compile", "max-autotune", "vs eager", "vs compile", "peak MiB", "eager's", "demand", "")
+
+
+def progress(text: str) -> None:
+    """One line on a terminal that each text replaces; nothing in a log."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+class _Bench:
+    def __init__(self, options, device: torch.device):
+        self.options, self.device = options, device
+        self.rows = {row.name: row for row in ROWS}
+        self.variants = ["fused", "eager"]
+        if not options.no_compile and not options.quick:
+            self.variants += ["compile"]
+        if options.max_autotune:
+            self.variants += ["max-autotune"]
+
+    def job(self, kind: str, **more: Any) -> dict[str, Any]:
+        return {"job": kind, "device": str(self.device), "threads": self.options.threads, **more}
+
+    def measure(self, name: str, warmed: bool) -> dict[str, Any]:
+        start = datetime.datetime.now()
+        measured = {"import": self._import, "psnr": self._psnr}.get(name, lambda: self._row(self.rows[name], warmed))()
+        return {"name": name, "warmed": warmed, **measured, "took_s": (datetime.datetime.now() - start).total_seconds()}
+
+    def _row(self, row: Row, warmed: bool) -> dict[str, Any]:
+        quick = self.options.quick
+        case = replace(row.case, rows=min(row.case.rows, 512), width=min(row.case.width, 32)) if quick else row.case
+        if quick and case.kind == "layer":
+            case = replace(case, in_features=32)
+        if self.options.rows:
+            case = replace(case, rows=self.options.rows)
+        if self.options.width:
+            case = replace(case, width=self.options.width, in_features=self.options.width if case.kind == "layer" else 2)
+        rounds, seconds = ([2, 3], 0.2) if quick else ([7, 200], self.options.seconds)
+        job = self.job("time", case=asdict(case), variants=self.variants, seconds=seconds, rounds=rounds)
+        result = worker.run(job, warmed=warmed)
+        if "error" in result:
+            return {"work": str(case), **result}
+        times = {variant: t["ms"] for variant, t in result["timings"].items()}
+        result["ratios"] = {variant: ms / times["fused"] for variant, ms in times.items() if variant != "fused"}
+        if not self.options.no_memory and not warmed:
+            result["peak_mib"] = {}
+            for variant in times:
+                memory = worker.run(self.job("memory", case=asdict(case), variant=variant))
+                if "error" in memory:
+                    result["failed"][f"memory of {variant}"] = memory["error"]
+                else:
+                    result["peak_mib"][variant] = memory["peak_mib"]
+        if case == row.case and self.device.type == "cpu":
+            result["verdicts"] = verdicts(row, result, warmed)
+        return result
+
+    def _import(self) -> dict[str, Any]:
+        """What the import costs a program that has torch already; no compiler in the PATH, no GPU to be seen."""
+        environment = {**os.environ, "PATH": "", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {key: value for key, value in environment.items() if key not in ("CC", "CXX")}
+        times: dict[str, list[float]] = {"import fused_inr": [], "with all that it names": []}
+        for _ in range(2 if self.options.quick else 9):
+            for name, program in _IMPORTS.items():
+                try:
+                    done = subprocess.run(
+                        [sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True, check=True
+                    )
+                except subprocess.CalledProcessError as error:
+                    return {"work": name, "error": error.stderr.strip().splitlines()[-1]}
+                times[name].append(float(done.stdout))
+        seconds = {name: statistics.median(values) for name, values in times.items()}
+        slowest = max(seconds.values())
+        verdict = {"demand": f"< {IMPORT_LIMIT_S} s", "value": slowest, "met": slowest < IMPORT_LIMIT_S}
+        return {"work": "import beyond torch", "seconds": seconds, "verdicts": [verdict]}
+
+    def _psnr(self) -> dict[str, Any]:
+        options = {"size": 128, "steps": 500, "lr": 1e-4, "seed": 0}
+        if self.options.quick:
+            options |= {"size": 24, "steps": 10, "width": 32}
+        result = worker.run(self.job("psnr", options=options))
+        if "error" not in result and not self.options.quick:
+            met = abs(result["difference"]) <= PSNR_LIMIT_DB
+            result["verdicts"] = [{"demand": f"within {PSNR_LIMIT_DB} dB", "value": result["difference"], "met": met}]
+        return {"work": f"PSNR after {options['steps']} steps", **result}
+
+    def lines(self, result: dict[str, Any]) -> list[tuple[str, ...]]:
+        """The row of the table, and one below it for each further demand."""
+        told = [(v["demand"], "met" if v["met"] else "MISSED") for v in result.get("verdicts", [])] or [("-", "")]
+        blank = ("-",) * 8
+        if "error" in result:
+            cells = (result["name"], "failed: " + result["error"][:90], *blank, "-", "FAILED")
+            return [cells]
+        allocator = ALLOCATORS[result["warmed"]] if result["name"] not in OTHERS else ""
+        if "timings" in result:
+            times = {variant: t["ms"] for variant, t in result["timings"].items()}
+            peaks = result.get("peak_mib", {})
+            shown: tuple[str, ...] = (
+                *(number(times.get(variant)) for variant in ("fused", "eager", *COMPILED)),
+                *(ratio(result["ratios"].get(variant)) for variant in ("eager", "compile")),
+                *(number(peaks.get(variant)) for variant in ("fused", "eager")),
+            )
+        elif "seconds" in result:
+            shown = (f"{max(result['seconds'].values()):.3f} s", *blank[1:])
+        else:
+            shown = (f"{result['fused_psnr']:.2f} dB", f"{result['eager_psnr']:.2f} dB", *blank[2:])
+        first = (result["name"], allocator, *shown, *told[0])
+        return [first, *(("", "", *("",) * 8, *more) for more in told[1:])]
+
+
+_IMPORTS = {
+    "import fused_inr": "import torch, time; t = time.perf_counter(); import fused_inr; print(time.perf_counter() - t)",
+    "with all that it names": (
+        "import torch, time; t = time.perf_counter(); import fused_inr; "
+        "[getattr(fused_inr, n) for n in fused_inr.__all__]; print(time.perf_counter() - t)"
+    ),
+}
+
+
+def verdicts(row: Row, result: dict[str, Any], warmed: bool) -> list[dict[str, Any]]:
+    """Each demand on a row with what was measured; a rival that was not measured judges nothing."""
+    found = []
+    for rival, least in (row.warmed if warmed else row.demands).items():
+        value = result["ratios"].get(rival)
+        if value is not None:
+            found.append({"demand": f">= {least}x {rival}", "value": value, "met": value >= least})
+    peaks = result.get("peak_mib", {})
+    if row.memory is not None and "fused" in peaks and "eager" in peaks:
+        share = peaks["fused"] / peaks["eager"]
+        found.append({"demand": f"peak <= {row.memory} of eager's", "value": share, "met": share <= row.memory})
+    return found
+
+
+def _notes(options) -> list[str]:
+    lines = ["", "ms a step; 'vs' how many times as fast as the rival; peak: resident memory over that between steps."]
+    shown: Callable[[str], bool] = lambda name: not options.only or name in options.only  # noqa: E731
+    if shown("eikonal"):
+        lines.append("torch.compile cannot differentiate twice: no figure for the Eikonal step.")
+    if not options.warmed:
+        lines.append("--warmed adds every row with an allocator that keeps its memory (eager's time is partly page faults).")
+    lines.append("Triton kernels, compiled for sm_80, sm_90 and sm_100: fused-inr bench static. CUDA machines: fused-inr bench gpu.")
+    return lines

@@ -1,0 +1,142 @@
+"""The processes of `fused-inr bench table`: a job as JSON on standard input, its result as JSON on standard output.
+
+A process a job, so that memory can be told apart, a crash costs one row of the table, and the warmed allocator (a setting of
+glibc's that is read at start) can stand beside the plain one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from .timing import WARMED_ALLOCATOR
+
+
+def run(job: dict[str, Any], *, warmed: bool = False, limit: float = 1800) -> dict[str, Any]:
+    """Do `job` in a fresh process and return its result, or {"error": one line}."""
+    environment = {**os.environ, **(WARMED_ALLOCATOR if warmed else {})}
+    command = [sys.executable, "-P", "-m", "fused_inr.bench.worker"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        out, errors = process.communicate(json.dumps(job), timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {limit:.0f} s"}
+    finally:
+        if process.poll() is None:  # a time limit or Ctrl-C
+            process.kill()
+            process.wait()
+    if process.returncode == 0 and out:
+        return json.loads(out.splitlines()[-1])
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return {"error": f"its process ended with exit code {process.returncode}" + (f": {lines[-1]}" if lines else "")}
+
+
+def _time(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from . import cases, timing
+
+    device = torch.device(job["device"])
+    work = cases.Work(cases.Case(**job["case"]), device)
+    result: dict[str, Any] = {"work": str(work.case), "backends": work.backends(), "check": work.check(), "failed": {}}
+    calls: dict[str, Any] = {}
+    with cases.matmul_precision(work.case.precision):
+        for name in job["variants"]:
+            if name in cases.COMPILED and not work.case.compiles:
+                continue
+            start = time.perf_counter()
+            try:
+                calls[name] = work.call(name)
+                calls[name]()
+            except Exception as error:
+                if name in ("fused", "eager"):
+                    raise
+                calls.pop(name, None)
+                result["failed"][name] = one_line(error)
+            if name in cases.COMPILED:
+                result.setdefault("compile_s", {})[name] = time.perf_counter() - start
+        timings = timing.interleaved(calls, device, seconds=job["seconds"], rounds=tuple(job["rounds"]))
+    result["timings"] = {name: t.summary() for name, t in timings.items()}
+    return result
+
+
+def _memory(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from . import cases, timing
+
+    device = torch.device(job["device"])
+    work = cases.Work(cases.Case(**job["case"]), device)
+    with cases.matmul_precision(work.case.precision):
+        return {"peak_mib": timing.peak_memory(work.call(job["variant"]), work.release, device)}
+
+
+def _psnr(job: dict[str, Any]) -> dict[str, Any]:
+    """The same fit twice, fused and eager, from the same weights."""
+    from ..cli.options import FitOptions
+    from ..cli.training import Trainer, build_model, final_psnr
+    from . import cases
+
+    options = FitOptions(device=job["device"], **job["options"])
+    picture, made = _picture(options.size)
+    fused = build_model(options, picture.pixels.shape[2])
+    eager = cases.twin(fused)
+    result: dict[str, Any] = {"picture": made, "options": dataclasses.asdict(options)}
+    for name, model in (("fused", fused), ("eager", eager)):
+        trainer = Trainer(model, picture, options)
+        trainer.train(options.steps)
+        result[f"{name}_psnr"] = final_psnr(picture, trainer.evaluate())[1]
+    result["difference"] = result["fused_psnr"] - result["eager_psnr"]
+    return result
+
+
+def _picture(size: int):
+    """The built-in photograph where matplotlib and Pillow are, else smooth shapes with edges and texture."""
+    import numpy as np
+
+    from ..cli import CliError
+    from ..cli.pictures import Picture, read_picture
+
+    try:
+        picture = read_picture(None, size)
+        return picture, f"{picture.name}, {picture.pixels.shape[1]}x{picture.pixels.shape[0]}"
+    except CliError:
+        y, x = np.meshgrid(*(np.linspace(-1, 1, size),) * 2, indexing="ij")
+        disc = ((x - 0.2) ** 2 + (y + 0.1) ** 2 < 0.3) * 0.5
+        pixels = np.stack([0.5 + 0.3 * np.sin(5 * x * y), 0.25 + disc, 0.5 + 0.25 * np.sin(40 * x) * (y > 0)], -1)
+        return Picture("shapes", pixels.clip(0, 1).astype(np.float32), 255), f"shapes, {size}x{size}"
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+
+
+JOBS = {"time": _time, "memory": _memory, "psnr": _psnr}
+
+
+def main() -> int:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints must not stand between the lines of JSON
+    job = json.load(sys.stdin)
+    import torch
+
+    if job.get("threads"):
+        torch.set_num_threads(job["threads"])
+    try:
+        result = JOBS[job["job"]](job)
+    except Exception as error:
+        result = {"error": one_line(error)}
+    print(json.dumps(result), file=out, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
