@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..activations import Activation, ActivationMap
+from ..activations import Activation, ActivationMap, lookup
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -364,46 +364,50 @@ def choose(activation: Activation, x: Tensor, weight: Tensor) -> tuple[str, str]
     Raises:
         RuntimeError: the backend that `use` asked for cannot serve.
     """
-    map, device, dtype = activation.map, x.device, x.dtype
+    device, dtype = x.device, x.dtype
     precision = precision_of(device, dtype)
-    if _forced is not None:
-        reason = TABLE[_forced].serves(map, device, dtype)
-        if reason:
-            raise RuntimeError(f"backend {_forced!r} cannot run {activation!r} on {device} in {dtype}: {reason}")
-        name = _forced
-        rejected: tuple[tuple[str, str], ...] = ()
-    else:
-        name, rejected = _automatic(map, device, dtype)
+    name, rejected = _serving(_forced, activation.map.key, device, dtype)
+    if not name:
+        raise RuntimeError(f"backend {_forced!r} cannot run {activation!r} on {device} in {dtype}: {rejected[0][1]}")
     if _records is not None:
-        shape = f"[{', '.join(map_str(x.shape))}] x [{', '.join(map_str(weight.shape))}]"
+        shape = f"[{', '.join(map(str, x.shape))}] x [{', '.join(map(str, weight.shape))}]"
         _records.append(Choice(f"linear_act {shape} {dtype} {activation!r}", name, precision, rejected))
     return name, precision
 
 
-def map_str(values) -> list[str]:
-    return [str(v) for v in values]
+_Serving = tuple[str, tuple[tuple[str, str], ...]]  # a backend ("": none), and why not the others
+_serving_cache: dict[tuple, _Serving] = {}
 
 
-_automatic_cache: dict[tuple, tuple[str, tuple[tuple[str, str], ...]]] = {}
-
-
-def _automatic(map: ActivationMap, device: torch.device, dtype: torch.dtype):
-    key = (map.key, device, dtype)
-    found = _automatic_cache.get(key)
+def _serving(forced: str | None, key: str, device: torch.device, dtype: torch.dtype) -> _Serving:
+    question = (forced, key, device, dtype)
+    found = _serving_cache.get(question)
     if found is None:
-        rejected = []
-        for name, backend in TABLE.items():
-            # the interpreter is for tests: it serves when asked by name
-            interpreter = name == "triton" and device.type == "cpu"
-            reason = "serves CPU tensors only when asked by name" if interpreter else backend.serves(map, device, dtype)
-            if not reason:
-                break
-            rejected.append((name, reason))
-        found = _automatic_cache[key] = name, tuple(rejected)
-        meant = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-        if name == "reference" and meant and dtype in _FLOATS:
-            _say_once(meant, dict(rejected)[meant])
+        map = lookup(key)
+        if forced is not None:
+            reason = TABLE[forced].serves(map, device, dtype)
+            return ("", ((forced, reason),)) if reason else (forced, ())  # a demand is asked anew each time
+        found = _serving_cache[question] = _automatic(map, device, dtype)
     return found
+
+
+# what serves is a constant to Dynamo, which need not trace the search for it (a lock, a build)
+_serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _automatic(map: ActivationMap, device: torch.device, dtype: torch.dtype) -> _Serving:
+    rejected = []
+    for name, backend in TABLE.items():
+        # the interpreter is for tests: it serves when asked by name
+        interpreter = name == "triton" and device.type == "cpu"
+        reason = "serves CPU tensors only when asked by name" if interpreter else backend.serves(map, device, dtype)
+        if not reason:
+            break
+        rejected.append((name, reason))
+    meant = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+    if name == "reference" and meant and dtype in _FLOATS:
+        _say_once(meant, dict(rejected)[meant])
+    return name, tuple(rejected)
 
 
 def _say_once(meant: str, reason: str) -> None:
