@@ -1,0 +1,97 @@
+"""Who runs an operation: the choice, its explanation, and what is said when the wanted backend cannot serve."""
+
+import warnings
+
+import pytest
+import torch
+
+import fused_inr as fi
+from fused_inr.ops import backends
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Forget earlier choices and warnings."""
+    monkeypatch.setattr(backends, "_serving_cache", {})
+    monkeypatch.setattr(backends, "_warned", set())
+
+
+def call(dtype=torch.float32, device="cpu"):
+    x = torch.ones(4, 3, dtype=dtype, device=device)
+    return fi.functional.linear_act(x, torch.ones(5, 3, dtype=dtype, device=device), None, fi.activations.sine(omega=2.0))
+
+
+def test_table_names_every_backend_with_a_reason_where_it_cannot_run():
+    table = fi.backends.available()
+    assert set(table) == {"triton", "cpu", "reference"}
+    assert table["reference"] == (True, "")
+    for usable, reason in table.values():
+        assert usable == (reason == "")
+
+
+def test_use_is_nested_and_restored_even_after_an_error():
+    with fi.backends.use("reference"):
+        assert "reference" in fi.backends.explain(call)
+        with pytest.raises(KeyError), fi.backends.use("reference"):
+            raise KeyError
+        assert backends._forced == "reference"
+    assert backends._forced is None
+
+
+@pytest.mark.parametrize("name", ["cuda-graphs", "", None, 3])
+def test_use_refuses_unknown_names(name):
+    with pytest.raises(ValueError, match="'triton', 'cpu', 'reference'"), fi.backends.use(name):
+        pass
+
+
+def test_a_demanded_backend_runs_or_raises_with_the_reason(monkeypatch):
+    monkeypatch.setattr(backends.Cpu, "available", lambda self: (False, "no compiler found"))
+    with fi.backends.use("cpu"), pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run sine\(omega=2\).*no compiler"):
+        call()
+
+
+def test_automatic_fallback_computes_the_same_and_warns_once(monkeypatch, fresh):
+    with fi.backends.use("reference"):
+        expected = call()
+    monkeypatch.setattr(backends.Cpu, "available", lambda self: (False, "no compiler found"))
+    with pytest.warns(RuntimeWarning, match="backend 'cpu' cannot serve: no compiler found"):
+        assert call().equal(expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call().equal(expected)
+        call(torch.float64)
+
+
+def test_devices_without_a_backend_of_their_own_use_the_reference_silently(fresh):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call(device="meta").shape == (4, 5)
+
+
+def test_explain_lists_each_call_with_reasons():
+    net = fi.SIREN(in_features=2, hidden_features=16, hidden_layers=1, out_features=3)
+    text = fi.backends.explain(net, torch.zeros(7, 2))
+    assert "linear_act [7, 2] x [16, 2] torch.float32 sine(omega=30)" in text
+    assert "linear_act [7, 16] x [16, 16]" in text
+    assert "not triton: " in text
+    with pytest.raises(ValueError, match="no fused_inr operation ran"):
+        fi.backends.explain(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_explain_leaves_no_recording_behind():
+    fi.backends.explain(call)
+    assert backends._records is None
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_precision_follows_pytorch(setting, expected):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        assert backends.precision_of(cuda, torch.float32) == expected
+        assert backends.precision_of(cpu, torch.float32) == "ieee"
+        assert backends.precision_of(cuda, torch.bfloat16) == "bf16"
+        assert backends.precision_of(cuda, torch.float16) == "fp16"
+    finally:
+        torch.set_float32_matmul_precision(before)
