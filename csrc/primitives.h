@@ -161,12 +161,18 @@ FI_INLINE V with_slow_lanes(void (*slow)(const float*, float*, int), V x, V y) {
   return V::load(values);
 }
 
+// y with the sign of r where y has none: -0 + 0 is 0
+template <class V>
+FI_INLINE V keep_sign(V y, V r) {
+  return V::from_bits(y.bits() | (r.bits() & sign_bit<V>()));
+}
+
 // sin on [-pi/2, pi/2]
 template <class V>
 FI_INLINE V sin_half_turn(V r) {
   const V u = r * r;
   const V p = polynomial(u, -0.166666672, 0.00833333097, -0.000198408437, 2.75240791e-06, -2.38655868e-08);
-  return fma(r * u, p, r);
+  return keep_sign(fma(r * u, p, r), r);
 }
 
 template <class V>
@@ -195,7 +201,8 @@ FI_INLINE void fi_sincos(V x, V& s, V& c) {
     const V r = less_half_pi(x, t - V(kRound));
     const auto q = t.bits();
     const V u = r * r;
-    const V sine = fma(r * u, polynomial(u, -0.166666672, 0.00833332911, -0.000198391514, 2.71660429e-06), r);
+    const V p = polynomial(u, -0.166666672, 0.00833332911, -0.000198391514, 2.71660429e-06);
+    const V sine = keep_sign(fma(r * u, p, r), r);
     const V cosine = fma(u * u, polynomial(u, 0.0416666418, -0.00138871849, 2.44181265e-05), fma(V(-0.5), u, V(1.0)));
     const auto swap = (q << 31) < 0;
     const V ys = V::from_bits(select(swap, cosine, sine).bits() ^ ((q & 2) << 30));

@@ -19,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,7 +45,6 @@ _SHIPPED = ("generic", "avx2", "avx512") if _X86 else ("generic",)
 # NaN, infinities and signed zeros keep their meaning: no -ffast-math.
 _KERNEL_FLAGS = (
     "-std=c++17",
-    "-O2",
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",
@@ -141,6 +142,25 @@ def cache_folder(base: Path | None = None) -> Path:
     return folder
 
 
+@contextmanager
+def _one_at_a_time(path: Path, patience: float = 300.0) -> Iterator[None]:
+    """Spares several processes the same work. The kernel frees the lock of a killed process, and nobody waits for ever:
+    after `patience` seconds two builds run side by side, which is only slower."""
+    import fcntl
+
+    with open(path, "w") as lock:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.2)
+        yield
+
+
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -151,8 +171,10 @@ def cached_library(base: Path | None = None, capabilities: Sequence[str] = _SHIP
     digest = _digest(stamp, version, platform.machine(), *capabilities)
     library = cache_folder(base) / f"engine_{digest}.so"
     if not _usable(library, stamp):
-        _logger.warning("fused_inr: compiling the native CPU engine (about a minute, once) into %s", library.parent)
-        build(library, capabilities=capabilities)
+        with _one_at_a_time(library.with_suffix(".lock")):
+            if not _usable(library, stamp):
+                _logger.warning("fused_inr: compiling the native CPU engine (about a minute, once) into %s", library)
+                build(library, capabilities=capabilities)
     return library
 
 
@@ -212,9 +234,9 @@ def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SH
     for name in reversed(capabilities):
         for scalar in ("float", "double"):
             units.append(
-                ("cpu/maps.cpp", [*_kernel_flags(name), f"-DFUSED_INR_SCALAR={scalar}"], f"maps_{scalar}_{name}")
+                ("cpu/maps.cpp", [*_kernel_flags(name), "-O2", f"-DFUSED_INR_SCALAR={scalar}"], f"maps_{scalar}_{name}")
             )
-        units.append(("cpu/engine.cpp", _kernel_flags(name), f"engine_{name}"))
+        units.append(("cpu/engine.cpp", [*_kernel_flags(name), "-O3"], f"engine_{name}"))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build_", dir=target.parent) as temporary:
@@ -296,7 +318,7 @@ def compile_maps(key: str, source: str, cache: Path | None = None) -> ctypes.Arr
         with tempfile.TemporaryDirectory(prefix=".build_", dir=library.parent) as temporary:
             header, built = Path(temporary) / "maps.h", Path(temporary) / library.name
             header.write_text(source)
-            flags = [*_kernel_flags(capability), f'-DFUSED_INR_MAPS_HEADER="{header}"', f"-I{folder}"]
+            flags = [*_kernel_flags(capability), "-O2", f'-DFUSED_INR_MAPS_HEADER="{header}"', f"-I{folder}"]
             _run([*command, *flags, "-shared", str(folder / "cpu" / "user_maps.cpp"), "-o", str(built)], False)
             os.replace(built, library)
     loaded = ctypes.CDLL(str(library))

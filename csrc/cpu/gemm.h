@@ -160,6 +160,11 @@ void product(int64_t m, int64_t n, int64_t depth, const typename V::scalar* a, i
   } while (k < depth);
 }
 
+template <int R, class T>
+FI_INLINE void gather_columns(int64_t m, const T* from, int64_t lda, T* to) {
+  for (int64_t p = 0; p < m; ++p, to += R, from += lda) __builtin_memcpy(to, from, R * sizeof(T));
+}
+
 // C[n, k] (+)= A[m, n]^T B[m, k], B packed over its columns; `column` has room for m * Block::rows.
 template <class V>
 void outer_product(int64_t m, int64_t n, int64_t k, const typename V::scalar* a, int64_t lda,
@@ -168,10 +173,14 @@ void outer_product(int64_t m, int64_t n, int64_t k, const typename V::scalar* a,
   using T = typename V::scalar;
   for (int64_t i = 0; i < n;) {
     const int rows = rows_of_block(Block<V>::rows, n - i);
-    T* to = column;
-    const T* from = a + i;
-    for (int64_t p = 0; p < m; ++p, to += rows, from += lda)
-      for (int r = 0; r < rows; ++r) to[r] = from[r];
+    if (rows == Block<V>::rows) {
+      gather_columns<Block<V>::rows>(m, a + i, lda, column);
+    } else {
+      T* to = column;
+      const T* from = a + i;
+      for (int64_t p = 0; p < m; ++p, to += rows, from += lda)
+        for (int r = 0; r < rows; ++r) to[r] = from[r];
+    }
     for (int64_t j = 0; j < k; j += kPanel<V>) {
       const int64_t columns = k - j < kPanel<V> ? k - j : kPanel<V>;
       block_rows<V, true>(rows, m, column, 0, packed + j * m, kPanel<V>, c + i * ldc + j, ldc, columns, nullptr,
