@@ -302,13 +302,13 @@ class Work:
             result["gradient of x"] = torch.cat(input_gradients)
         return result | (_gradients(module) if case.step != "inference" else {})
 
-    def check(self) -> dict[str, Any]:
+    def check(self, rows_at_once: int = 8192) -> dict[str, Any]:
         """Hold the fused step to `bounds.against_eager`: largest errors relative to the largest value, fused and eager.
 
         Raises:
             Wrong: it is further from float64 than its bound.
         """
-        reference, fused, eager = self.reference(), self.outcome("fused"), self.outcome("eager")
+        reference, fused, eager = self.reference(rows_at_once), self.outcome("fused"), self.outcome("eager")
         if reference.keys() != fused.keys():
             raise Wrong(f"{self.case}: the fused step computed {sorted(fused)}, expected {sorted(reference)}")
         worst: dict[str, Any] = {"error": 0.0, "eager_error": 0.0, "of_bound": 0.0}
