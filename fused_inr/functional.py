@@ -75,7 +75,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `torch.nn.functional.linear` does: float32 and half types to the autocast dtype, float64 untouched."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, weight.dtype):
+    if device == "meta" or not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, weight.dtype):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
     if not (x.is_floating_point() and weight.is_floating_point()):
