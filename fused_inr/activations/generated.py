@@ -31,150 +31,185 @@ SHAPES = {
 
 
 def complex_gabor_l0(z0, z1, omega, scale):
-    t1 = z0 * omega
-    t2 = scale * scale
-    t3 = p.exp(-(z1 * omega) - t2 * z0 * z0 - t2 * z1 * z1)
-    return p.cos(t1) * t3, t3 * p.sin(t1)
+    t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
+    t2 = omega * p.where(t1, 0.0, z0)
+    t3 = scale * scale
+    t4 = -(omega * p.where(t1, 0.0, z1)) - t3 * p.where(t1, 0.0, z0 * z0) - t3 * p.where(t1, 0.0, z1 * z1)
+    t5 = p.exp(t4)
+    return p.where(t1, 0.0, p.cos(t2) * t5), p.where(t1, 0.0, t5 * p.sin(t2))
 
 
 def complex_gabor_l1(z0, z1, omega, scale, g0, g1):
-    t1 = z0 * omega
-    t2 = p.cos(t1)
-    t3 = scale * scale
-    t4 = p.exp(-(z1 * omega) - t3 * z0 * z0 - t3 * z1 * z1)
-    t5 = p.sin(t1)
-    t6 = t4 * (t5 * g1 + t2 * g0)
-    t7 = t3 * t6
-    return -2.0 * z0 * t7 + omega * (t2 * t4 * g1 - t5 * t4 * g0), -2.0 * z1 * t7 - omega * t6
+    t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
+    t2 = omega * p.where(t1, 0.0, z0)
+    t3 = p.cos(t2)
+    t4 = scale * scale
+    t5 = -(omega * p.where(t1, 0.0, z1)) - t4 * p.where(t1, 0.0, z0 * z0) - t4 * p.where(t1, 0.0, z1 * z1)
+    t6 = p.exp(t5)
+    t7 = p.sin(t2)
+    t8 = p.where(t1, 0.0, g1)
+    t9 = p.where(t1, 0.0, g0)
+    t10 = t6 * (t7 * t8 + t3 * t9)
+    t11 = p.where(t1, 0.0, -(t4 * t10))
+    return (
+        2.0 * z0 * t11 + p.where(t1, 0.0, omega * (t3 * t6 * t8 - t7 * t6 * t9)),
+        2.0 * z1 * t11 + p.where(t1, 0.0, -(omega * t10)),
+    )
 
 
 def complex_gabor_l2(z0, z1, omega, scale, g0, g1, u_z0, u_z1):
-    t1 = z0 * omega
-    t2 = p.cos(t1)
-    t3 = scale * scale
-    t4 = p.exp(-(z1 * omega) - t3 * z0 * z0 - t3 * z1 * z1)
-    t5 = p.sin(t1)
-    t6 = t5 * g1 + t2 * g0
-    t7 = t3 * t4 * t6
-    t8 = omega * u_z0
-    t9 = t5 * t8
-    t10 = t3 * (-2.0 * z0 * u_z0 + -2.0 * z1 * u_z1) - omega * u_z1
-    t11 = t4 * t10
-    t12 = t2 * t8
-    t13 = t4 * (t6 * t10 - g0 * t9 + g1 * t12)
-    t14 = t3 * t13
-    t15 = z1 * t14
-    t16 = z0 * t14
-    t17 = omega * (t2 * (g1 * t11 - t4 * g0 * t8) - t5 * (g0 * t11 + t4 * g1 * t8))
+    t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
+    t2 = omega * p.where(t1, 0.0, z0)
+    t3 = p.cos(t2)
+    t4 = scale * scale
+    t5 = -(omega * p.where(t1, 0.0, z1)) - t4 * p.where(t1, 0.0, z0 * z0) - t4 * p.where(t1, 0.0, z1 * z1)
+    t6 = p.exp(t5)
+    t7 = p.sin(t2)
+    t8 = p.where(t1, 0.0, g1)
+    t9 = p.where(t1, 0.0, g0)
+    t10 = t7 * t8 + t3 * t9
+    t11 = p.where(t1, 0.0, -(t4 * t6 * t10))
+    t12 = omega * p.where(t1, 0.0, u_z0)
+    t13 = t7 * t12
+    t14 = -(omega * p.where(t1, 0.0, u_z1)) - t4 * p.where(t1, 0.0, 2.0 * z0 * u_z0 + 2.0 * z1 * u_z1)
+    t15 = t6 * t14
+    t16 = t3 * t12
+    t17 = t6 * (t10 * t14 - t9 * t13 + t8 * t16)
+    t18 = p.where(t1, 0.0, -(t4 * t17))
+    t19 = z1 * t18
+    t20 = z0 * t18
+    t21 = omega * (t3 * (t8 * t15 - t6 * t9 * t12) - t7 * (t9 * t15 + t6 * t8 * t12))
     return (
-        -2.0 * t7 * u_z0 - t16 - t16 + t17,
-        -2.0 * t7 * u_z1 - t15 - t15 - omega * t13,
-        t2 * t11 - t4 * t9,
-        t4 * t12 + t5 * t11,
+        t20 + 2.0 * t11 * u_z0 + t20 + p.where(t1, 0.0, t21),
+        t19 + 2.0 * t11 * u_z1 + t19 + p.where(t1, 0.0, -(omega * t17)),
+        p.where(t1, 0.0, t3 * t15 - t6 * t13),
+        p.where(t1, 0.0, t6 * t16 + t7 * t15),
     )
 
 
 def complex_gabor_l3(z0, z1, omega, scale, g0, g1, u_z0, u_z1, v_z0, v_z1, v_g0, v_g1):
-    t1 = z0 * omega
-    t2 = p.cos(t1)
-    t3 = scale * scale
-    t4 = p.exp(-(z1 * omega) - t3 * z0 * z0 - t3 * z1 * z1)
-    t5 = p.sin(t1)
-    t6 = t4 * g1
-    t7 = t4 * g0
-    t8 = t5 * g1 + t2 * g0
-    t9 = t3 * t4 * t8
-    t10 = omega * u_z0
-    t11 = t5 * t10
-    t12 = t3 * (-2.0 * z0 * u_z0 + -2.0 * z1 * u_z1) - omega * u_z1
-    t13 = t4 * t12
-    t14 = t2 * t10
-    t15 = t8 * t12 - g0 * t11 + g1 * t14
-    t16 = t3 * t4 * t15
-    t17 = omega * v_z0
-    t18 = t5 * t17
-    t19 = t3 * (-2.0 * z0 * v_z0 + -2.0 * z1 * v_z1) - omega * v_z1
-    t20 = t4 * t19
-    t21 = t2 * t17
-    t22 = t4 * v_g1 + g1 * t20
-    t23 = t10 * t18
-    t24 = -(t4 * v_g0) - g0 * t20
-    t25 = t5 * v_g1 + g1 * t21 + t2 * v_g0 - g0 * t18
-    t26 = t4 * t25 + t8 * t20
-    t27 = t3 * t26
-    t28 = t10 * t21
-    t29 = -2.0 * z0 * t27 + -2.0 * t9 * v_z0 + omega * (t2 * t22 - t6 * t18 + t5 * t24 - t7 * t21)
-    t30 = t3 * (-2.0 * u_z1 * v_z1 + -2.0 * u_z0 * v_z0)
-    t31 = t12 * t20 + t4 * t30
-    t32 = t15 * t19 + t14 * v_g1 - t11 * v_g0 + t12 * t25 + t8 * t30 - g0 * t28 - g1 * t23
-    t33 = t4 * t32
-    t34 = t3 * t33
-    t35 = z1 * t34
-    t36 = z0 * t34
-    t37 = t2 * (t13 * v_g1 - (g0 * t13 + t6 * t10) * t17 + t10 * t24 + g1 * t31) - t5 * ((g1 * t13 - t7 * t10) * t17 + t10 * t22 + t13 * v_g0 + g0 * t31)
+    t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
+    t2 = omega * p.where(t1, 0.0, z0)
+    t3 = p.cos(t2)
+    t4 = scale * scale
+    t5 = -(omega * p.where(t1, 0.0, z1)) - t4 * p.where(t1, 0.0, z0 * z0) - t4 * p.where(t1, 0.0, z1 * z1)
+    t6 = p.exp(t5)
+    t7 = p.sin(t2)
+    t8 = p.where(t1, 0.0, g1)
+    t9 = t6 * t8
+    t10 = p.where(t1, 0.0, g0)
+    t11 = t6 * t10
+    t12 = t7 * t8 + t3 * t10
+    t13 = p.where(t1, 0.0, -(t4 * t6 * t12))
+    t14 = omega * p.where(t1, 0.0, u_z0)
+    t15 = t7 * t14
+    t16 = -(omega * p.where(t1, 0.0, u_z1)) - t4 * p.where(t1, 0.0, 2.0 * z0 * u_z0 + 2.0 * z1 * u_z1)
+    t17 = t6 * t16
+    t18 = t3 * t14
+    t19 = t12 * t16 - t10 * t15 + t8 * t18
+    t20 = p.where(t1, 0.0, -(t4 * t6 * t19))
+    t21 = omega * p.where(t1, 0.0, v_z0)
+    t22 = t7 * t21
+    t23 = -(omega * p.where(t1, 0.0, v_z1)) - t4 * p.where(t1, 0.0, 2.0 * z0 * v_z0 + 2.0 * z1 * v_z1)
+    t24 = t6 * t23
+    t25 = t3 * t21
+    t26 = p.where(t1, 0.0, v_g1)
+    t27 = t6 * t26 + t8 * t24
+    t28 = t14 * t22
+    t29 = p.where(t1, 0.0, v_g0)
+    t30 = -(t6 * t29) - t10 * t24
+    t31 = t7 * t26 + t8 * t25 + t3 * t29 - t10 * t22
+    t32 = t6 * t31 + t12 * t24
+    t33 = p.where(t1, 0.0, -(t4 * t32))
+    t34 = t14 * t25
+    t35 = 2.0 * z0 * t33 + 2.0 * t13 * v_z0 + p.where(t1, 0.0, omega * (t3 * t27 - t9 * t22 + t7 * t30 - t11 * t25))
+    t36 = t4 * p.where(t1, 0.0, 2.0 * u_z1 * v_z1 + 2.0 * u_z0 * v_z0)
+    t37 = t16 * t24 - t6 * t36
+    t38 = t19 * t23 + t18 * t26 - t15 * t29 + t16 * t31 - t12 * t36 - t10 * t34 - t8 * t28
+    t39 = t6 * t38
+    t40 = p.where(t1, 0.0, -(t4 * t39))
+    t41 = z1 * t40
+    t42 = z0 * t40
+    t43 = t41 + 2.0 * t20 * v_z1 + 2.0 * u_z1 * t33 + t41 + p.where(t1, 0.0, -(omega * t39))
+    t44 = t3 * (t17 * t26 - (t10 * t17 + t9 * t14) * t21 + t14 * t30 + t8 * t37) - t7 * ((t8 * t17 - t11 * t14) * t21 + t14 * t27 + t17 * t29 + t10 * t37)
+    t45 = t42 + 2.0 * t20 * v_z0 + 2.0 * u_z0 * t33 + t42 + p.where(t1, 0.0, omega * t44)
     return (
-        -2.0 * t16 * v_z0 + -2.0 * u_z0 * t27 - t36 - t36 + omega * t37,
-        -2.0 * t16 * v_z1 + -2.0 * u_z1 * t27 - t35 - t35 - omega * t33,
-        -(t11 * t20) - t13 * t18 + t2 * t31 - t4 * t28,
-        t13 * t21 + t14 * t20 - t4 * t23 + t5 * t31,
-        t29,
-        -2.0 * z1 * t27 + -2.0 * t9 * v_z1 - omega * t26,
+        t45,
+        t43,
+        p.where(t1, 0.0, -(t15 * t24) - t17 * t22 + t3 * t37 - t6 * t34),
+        p.where(t1, 0.0, t17 * t25 + t18 * t24 - t6 * t28 + t7 * t37),
+        t35,
+        2.0 * z1 * t33 + 2.0 * t13 * v_z1 + p.where(t1, 0.0, -(omega * t32)),
     )
 
 
 def complex_gabor_p1(z0, z1, omega, scale, g0, g1):
-    t1 = z0 * omega
-    t2 = p.cos(t1)
-    t3 = scale * scale
-    t4 = z0 * z0
-    t5 = z1 * z1
-    t6 = p.exp(-(z1 * omega) - t3 * t4 - t3 * t5)
-    t7 = p.sin(t1)
-    t8 = t6 * (t7 * g1 + t2 * g0)
-    t9 = t3 * t8
-    t10 = t2 * t6 * g1 - t7 * t6 * g0
+    t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
+    t2 = p.where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4 = p.cos(t3)
+    t5 = p.where(t1, 0.0, z1)
+    t6 = scale * scale
+    t7 = p.where(t1, 0.0, z0 * z0)
+    t8 = p.where(t1, 0.0, z1 * z1)
+    t9 = p.exp(-(omega * t5) - t6 * t7 - t6 * t8)
+    t10 = p.sin(t3)
+    t11 = p.where(t1, 0.0, g1)
+    t12 = p.where(t1, 0.0, g0)
+    t13 = t9 * (t10 * t11 + t4 * t12)
+    t14 = p.where(t1, 0.0, -(t6 * t13))
+    t15 = t4 * t9 * t11 - t10 * t9 * t12
     return (
-        -2.0 * z0 * t9 + omega * t10,
-        -2.0 * z1 * t9 - omega * t8,
-        z0 * t10 - z1 * t8,
-        2.0 * scale * (-(t5 * t8) - t4 * t8),
+        2.0 * z0 * t14 + p.where(t1, 0.0, omega * t15),
+        2.0 * z1 * t14 + p.where(t1, 0.0, -(omega * t13)),
+        t2 * t15 - t5 * t13,
+        2.0 * scale * (-(t8 * t13) - t7 * t13),
     )
 
 
 def complex_gabor_p2(z0, z1, omega, scale, g0, g1, u_z0, u_z1, u_omega, u_scale):
-    t1 = z0 * omega
-    t2 = p.cos(t1)
-    t3 = scale * scale
-    t4 = z0 * z0
-    t5 = z1 * z1
-    t6 = p.exp(-(z1 * omega) - t3 * t4 - t3 * t5)
-    t7 = p.sin(t1)
-    t8 = t6 * g1
-    t9 = t6 * g0
-    t10 = t7 * g1 + t2 * g0
-    t11 = t6 * t10
-    t12 = t3 * t11
-    t13 = t2 * t8 - t7 * t9
-    t14 = z0 * u_omega + omega * u_z0
-    t15 = t7 * t14
-    t16 = scale * u_scale
-    t17 = -2.0 * z0 * u_z0 + -2.0 * z1 * u_z1
-    t18 = -(z1 * u_omega) - omega * u_z1 - 2.0 * t4 * t16 + t3 * t17 - 2.0 * t5 * t16
-    t19 = t6 * t18
-    t20 = t2 * t14
-    t21 = t6 * (t10 * t18 - g0 * t15 + g1 * t20)
-    t22 = -(2.0 * t11 * t16) - t3 * t21
-    t23 = z1 * t22
-    t24 = z0 * t22
-    t25 = scale * (t11 * t17 - t5 * t21 - t4 * t21)
-    t26 = t2 * (g1 * t19 - t9 * t14) - t7 * (g0 * t19 + t8 * t14)
+    t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
+    t2 = p.where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4 = p.cos(t3)
+    t5 = p.where(t1, 0.0, z1)
+    t6 = scale * scale
+    t7 = p.where(t1, 0.0, z0 * z0)
+    t8 = p.where(t1, 0.0, z1 * z1)
+    t9 = p.exp(-(omega * t5) - t6 * t7 - t6 * t8)
+    t10 = p.sin(t3)
+    t11 = p.where(t1, 0.0, g1)
+    t12 = t9 * t11
+    t13 = p.where(t1, 0.0, g0)
+    t14 = t9 * t13
+    t15 = t10 * t11 + t4 * t13
+    t16 = t9 * t15
+    t17 = p.where(t1, 0.0, -(t6 * t16))
+    t18 = t4 * t12 - t10 * t14
+    t19 = p.where(t1, 0.0, u_z0)
+    t20 = omega * t19 + t2 * u_omega
+    t21 = t10 * t20
+    t22 = p.where(t1, 0.0, u_z1)
+    t23 = scale * u_scale
+    t24 = p.where(t1, 0.0, 2.0 * z0 * u_z0 + 2.0 * z1 * u_z1)
+    t25 = -(omega * t22) - t5 * u_omega - 2.0 * t7 * t23 - t6 * t24 - 2.0 * t8 * t23
+    t26 = t9 * t25
+    t27 = t4 * t20
+    t28 = t9 * (t15 * t25 - t13 * t21 + t11 * t27)
+    t29 = p.where(t1, 0.0, -(2.0 * t16 * t23) - t6 * t28)
+    t30 = z1 * t29
+    t31 = z0 * t29
+    t32 = scale * (-(t16 * t24) - t8 * t28 - t7 * t28)
+    t33 = t30 + 2.0 * t17 * u_z1 + t30 + p.where(t1, 0.0, -(t16 * u_omega) - omega * t28)
+    t34 = t4 * (t11 * t26 - t14 * t20) - t10 * (t13 * t26 + t12 * t20)
+    t35 = t31 + 2.0 * t17 * u_z0 + t31 + p.where(t1, 0.0, t18 * u_omega + omega * t34)
     return (
-        t24 + t13 * u_omega + -2.0 * t12 * u_z0 + t24 + omega * t26,
-        t23 + -2.0 * t12 * u_z1 - t11 * u_omega + t23 - omega * t21,
-        t13 * u_z0 - t11 * u_z1 - z1 * t21 + z0 * t26,
-        t25 + 2.0 * (-(t5 * t11) - t4 * t11) * u_scale + t25,
-        t2 * t19 - t6 * t15,
-        t6 * t20 + t7 * t19,
+        t35,
+        t33,
+        t18 * t19 - t16 * t22 - t5 * t28 + t2 * t34,
+        t32 + 2.0 * (-(t8 * t16) - t7 * t16) * u_scale + t32,
+        p.where(t1, 0.0, t4 * t26 - t9 * t21),
+        p.where(t1, 0.0, t9 * t27 + t10 * t26),
     )
 
 

@@ -138,13 +138,12 @@ class Reference(Backend):
         if z is None:
             z = self._preactivation(x, weight, bias)
         gz, *gp = reference_map(map, [z, g], params, constants, 1, needs[3])
-        empty = z.new_empty(0)
         gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else x.new_empty(0)
         gw = (gz.transpose(-1, -2) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else weight.new_empty(0)
         dtype = (weight if bias is None else bias).dtype
-        gb = gz.sum(-2).to(dtype) if needs[2] else empty.to(dtype)
+        gb = gz.sum(-2).to(dtype) if needs[2] else z.new_empty(0, dtype=dtype)
         if not needs[3]:
-            return gx, gw, gb, empty
+            return gx, gw, gb, z.new_empty(0)
         if z.dim() == 2:
             return gx, gw, gb, torch.stack(gp)
         batches = [reference_map(map, [zi, gi], params, constants, 1, True)[1:] for zi, gi in zip(z, g, strict=True)]
@@ -277,12 +276,11 @@ class Triton(Backend):
             if z is None:
                 z = Reference._preactivation(x, weight, bias)
             gz, *gp = act_map.act_map([z, g], params, constants, map, 1, needs[3])
-            empty = z.new_empty(0)
             return (
-                gz @ weight if needs[0] else empty,
-                gz.t() @ x if needs[1] else empty,
-                gz.sum(0) if needs[2] else empty,
-                torch.stack(gp) if needs[3] else empty,
+                gz @ weight if needs[0] else z.new_empty(0),
+                gz.t() @ x if needs[1] else z.new_empty(0),
+                gz.sum(0) if needs[2] else z.new_empty(0),
+                torch.stack(gp) if needs[3] else z.new_empty(0),
             )
         return linear_act.linear_act_backward(
             g, x, weight, bias, params, constants, z, map, precision, needs

@@ -39,6 +39,15 @@ def _apply(function: type[torch.autograd.Function], *args):
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
+def _exactly(device: torch.device, function, *args):
+    """`function(*args)` with autocast off: it acts on what comes in; our own float32 products stay float32."""
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return function(*args)
+    return function(*args)
+
+
 # -- what the running transformation wants
 
 
@@ -62,6 +71,13 @@ def _wanted(ctx, is_tensor: Sequence[bool]) -> list[bool]:
                 except RuntimeError:  # a leaf of torch.autograd.grad: the engine does not say, so it is wanted
                     needs[i] = True
     return needs
+
+
+def _inside_transform() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+_inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _forward_levels() -> int:
@@ -93,6 +109,13 @@ def _transposed(t: Tensor) -> Tensor:
     return t.transpose(-1, -2)
 
 
+def _linear_backward(needs, gz: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None):
+    gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else None
+    gw = (_transposed(gz) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else None
+    gb = gz.sum(-2).to(bias_dtype) if needs[2] else None
+    return gx, gw, gb
+
+
 class Preactivation(torch.autograd.Function):
     """Gives a pre-activation that was computed without autograd its place in the graph: z = x W^T + b."""
 
@@ -113,10 +136,7 @@ class Preactivation(torch.autograd.Function):
     def backward(ctx, gz):
         x, weight = ctx.saved_tensors
         needs = _wanted(ctx, (True, True, ctx.bias_dtype is not None, True))
-        gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else None
-        gw = (_transposed(gz) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else None
-        gb = gz.sum(-2).to(ctx.bias_dtype) if needs[2] else None
-        return gx, gw, gb, None
+        return *_exactly(gz.device, _linear_backward, needs, gz, x, weight, ctx.bias_dtype), None
 
     @staticmethod
     def jvp(ctx, tx, tw, tb, _):
@@ -126,6 +146,10 @@ class Preactivation(torch.autograd.Function):
 
 
 def _tangent_of_z(x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Tensor:
+    return _exactly(x.device, _linear_jvp, x, weight, tx, tw, tb)
+
+
+def _linear_jvp(x, weight, tx, tw, tb) -> Tensor:
     terms = []
     if tx is not None:
         terms.append(tx.to(x.dtype) @ _transposed(weight))
@@ -217,6 +241,9 @@ def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tens
             f"order {level} of {lookup(config.activation).name} on backend {config.backend!r}: "
             "use fused_inr.backends.use('reference') or lower the order"
         )
+    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in (*inputs, *params)):
+        # is_grads_batched: PyTorch's older vmap, which has no rule for a list of tensors
+        return _composite_map(config, level, learnable, inputs, params)
     if level + (2 if _forward_mode() else 1) > top and (torch.is_grad_enabled() or _forward_mode()):
         return _composite_map(config, level, learnable, inputs, params)
     if not torch.is_grad_enabled() and not _forward_mode():
@@ -263,10 +290,8 @@ def _differentiable_backward(config, needs, g, g_z, x, weight, bias, z, params):
         values = _all_tensors(config, params, z) if learnable else params
         gz, *gp = apply_map(config, 1, learnable, [z, g.to(z.dtype)], values)
         gz = gz if g_z is None else gz + g_z
-    gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else None
-    gw = (_transposed(gz) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else None
-    gb = gz.sum(-2).to(bias.dtype) if needs[2] else None
-    return gx, gw, gb, None, *((gp[j] if n else None) for j, n in enumerate(needs[3:]))
+    linear = _linear_backward(needs, gz, x, weight, None if bias is None else bias.dtype)
+    return *linear, None, *((gp[j] if n else None) for j, n in enumerate(needs[3:]))
 
 
 def _all_tensors(config: Config, params, like: Tensor) -> list[Tensor]:
@@ -310,6 +335,8 @@ def _fused_backward_from_z(config, needs, g, g_z, x, weight, bias, z, params):
 
 
 def _backward(ctx, g, g_z):
+    if not (ctx.config.save and ctx.config.link):
+        g_z = None  # Dynamo gives zeros for an output without a derivative
     if g is None and g_z is None:
         return (None,) * len(ctx.needs_input_grad)
     x, weight, bias, z, params = _saved(ctx)
@@ -318,9 +345,8 @@ def _backward(ctx, g, g_z):
     if not any(needs):
         return (None,) * len(ctx.needs_input_grad)
     differentiate = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return (_differentiable_backward if differentiate else _fused_backward)(
-        ctx.config, needs, g, g_z, x, weight, bias, z, params
-    )
+    run = _differentiable_backward if differentiate else _fused_backward
+    return _exactly(x.device, run, ctx.config, needs, g, g_z, x, weight, bias, z, params)
 
 
 class LinearAct(torch.autograd.Function):
@@ -377,10 +403,25 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activ
         or (bias is not None and bias.requires_grad)
         or (activation.has_tensors and any(p is not None and p.requires_grad for p in params))
     )
+    compiling = torch.compiler.is_compiling()
+    if compiling and _inside_transform():
+        # Dynamo (2.13) takes a Function inside a transform apart wrongly; it fuses plain PyTorch itself
+        return _exactly(x.device, _unfused, x, weight, bias, activation)
+    if not track and (compiling or not (torch._C._are_functorch_transforms_active() or _forward_mode())):
+        tensors = list(params)
+        key, constants = activation.map.key, activation.constants
+        return _exactly(
+            x.device, raw.linear_act, x, weight, bias, tensors, constants, key, backend, precision, False
+        )[0]
     # half types recompute: their float32 pre-activations would take twice the output's memory
     save = track and backends.implementation(backend).saves_preactivations and x.dtype.itemsize >= 4
-    compiling = torch.compiler.is_compiling()
     config = Config(activation.map.key, activation.constants, backend, precision, save, not compiling)
     if compiling:
-        return _CompiledLinearAct.apply(x, weight, bias, config, *params)[0]
-    return _apply(LinearAct, x, weight, bias, config, *params)[0]
+        return _exactly(x.device, _CompiledLinearAct.apply, x, weight, bias, config, *params)[0]
+    return _exactly(x.device, _apply, LinearAct, x, weight, bias, config, *params)[0]
+
+
+def _unfused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    dtype = raw.compute_dtype(x.dtype)
+    z = x.to(dtype) @ _transposed(weight.to(dtype))
+    return activation(z if bias is None else z + bias.to(dtype).unsqueeze(-2)).to(x.dtype)
