@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import tune
 from .linear_act import accumulator, launch_sum, mode, on_device
-from .maps import load_params, param_arguments
+from .maps import load_params, narrow, param_arguments
 
 # ---------------------------------------------------------------- which groups a level has
 
@@ -72,7 +72,7 @@ def act_map_kernel(
         if OUT[i] > 0:
             for k in tl.static_range(_at(OUT, i)):
                 tile = out_ptrs[i] + offs_m[:, None] * (OUT[i] * N) + (k * N + offs_n)[None, :]
-                tl.store(tile, out[FIRST[i] + k].to(out_ptrs[i].dtype.element_ty), mask=mask)
+                tl.store(tile, narrow(out[FIRST[i] + k], out_ptrs[i].dtype.element_ty), mask=mask)
         else:  # rows outside may hold anything: they must not reach the sum
             rows = tl.sum(tl.where(mask, out[FIRST[i]], 0.0), axis=0)
             tl.store(out_ptrs[i] + tile_m * N + offs_n, rows, mask=mask_n)

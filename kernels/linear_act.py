@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import tune
-from .maps import INTERPRETED, load_params, param_arguments
+from .maps import INTERPRETED, load_params, narrow, param_arguments
 
 DOT, NARROW_K, NARROW_N = tune.DOT, tune.NARROW_K, tune.NARROW_N
 
@@ -145,7 +145,7 @@ def forward_kernel(
     y = MAP(*z, *p, MODE=MODE)
     y_tile = y_ptr + g * stride_yg + offs_m[:, None] * stride_ym + offs_n[None, :]
     for c in tl.static_range(C):
-        tl.store(y_tile + c * N, y[c].to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_tile + c * N, narrow(y[c], y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
@@ -188,7 +188,7 @@ def gz_kernel(
         gz = tl.where(mask, out[b], 0.0)
         if WRITE_GZ:
             gz_tile = gz_ptr + (layer * M + offs_m)[:, None] * (B * N) + (b * N + offs_n)[None, :]
-            tl.store(gz_tile, gz.to(gz_ptr.dtype.element_ty), mask=mask)
+            tl.store(gz_tile, narrow(gz, gz_ptr.dtype.element_ty), mask=mask)
         if WRITE_GB:
             tl.store(gb_ptr + row * (B * N) + b * N + offs_n, tl.sum(gz, axis=0), mask=mask_n)
     for j in tl.static_range(P):
@@ -256,7 +256,7 @@ def weight_grad_kernel(
             partial += gz * x
         acc = tl.sum(partial, axis=0)
     out = out_ptr + row.to(tl.int64) * N * K + offs_n[:, None] * K + offs_k[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
+    tl.store(out, narrow(acc, out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
 
 
 @triton.jit(do_not_specialize=["S", "chunk"], do_not_specialize_on_alignment=["S", "chunk"])
@@ -279,7 +279,7 @@ def sum_kernel(
         part = in_ptr + (layer * S + offs_s)[:, None] * L + offs_l[None, :]
         acc += tl.load(part, mask=(offs_s < stop)[:, None] & mask_l[None, :], other=0.0).to(ACC)
     out = out_ptr + row.to(tl.int64) * L + offs_l
-    tl.store(out, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=mask_l)
+    tl.store(out, narrow(tl.sum(acc, axis=0), out_ptr.dtype.element_ty), mask=mask_l)
 
 
 # ---------------------------------------------------------------- launchers: allocated outputs, checked inputs
@@ -502,7 +502,7 @@ def linear_act_backward(
     if need_b:
         gb = torch.empty_like(bias, memory_format=torch.contiguous_format)
         shared = bias.dim() == 1
-        launch_sum(gb_rows.view(1, layers * rows, B * N) if shared else gb_rows, gb.view(-1, B * N))
+        launch_sum(gb_rows.view(1, layers * rows, B * N) if shared else gb_rows, gb.view(1 if shared else layers, B * N))
     if need_p:
         gp = x.new_empty((layers, P, N) if G is not None else (P, N), dtype=acc)
         launch_sum(gp_rows, gp.view(layers, P * N))

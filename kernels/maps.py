@@ -81,6 +81,20 @@ def load_params(params, strides, offs_n, mask_n, POINTERS: tl.constexpr, ACC: tl
     return values
 
 
+#: For kernels: the interpreter converts float32 to bfloat16 by cutting the bits off.
+_CUTS = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def narrow(v, DTYPE: tl.constexpr):
+    """v in the type of an output, rounded to nearest even."""
+    if _CUTS and DTYPE == tl.bfloat16:
+        bits = v.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+    return v.to(DTYPE)
+
+
 def param_arguments(params, constants, wide: bool, device) -> tuple[tuple, tuple, int]:
     """Parameters, their strides and POINTERS for `load_params`.
 

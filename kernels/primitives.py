@@ -93,8 +93,8 @@ def _sincos_accurate(x):
     # accuracy at the floats nearest to multiples of pi/2 (and holds without a fused multiply-add as well)
     r = tl.fma(n, -1.5703125, x)
     r = tl.fma(n, -4.837512969970703e-04, r)
-    r = tl.fma(n, -7.549790126404332e-08, r)
-    r = tl.fma(n, 1.7151245100058819e-15, r)
+    r = tl.fma(n, -7.549789415861596e-08, r)
+    r = tl.fma(n, -5.390302953474238e-15, r)  # (-: the sign of x = -0.0 survives)
     large = tl.abs(x) > 100000.0
     if large.type.is_block():
         any_large = tl.max(large.to(tl.int32)) != 0
@@ -357,7 +357,7 @@ def fi_pow(x, y, MODE: tl.constexpr):
     value = tl.where((x < 0) & regular & (integer == 0), float("nan"), value)
     # the sign of x, which a comparison does not see at -0.0
     negative = (x < 0) | ((a == 0) & (1.0 / x < 0))
-    value = tl.where(odd & negative, -value, value)
+    value = tl.where(odd & negative, value * -1.0, value)  # Triton's -x is 0 - x, which loses the sign of 0
     value = tl.where((x != x) | (y != y), float("nan"), value)
     return tl.where((y == 0) | (x == 1) | ((x == -1) & (tl.abs(y) == float("inf"))), 1.0, value)
 

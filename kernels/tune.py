@@ -98,7 +98,7 @@ _DOT: dict[tuple[str, str, int], tuple[int, int, int, int, int]] = {
     ("forward", "tf32", 4): (128, 32, 32, 8, 3),
     ("forward", "x3", 1): (128, 64, 32, 8, 2),
     ("forward", "x3", 2): (128, 32, 32, 8, 2),
-    ("forward", "x3", 4): (64, 32, 32, 8, 2),
+    ("forward", "x3", 4): (64, 32, 16, 8, 2),
     ("forward", "ieee", 1): (64, 64, 16, 8, 2),
     ("forward", "ieee", 2): (64, 32, 16, 8, 2),
     ("forward", "ieee", 4): (32, 32, 16, 8, 2),
@@ -121,7 +121,11 @@ _DOT: dict[tuple[str, str, int], tuple[int, int, int, int, int]] = {
 }  # fmt: skip
 
 #: What an architecture does differently: (architecture, operation, class, branches up to) -> the five numbers.
-_OVERRIDES: dict[tuple[str, str, str, int], tuple[int, int, int, int, int]] = {}
+_OVERRIDES: dict[tuple[str, str, str, int], tuple[int, int, int, int, int]] = {
+    # without wgmma the split operands of x3 stay in registers: 64 columns of four branches take all 255 and spill
+    ("sm80", "forward", "x3", 4): (64, 16, 32, 8, 2),
+    ("sm86", "forward", "x3", 4): (64, 16, 32, 8, 2),
+}
 
 # (block_m, block_n, block_k, num_warps) by branches; block_k of NARROW_K is K itself, block_n of NARROW_N is N's power of two
 _NARROW_K = {1: (64, 64, 0, 4), 2: (32, 64, 0, 4), 4: (16, 64, 0, 4)}
