@@ -187,7 +187,23 @@ FI_INLINE V fi_sin(V x) {
   }
 }
 
-// One reduction to [-pi/4, pi/4] serves both.
+// sin and cos of x reduced to [-pi/4, pi/4], and the quadrant in the low bits of q
+template <class V>
+FI_INLINE void quadrant(V x, V& sine, V& cosine, typename V::Mask& q) {
+  const V t = fma(x, V(0.63661977236758138), V(kRound));
+  const V r = less_half_pi(x, t - V(kRound));
+  q = t.bits();
+  const V u = r * r;
+  sine = keep_sign(fma(r * u, polynomial(u, -0.166666672, 0.00833332911, -0.000198391514, 2.71660429e-06), r), r);
+  cosine = fma(u * u, polynomial(u, 0.0416666418, -0.00138871849, 2.44181265e-05), fma(V(-0.5), u, V(1.0)));
+}
+
+template <class V>
+FI_INLINE V cos_of_quadrant(V sine, V cosine, typename V::Mask q) {
+  return V::from_bits(select((q << 31) < 0, sine, cosine).bits() ^ (((q + 1) & 2) << 30));
+}
+
+// One reduction serves both.
 template <class V>
 FI_INLINE void fi_sincos(V x, V& s, V& c) {
   if constexpr (!is_float<V>) {
@@ -197,16 +213,11 @@ FI_INLINE void fi_sincos(V x, V& s, V& c) {
     s = V::load(sines);
     c = V::load(cosines);
   } else {
-    const V t = fma(x, V(0.63661977236758138), V(kRound));
-    const V r = less_half_pi(x, t - V(kRound));
-    const auto q = t.bits();
-    const V u = r * r;
-    const V p = polynomial(u, -0.166666672, 0.00833332911, -0.000198391514, 2.71660429e-06);
-    const V sine = keep_sign(fma(r * u, p, r), r);
-    const V cosine = fma(u * u, polynomial(u, 0.0416666418, -0.00138871849, 2.44181265e-05), fma(V(-0.5), u, V(1.0)));
-    const auto swap = (q << 31) < 0;
-    const V ys = V::from_bits(select(swap, cosine, sine).bits() ^ ((q & 2) << 30));
-    const V yc = V::from_bits(select(swap, sine, cosine).bits() ^ (((q + 1) & 2) << 30));
+    V sine, cosine;
+    typename V::Mask q;
+    quadrant(x, sine, cosine, q);
+    const V ys = V::from_bits(select((q << 31) < 0, cosine, sine).bits() ^ ((q & 2) << 30));
+    const V yc = cos_of_quadrant(sine, cosine, q);
     const bool slow = beyond_trig_limit(x);
     s = slow ? with_slow_lanes(slow_sin, x, ys) : ys;
     c = slow ? with_slow_lanes(slow_cos, x, yc) : yc;
@@ -222,12 +233,12 @@ FI_INLINE V fi_cos(V x) {
   if constexpr (!is_float<V>) {
     return cos_double(x);
   } else {
-    // cos x = (-1)^n sin((n + 1/2) pi - x)
-    const V t = fma(x, V(0.31830988618379067), V(-0.5)) + V(kRound);
-    const V half_turns = (t - V(kRound)) + V(0.5);
-    const V y = sin_half_turn(-less_pi(x, half_turns));
-    const V signed_y = V::from_bits(y.bits() ^ (t.bits() << 31));
-    return beyond_trig_limit(x) ? with_slow_lanes(slow_cos, x, signed_y) : signed_y;
+    // not sin(x + pi/2) by the one longer polynomial, as fi_sin: cos 0 shall be 1
+    V sine, cosine;
+    typename V::Mask q;
+    quadrant(x, sine, cosine, q);
+    const V y = cos_of_quadrant(sine, cosine, q);
+    return beyond_trig_limit(x) ? with_slow_lanes(slow_cos, x, y) : y;
   }
 }
 

@@ -1,0 +1,281 @@
+"""How the native engine is built, found and refused: native.py alone, in processes and caches of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_inr import native
+
+NATIVE = Path(native.__file__)
+
+
+def _run(code: str, **environment: str) -> str:
+    """A fresh process that loads native.py without the package around it."""
+    head = f"""
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("native_alone", {str(NATIVE)!r})
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def _has_compiler() -> bool:
+    try:
+        native.compiler()
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="no C++ compiler")
+
+# the smallest library that has a stamp: what stands in for the engine where only finding and refusing is tested
+SMALL = 'extern "C" const char stamp[] = "FUSED_INR_STAMP={};"; extern "C" int answer() {{ return 42; }}'
+
+
+def _small_library(target: Path, stamp: str) -> None:
+    source = target.with_suffix(".cpp")
+    source.write_text(SMALL.format(stamp))
+    command, _ = native.compiler()
+    subprocess.run([*command, "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
+
+
+@pytest.fixture
+def own_cache(tmp_path):
+    """A cache folder for a process, private as it must be."""
+    return str(tmp_path / "cache")
+
+
+def test_importing_native_is_light():
+    code = """
+        import sys
+        assert "torch.utils.cpp_extension" not in sys.modules
+        print(native.status())
+    """
+    assert "not loaded yet" in _run(code)
+
+
+@needs_compiler
+def test_the_engine_builds_into_an_empty_folder_and_works(tmp_path):
+    target = tmp_path / "new" / "_C.so"
+    code = f"""
+        import torch
+        native.build(native.Path({str(target)!r}), capabilities=("generic",))
+        torch.ops.load_library({str(target)!r})
+        ops = torch.ops.fused_inr_native
+        x = torch.randn(9, 5)
+        y, z = ops.linear_act(x, torch.eye(5), None, [], [2.0], "sine", True)
+        assert torch.equal(z, x) and torch.allclose(y, torch.sin(2 * x), atol=1e-6)
+        assert native._stamp_of(native.Path({str(target)!r})) == native._stamp(native.sources())
+        print(ops.capability(), ops.capabilities())
+    """
+    assert _run(code) == "generic ['generic']"
+    assert [p.name for p in target.parent.iterdir()] == ["_C.so"], "temporary files were left"
+
+
+@needs_compiler
+def test_a_library_for_another_torch_is_not_loaded(tmp_path):
+    library = tmp_path / "old.so"
+    _small_library(library, "torch 1.0.0 sources 0123456789abcdef")
+    assert native._stamp_of(library) == "torch 1.0.0 sources 0123456789abcdef"
+    assert not native._usable(library, native._stamp(native.sources()))
+    _small_library(library, native._stamp(native.sources()))
+    assert native._usable(library, native._stamp(native.sources()))
+
+
+def test_a_damaged_library_is_not_loaded(tmp_path):
+    library = tmp_path / "cut.so"
+    for content in (b"", b"\x7fELF", b"FUSED_INR_STAMP=torch", b"FUSED_INR_STAMP=\xff\xfe;"):
+        library.write_bytes(content)
+        assert not native._usable(library, native._stamp(native.sources()))
+    assert not native._usable(tmp_path / "absent.so", "")
+
+
+def test_a_packaged_library_of_another_torch_gives_way_to_the_cache(tmp_path, own_cache):
+    packaged = tmp_path / "_C.so"
+    packaged.write_bytes(b"FUSED_INR_STAMP=torch 1.0.0 sources 0;")
+    code = f"""
+        native._PACKAGED = native.Path({str(packaged)!r})
+        print(native.load(), native.status()[1])
+    """
+    # nothing in the cache and no compiler: the reason is the compiler, and the wrong library is not touched
+    assert _run(code, XDG_CACHE_HOME=own_cache, CXX="/nonexistent/c++").startswith("False the C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/nonexistent/g++", "does not run"), ("false", "does not run")],
+)
+def test_a_broken_compiler_is_a_reason_and_not_an_exception(own_cache, compiler, reason):
+    code = """
+        native._PACKAGED = native.Path("/nonexistent/_C.so")
+        assert native.load() is False and native.load() is False
+        library, why = native.status()
+        assert library is None
+        print(why)
+    """
+    assert reason in _run(code, CXX=compiler, XDG_CACHE_HOME=own_cache)
+
+
+def test_no_compiler_at_all_says_what_to_install(own_cache):
+    code = """
+        native._PACKAGED = native.Path("/nonexistent/_C.so")
+        native.shutil.which = lambda name: None
+        native.load()
+        print(native.status()[1])
+    """
+    assert "install one, or set CXX" in _run(code, CXX="", XDG_CACHE_HOME=own_cache)
+
+
+@needs_compiler
+def test_a_compiler_that_fails_gives_its_first_error(tmp_path, own_cache):
+    wrapper = tmp_path / "c++"
+    wrapper.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && { echo "c++ 1.0"; exit 0; }\necho "x.cpp:1: error: no" >&2\nexit 3\n'
+    )
+    wrapper.chmod(0o700)
+    code = """
+        native._PACKAGED = native.Path("/nonexistent/_C.so")
+        native.load()
+        print(native.status()[1])
+    """
+    reason = _run(code, CXX=str(wrapper), XDG_CACHE_HOME=own_cache)
+    assert "exit code 3: x.cpp:1: error: no" in reason
+    assert not list(Path(own_cache).rglob("*.so")), "a failed build left a library"
+    assert not list(Path(own_cache).rglob(".build_*")), "a failed build left its folder"
+
+
+def test_the_cache_is_private(tmp_path):
+    folder = native.cache_folder(tmp_path)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert native.cache_folder(tmp_path) == folder
+    folder.chmod(0o777)
+    with pytest.raises(RuntimeError, match="can be written by others"):
+        native.cache_folder(tmp_path)
+    folder.chmod(0o700)
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RuntimeError, match="is a link"):
+        native.cache_folder(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
+def test_a_cache_of_another_user_is_refused(tmp_path):
+    os.chown(native.cache_folder(tmp_path), 12345, 12345)
+    with pytest.raises(RuntimeError, match="belongs to another user"):
+        native.cache_folder(tmp_path)
+
+
+def test_two_builds_at_once_wait_for_each_other_and_a_killed_one_holds_nobody(tmp_path):
+    path = tmp_path / "x.lock"
+    hold = f"""if True:
+        import fcntl, time
+        f = open({str(path)!r}, "w")
+        fcntl.flock(f, fcntl.LOCK_EX)
+        print(1, flush=True)
+        time.sleep(60)
+    """
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with native._one_at_a_time(path, patience=0.3):
+        pass  # patience at its end: goes on without the lock
+    holder.kill()
+    holder.wait()
+    with native._one_at_a_time(path, patience=60):
+        pass
+
+
+# -- a user's formula
+
+
+SOURCE = """
+namespace fused_inr {
+constexpr int kMaxLevel = 3;
+constexpr int kMaxLearnableLevel = 2;
+template <class V> FI_INLINE void cubic_l0(const V* in, V* out) { out[0] = in[1] * in[0] * in[0] * in[0]; }
+template <class V> FI_INLINE void cubic_l1(const V* in, V* out) {
+  out[0] = fi_const<V>(3.0) * in[1] * in[0] * in[0] * in[2];
+}
+template <class V> FI_INLINE void cubic_l2(const V* in, V* out) {
+  out[0] = fi_const<V>(6.0) * in[1] * in[0] * in[2] * in[3];
+  out[1] = fi_const<V>(3.0) * in[1] * in[0] * in[0] * in[3];
+}
+template <class V> FI_INLINE void cubic_l3(const V* in, V* out) { out[0] = out[1] = out[2] = fi_tan(in[0]); }
+template <class V> FI_INLINE void cubic_p1(const V* in, V* out) {
+  cubic_l1(in, out);
+  out[1] = in[0] * in[0] * in[0] * in[2];
+}
+template <class V> FI_INLINE void cubic_p2(const V* in, V* out) { out[0] = out[1] = out[2] = in[0]; }
+}
+#define FUSED_INR_ACTIVATIONS(X) X(cubic, 1, 1, 1)
+"""
+
+
+@needs_compiler
+def test_compile_maps(tmp_path):
+    if not native.load():
+        pytest.skip(native.status()[1])
+    table = native.compile_maps("test_native_build_cubic", SOURCE, cache=tmp_path)
+    assert isinstance(table, ctypes.Array)
+    assert list(table[:3]) == [1, 1, 1]
+    assert all(table[3:])
+    ops = torch.ops.fused_inr_native
+    assert ops.has_activation("test_native_build_cubic", 3, False)
+    assert not ops.has_activation("test_native_build_cubic", 3, True)
+    for dtype in (torch.float32, torch.float64):
+        z = torch.randn(37, 11, dtype=dtype)
+        weight = torch.eye(11, dtype=dtype)
+        y, _ = ops.linear_act(z, weight, None, [], [0.5], "test_native_build_cubic", False)
+        torch.testing.assert_close(y, 0.5 * z**3)
+        g = torch.randn_like(z)
+        gx, _, _, gp = ops.linear_act_backward(
+            g, z, weight, None, [], [0.5], None, "test_native_build_cubic", [True, False, False, True]
+        )
+        torch.testing.assert_close(gx, 1.5 * z**2 * g)
+        torch.testing.assert_close(gp, (z**3 * g).sum(0, keepdim=True), rtol=1e-4, atol=1e-5)
+    # the second time it comes from the cache
+    libraries = list((tmp_path / "fused_inr").glob("maps_*.so"))
+    assert len(libraries) == 1
+    written = libraries[0].stat().st_mtime_ns
+    native.compile_maps("test_native_build_cubic", SOURCE, cache=tmp_path)
+    assert libraries[0].stat().st_mtime_ns == written
+
+
+@needs_compiler
+def test_an_error_in_a_formula_is_told(tmp_path):
+    if not native.load():
+        pytest.skip(native.status()[1])
+    with pytest.raises(RuntimeError, match="error"):
+        native.compile_maps("broken", SOURCE.replace("fi_tan", "fi_no_such"), cache=tmp_path)
+    assert not list(tmp_path.rglob("maps_*.so"))
+
+
+def test_a_built_in_name_cannot_be_taken():
+    if not native.load():
+        pytest.skip(native.status()[1])
+    ops = torch.ops.fused_inr_native
+    with pytest.raises(ValueError, match="built-in"):
+        ops.register_activation("sine", 1, 1, 1, [0] * 12)
+    with pytest.raises(ValueError, match="12 addresses"):
+        ops.register_activation("mine", 1, 1, 1, [0])
+    with pytest.raises(ValueError, match="at least 1, 1, 0"):
+        ops.register_activation("mine", 0, 1, 1, [0] * 12)
