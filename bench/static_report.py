@@ -7,6 +7,7 @@ from the sources each time, in folders of its own, so that no cache answers for 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -107,21 +109,35 @@ def run(
     if unknown:
         raise ValueError(f"archs: {unknown[0]!r} is not one of {', '.join(ARCHS)}")
     options = {"archs": list(archs), "activations": list(activations), "kernels": list(kernels), "scope": scope}
-    rows: list[dict] = []
+    with _workers(processes) as pool:
+        jobs = pool.submit(_list_jobs, options).result()[::every]
+        return _gather(pool, jobs, progress)
+
+
+def compile_all(jobs: list[dict], *, processes: int = 2) -> list[dict]:
+    """Rows for jobs given one by one: the fields of `fused_inr.kernels.aot.Job`."""
+    with _workers(processes) as pool:
+        return _gather(pool, jobs, progress=False)
+
+
+@contextlib.contextmanager
+def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
     with tempfile.TemporaryDirectory(prefix="fused_inr_static_") as cache:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, context, _initialise, (cache,)) as pool:
-            jobs = pool.submit(_list_jobs, options).result()[::every]
-            futures = {pool.submit(_compile, job): i for i, job in enumerate(jobs)}
-            done: dict[int, dict] = {}
-            for count, future in enumerate(as_completed(futures), 1):
-                row = done[futures[future]] = future.result()
-                if progress:
-                    mark = "; ".join(row["problems"]) or "ok"
-                    name = f"{row['arch']} {row['kernel']} {row['activation']} {row['type']}"
-                    print(f"[{count}/{len(jobs)}] {name}: {mark}", file=sys.stderr, flush=True)
-            rows = [done[i] for i in range(len(jobs))]
-    return rows
+            yield pool
+
+
+def _gather(pool: ProcessPoolExecutor, jobs: list[dict], progress: bool) -> list[dict]:
+    futures = {pool.submit(_compile, job): i for i, job in enumerate(jobs)}
+    done: dict[int, dict] = {}
+    for count, future in enumerate(as_completed(futures), 1):
+        row = done[futures[future]] = future.result()
+        if progress:
+            mark = "; ".join(row["problems"]) or "ok"
+            name = f"{row['arch']} {row['kernel']} {row['activation']} {row['type']}"
+            print(f"[{count}/{len(jobs)}] {name}: {mark}", file=sys.stderr, flush=True)
+    return [done[i] for i in range(len(jobs))]
 
 
 def _cell(row: dict, key: str) -> str:

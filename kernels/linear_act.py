@@ -42,13 +42,15 @@ def pre_activation(
     if KIND == 1:  # K of 1 to 8: BLOCK_K = K multiply-adds, no tile of tensor cores padded to 16
         for _ in tl.static_range(B):
             acc = acc + (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
-        for k in tl.static_range(BLOCK_K):
-            x = tl.load(x_ptr + offs_m * stride_xm + k * stride_xk, mask=mask_m, other=0.0).to(ACC)
+        for _k in tl.static_range(BLOCK_K):
+            x = tl.load(x_ptr + offs_m * stride_xm, mask=mask_m, other=0.0).to(ACC)
             new = ()
             for b in tl.static_range(B):
-                w = tl.load(w_ptr + (b * N + offs_n) * stride_wn + k * stride_wk, mask=mask_n, other=0.0).to(ACC)
+                w = tl.load(w_ptr + (b * N + offs_n) * stride_wn, mask=mask_n, other=0.0).to(ACC)
                 new = new + (acc[b] + x[:, None] * w[None, :],)
             acc = new
+            x_ptr += stride_xk  # step by step: k times a stride could pass 2^31
+            w_ptr += stride_wk
     elif KIND == 2:  # N of 1 to 4: products side by side, summed over K once at the end
         for _ in tl.static_range(B):
             acc = acc + (tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), ACC),)
