@@ -203,5 +203,5 @@ def worst(actual: Tensor, expected: Rounded, dtype: torch.dtype) -> float:
         return 0.0
     error = (actual.detach().double() - expected.value).abs()
     bound = expected.stored(dtype)
-    ratio = torch.where(error == 0, 0.0, error / bound)
+    ratio = torch.where((error == 0) | bound.isinf(), 0.0, error / bound)
     return math.inf if bool(ratio.isnan().any()) else ratio.max().item()
