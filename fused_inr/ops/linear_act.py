@@ -7,7 +7,7 @@ from `act_map`, a map of any level whose backward is the map of the next, and ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,11 +109,61 @@ def _transposed(t: Tensor) -> Tensor:
     return t.transpose(-1, -2)
 
 
-def _linear_backward(needs, gz: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None):
-    gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else None
-    gw = (_transposed(gz) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else None
+def _linear(config: Config, x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, differentiable, by the backend that runs everything else."""
+    if not torch.is_grad_enabled() and not _forward_mode():
+        return raw.linear_act(x, weight, None, [], [], "identity", config.backend, config.precision, False)[0]
+    return _apply(LinearAct, x, weight, None, replace(config, activation="identity", constants=(), save=False))[0]
+
+
+def _weight_gradient(config: Config, gz: Tensor, x: Tensor) -> Tensor:
+    """gz^T x, differentiable: with `_linear` a closed set, each the derivative of the other."""
+    if not torch.is_grad_enabled() and not _forward_mode():
+        return WeightGradient.forward(config, gz, x)
+    return _apply(WeightGradient, config, gz, x)
+
+
+def _linear_backward(config: Config, needs, gz: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None):
+    gx = _linear(config, gz, _transposed(weight.to(gz.dtype))).to(x.dtype) if needs[0] else None
+    gw = _weight_gradient(config, gz, x.to(gz.dtype)).to(weight.dtype) if needs[1] else None
     gb = gz.sum(-2).to(bias_dtype) if needs[2] else None
     return gx, gw, gb
+
+
+class WeightGradient(torch.autograd.Function):
+    """gz [.., M, N], x [.., M, K] to gz^T x [.., N, K]."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(config, gz, x):
+        shape = (*x.shape[:-2], gz.shape[-1], x.shape[-1])
+        weight = x.new_empty(1).expand(shape)  # only its shape counts
+        return raw.linear_act_backward(
+            gz, x, weight, None, [], [], gz, "identity", config.backend, config.precision, [False, True, False, False]
+        )[1]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.config, gz, x = inputs
+        ctx.save_for_backward(gz, x)
+        ctx.save_for_forward(gz, x)
+
+    @staticmethod
+    def backward(ctx, g):
+        gz, x = ctx.saved_tensors
+        _, need_gz, need_x = _wanted(ctx, (False, True, True))
+        d_gz = _linear(ctx.config, x, g) if need_gz else None
+        d_x = _linear(ctx.config, gz, _transposed(g)) if need_x else None
+        return None, d_gz, d_x
+
+    @staticmethod
+    def jvp(ctx, _, t_gz, t_x):
+        gz, x = ctx.saved_tensors
+        terms = [] if t_gz is None else [_weight_gradient(ctx.config, t_gz, x)]
+        if t_x is not None:
+            terms.append(_weight_gradient(ctx.config, gz, t_x))
+        return sum(terms[1:], terms[0])
 
 
 class Preactivation(torch.autograd.Function):
@@ -122,12 +172,12 @@ class Preactivation(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, z):
+    def forward(x, weight, bias, z, config):
         return z.view_as(z)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, _ = inputs
+        x, weight, bias, _, ctx.config = inputs
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -135,29 +185,29 @@ class Preactivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gz):
         x, weight = ctx.saved_tensors
-        needs = _wanted(ctx, (True, True, ctx.bias_dtype is not None, True))
-        return *_exactly(gz.device, _linear_backward, needs, gz, x, weight, ctx.bias_dtype), None
+        needs = _wanted(ctx, (True, True, ctx.bias_dtype is not None, True, False))
+        return *_exactly(gz.device, _linear_backward, ctx.config, needs, gz, x, weight, ctx.bias_dtype), None, None
 
     @staticmethod
-    def jvp(ctx, tx, tw, tb, _):
+    def jvp(ctx, tx, tw, tb, *_):
         x, weight = ctx.saved_tensors
-        dtype = raw.compute_dtype(x.dtype)
-        return _tangent_of_z(x.to(dtype), weight.to(dtype), tx, tw, tb)
+        return _tangent_of_z(ctx.config, x, weight, tx, tw, tb)
 
 
-def _tangent_of_z(x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Tensor:
-    return _exactly(x.device, _linear_jvp, x, weight, tx, tw, tb)
+def _tangent_of_z(config: Config, x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Tensor:
+    return _exactly(x.device, _linear_jvp, config, x, weight, tx, tw, tb)
 
 
-def _linear_jvp(x, weight, tx, tw, tb) -> Tensor:
+def _linear_jvp(config, x, weight, tx, tw, tb) -> Tensor:
+    dtype = raw.compute_dtype(x.dtype)
     terms = []
     if tx is not None:
-        terms.append(tx.to(x.dtype) @ _transposed(weight))
+        terms.append(_linear(config, tx.to(dtype), weight.to(dtype)))
     if tw is not None:
-        terms.append(x @ _transposed(tw.to(x.dtype)))
+        terms.append(_linear(config, x.to(dtype), tw.to(dtype)))
     if tb is not None:
-        terms.append(tb.to(x.dtype).unsqueeze(-2).expand(*x.shape[:-1], weight.shape[-2]))
-    return sum(terms[1:], terms[0]) if terms else x.new_zeros((*x.shape[:-1], weight.shape[-2]))
+        terms.append(tb.to(dtype).unsqueeze(-2).expand(*x.shape[:-1], weight.shape[-2]))
+    return sum(terms[1:], terms[0]) if terms else x.new_zeros((*x.shape[:-1], weight.shape[-2]), dtype=dtype)
 
 
 class ActMap(torch.autograd.Function):
@@ -280,17 +330,20 @@ def _setup(ctx, inputs, output):
 
 def _differentiable_backward(config, needs, g, g_z, x, weight, bias, z, params):
     """The same gradients, out of pieces that differentiate again."""
-    if not (config.save and config.link):
-        z = Preactivation.apply(x, weight, bias, _bare_preactivation(config, x, weight, bias) if z is None else z)
     gp = [None] * len(params)
     gz = g_z
-    if g is not None:
+    if config.activation == "identity":
+        gz = g.to(raw.compute_dtype(g.dtype))
+    elif g is not None:
+        if not (config.save and config.link):
+            z = _bare_preactivation(config, x, weight, bias) if z is None else z
+            z = Preactivation.apply(x, weight, bias, z, config)
         # not `needs`: the gradient of x depends on the parameters too, in an outer transformation perhaps
         learnable = any(p is not None for p in params)
         values = _all_tensors(config, params, z) if learnable else params
         gz, *gp = apply_map(config, 1, learnable, [z, g.to(z.dtype)], values)
         gz = gz if g_z is None else gz + g_z
-    linear = _linear_backward(needs, gz, x, weight, None if bias is None else bias.dtype)
+    linear = _linear_backward(config, needs, gz, x, weight, None if bias is None else bias.dtype)
     return *linear, None, *((gp[j] if n else None) for j, n in enumerate(needs[3:]))
 
 
@@ -302,6 +355,8 @@ def _all_tensors(config: Config, params, like: Tensor) -> list[Tensor]:
 def _fused_backward(config, needs, g, g_z, x, weight, bias, z, params):
     if g_z is not None:
         return _fused_backward_from_z(config, needs, g, g_z, x, weight, bias, z, params)
+    if config.activation == "identity" and g.dtype.itemsize >= 4:
+        z = g  # the map does not look at z: nothing to recompute
     gx, gw, gb, gp = raw.linear_act_backward(
         g, x, weight, bias, list(params), config.constants, z, config.activation, config.backend, config.precision,
         [*needs[:3], any(needs[3:])],
@@ -372,9 +427,11 @@ class LinearAct(torch.autograd.Function):
         _refuse_nested_forward_mode(ctx.config)
         x, weight, bias, z, params = _saved(ctx)
         config = ctx.config
+        tz = _tangent_of_z(config, x, weight, tx, tw, tb)
+        if config.activation == "identity":
+            return tz.to(x.dtype), None
         if not config.save:
-            z = Preactivation.apply(x, weight, bias, _bare_preactivation(config, x, weight, bias))
-        tz = _tangent_of_z(x.to(z.dtype), weight.to(z.dtype), tx, tw, tb)
+            z = Preactivation.apply(x, weight, bias, _bare_preactivation(config, x, weight, bias), config)
         learnable = any(p is not None for p in params)
         values = _all_tensors(config, params, z) if learnable else params
         d_values = [torch.zeros_like(v) if d is None else d for v, d in zip(values, d_params, strict=True)] if learnable else []
@@ -414,7 +471,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activ
             x.device, raw.linear_act, x, weight, bias, tensors, constants, key, backend, precision, False
         )[0]
     # half types recompute: their float32 pre-activations would take twice the output's memory
-    save = track and backends.implementation(backend).saves_preactivations and x.dtype.itemsize >= 4
+    save = backends.implementation(backend).saves_preactivations and x.dtype.itemsize >= 4 and track
+    save = save and activation.map.key != "identity"
     config = Config(activation.map.key, activation.constants, backend, precision, save, not compiling)
     if compiling:
         return _exactly(x.device, _CompiledLinearAct.apply, x, weight, bias, config, *params)[0]
