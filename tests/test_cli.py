@@ -192,6 +192,9 @@ def test_compare_prints_three_variants_of_one_fit(tmp_path, picture):
         # the same weights and batches: 14 steps part by rounding only
         assert result["psnr"] == pytest.approx(report["psnr_db"], abs=0.01)
         assert result["peak_mib"] >= 0
+    # the reconstruction is the fused fit's
+    written = np.asarray(Image.open(tmp_path / "out" / "reconstruction.png")).astype(np.float32) / 255
+    assert psnr(written, read_picture(str(picture), 16).pixels) == pytest.approx(report["psnr_db"], abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -56,12 +56,11 @@ class Measured:
             self.kept = self.memory.kept()
             self.memory.restart()
 
-    def result(self, name: str, picture: Picture) -> Result:
-        trainer, peak = self.trainer, self.memory.peak()
-        _, psnr = final_psnr(picture, trainer.evaluate())
-        return Result(
-            name, trainer.ms_per_step(), trainer.warm_up_seconds(), finite(psnr), peak, self.kept if self.kept else 0.0
-        )
+    def result(self, name: str, picture: Picture) -> tuple[Result, np.ndarray]:
+        """What the fit came to, and its reconstruction."""
+        trainer, peak = self.trainer, self.memory.peak()  # before evaluating, which takes memory too
+        pixels, psnr = final_psnr(picture, trainer.evaluate())
+        return Result(name, trainer.ms_per_step(), trainer.warm_up_seconds(), finite(psnr), peak, self.kept), pixels
 
 
 class Comparison:
@@ -161,7 +160,7 @@ def _serve() -> None:
             elif "train" in message and measured is not None:
                 measured.train(message["train"])
             elif measured is not None:
-                answer["result"] = asdict(measured.result(name, picture))
+                answer["result"] = asdict(measured.result(name, picture)[0])
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
         print(json.dumps(answer), file=out, flush=True)

@@ -24,7 +24,7 @@ from .figure import draw
 from .files import prepare_folder, write_all
 from .options import FitOptions
 from .pictures import Picture, read_picture, to_png
-from .training import WARM_UP, Checkpoint, Trainer, build_model, final_psnr, finite
+from .training import WARM_UP, Checkpoint, Trainer, build_model, finite
 
 INTERRUPTED = 130
 _CHECKPOINT_SECONDS = 30.0
@@ -75,12 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return INTERRUPTED
-        own = measured.result(f"fused ({_backend_name(explanation)})", picture)
-        pixels, psnr = final_psnr(picture, trainer.evaluate())
+        own, pixels = measured.result(f"fused ({_backend_name(explanation)})", picture)
 
     curve = trainer.psnr_curve()
     shape = f"{options.width} wide, {options.depth} hidden layers"
-    title = f"{picture.name}, {options.activation}, {shape}: {psnr:.2f} dB after {trainer.step} steps"
+    title = f"{picture.name}, {options.activation}, {shape}: {_decibel(own)} after {trainer.step} steps"
     report = _report(options, picture, trainer, explanation, [own, *others], curve)
     # the checkpoint too: `--resume --steps MORE` goes on from the end
     write_all(
@@ -271,9 +270,12 @@ def _conclude(folder: Path, own: Result, others: list[Result], trainer: Trainer)
             "first step; peak while steps run, kept between them (torch.compile keeps what compiling left there)."
         )
     speed = f", {own.ms_per_step:.1f} ms/step" if own.ms_per_step is not None else ""
-    quality = "exact" if own.psnr is None else f"PSNR {own.psnr:.2f} dB (data in [0, 1])"
-    print(f"{quality} after {trainer.step} steps{speed}")
+    print(f"PSNR {_decibel(own)} (data in [0, 1]) after {trainer.step} steps{speed}")
     print(f"wrote reconstruction.png, figure.png, weights.safetensors, checkpoint.safetensors, report.json to {folder}")
+
+
+def _decibel(result: Result) -> str:
+    return "infinite" if result.psnr is None else f"{result.psnr:.2f} dB"
 
 
 def _one_line(error: BaseException) -> str:
