@@ -14,11 +14,8 @@
 #include <unordered_map>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "cpu/engine.h"
+#include "memory.h"
 
 #ifndef FUSED_INR_STAMP
 #define FUSED_INR_STAMP "unstamped"
@@ -204,20 +201,6 @@ Storage storage_of(const Tensor& t, const char* name) {
     default: break;
   }
   TORCH_CHECK_TYPE(false, name, ": expected float32, float64, bfloat16 or float16, got ", t.scalar_type());
-}
-
-// Fresh memory for a result. Large ones in huge pages: 64 MB in pages of 4 KB cost more in faults than in arithmetic.
-Tensor fresh(at::IntArrayRef sizes, at::ScalarType type) {
-  Tensor t = at::empty(sizes, at::TensorOptions().dtype(type));
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = uintptr_t{2} << 20;
-  if (t.nbytes() >= 2 * huge) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
-    const uintptr_t from = (begin + huge - 1) / huge * huge, to = end / huge * huge;
-    if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // only advice: no check
-  }
-#endif
-  return t;
 }
 
 Tensor nothing(at::ScalarType type) { return at::empty({0}, at::TensorOptions().dtype(type)); }
@@ -562,6 +545,12 @@ TORCH_LIBRARY(fused_inr_native, m) {
   m.def("capabilities() -> str[]", []() { return capabilities(); });
   m.def("set_capability(str name) -> ()", [](const std::string& name) { set_capability(name); });
   m.def("stamp() -> str", []() { return stamp(); });
+  m.def("empty_cache() -> int", []() { return BlockCache::instance().clear(); });
+  m.def("cached_bytes() -> int", []() { return BlockCache::instance().cached(); });
+  m.def("set_cache_limit(int bytes) -> int", [](int64_t bytes) {
+    TORCH_CHECK_VALUE(bytes >= 0, "bytes: expected a limit of at least 0, got ", bytes);
+    return BlockCache::instance().set_limit(bytes);
+  });
 }
 
 TORCH_LIBRARY_IMPL(fused_inr_native, CPU, m) {
