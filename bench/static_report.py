@@ -1,7 +1,7 @@
 """`fused-inr bench static`: what the compiler makes of every Triton kernel and shipped configuration, without a GPU.
 
-Per architecture: registers, spilled bytes, shared memory, tensor-core, multiply-add and special-function instructions. Compiled
-from the sources each time, in folders of its own, so that no cache answers for code that has changed.
+Per architecture: registers, spilled bytes, shared memory, tensor-core, multiply-add and special-function instructions.
+Compiled from the sources each time, in folders of its own, so that no cache answers for code that has changed.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def _list_jobs(options: dict) -> list[dict]:
     """In a worker: listing the jobs imports the kernels, which the caller's process may interpret."""
     from dataclasses import asdict
 
-    from fused_inr.activations import generated
     from fused_inr.kernels import aot
+
+    from fused_inr.activations import generated
 
     options = dict(options)
     activations = options.pop("activations")
@@ -95,8 +96,8 @@ def run(
         archs: of "sm80", "sm86" (99 KB of shared memory; also 8.9 and 12.x), "sm90", "sm100".
         activations: names of generated maps, or ["all"].
         kernels: of "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map", "sum"; empty: all.
-        scope: "default": every configuration and type; "quick": one width, two types; "full": unaligned operands, odd widths
-            and learnable parameters as well.
+        scope: "default": every configuration and type; "quick": one width, two types; "full": unaligned operands, odd
+            widths and learnable parameters as well.
         every: compile every n-th job only (a sample that is the same each time).
         processes: worker processes.
         progress: one line a compilation on stderr.
@@ -169,21 +170,26 @@ def table(rows: list[dict]) -> str:
         most = max((r.get("registers", 0) for r in of_arch), default=0)
         lines.append(
             f"{arch}: {len(of_arch)} compiled, {bad} with a problem, {sum(r.get('spilled', 0) for r in of_arch)} bytes "
-            f"spilled, {most} registers at most, {max(r.get('shared', 0) for r in of_arch)} bytes of shared memory at most"
+            f"spilled, at most {most} registers and {max(r.get('shared', 0) for r in of_arch)} bytes of shared memory"
         )
     return "\n".join(lines[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 1 if a shipped configuration has a problem; under another Triton than 3.7 problems are only reported."""
+    """Exit status 1 if a shipped configuration has a problem (under another Triton than 3.7 they are only reported)."""
     parser = argparse.ArgumentParser(prog="fused-inr bench static", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm80", "sm90", "sm100"], help="architectures")
     parser.add_argument("--activation", nargs="+", default=["sine", "gabor", "split"], help='or "all"')
-    parser.add_argument("--kernel", nargs="+", default=[], help="forward input_grad gz gz_from_z weight_grad act_map sum")
+    kernels = "forward input_grad gz gz_from_z weight_grad act_map sum"
+    parser.add_argument("--kernel", nargs="+", default=[], choices=kernels.split(), help="only these kernels")
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument("--quick", action="store_const", dest="scope", const="quick", help="one width, two types")
     scope.add_argument(
-        "--full", action="store_const", dest="scope", const="full", help="unaligned operands, odd widths, learnable parameters"
+        "--full",
+        action="store_const",
+        dest="scope",
+        const="full",
+        help="unaligned operands, odd widths, learnable parameters as well (an hour on two cores)",
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th compilation only")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
@@ -198,9 +204,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--every and --processes take a number of 1 or more")
     try:
         rows = run(
-            arguments.arch, arguments.activation, kernels=arguments.kernel, scope=arguments.scope or "default", every=arguments.every,
-            processes=arguments.processes, progress=sys.stderr.isatty(),
-        )  # fmt: skip
+            arguments.arch,
+            arguments.activation,
+            kernels=arguments.kernel,
+            scope=arguments.scope or "default",
+            every=arguments.every,
+            processes=arguments.processes,
+            progress=sys.stderr.isatty(),
+        )
     except ValueError as error:
         print(f"fused-inr bench static: {error}", file=sys.stderr)
         return 2

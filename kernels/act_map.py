@@ -1,7 +1,7 @@
 """A generated map of any level, elementwise over row groups, with the sums of parameter gradients over rows.
 
-Streams come in groups, one tensor a group: row groups [M, k*N] (k branches or outputs side by side, any strides, 0 too) and
-parameter cotangents ([] or [N]). Parameter gradients are partial sums per row tile, added in a fixed order.
+Streams come in groups, one tensor a group: row groups [M, k*N] (k branches or outputs side by side, any strides, 0 too)
+and parameter cotangents ([] or [N]). Parameter gradients are partial sums per row tile, added in a fixed order.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def groups(level: int, learnable: bool, B: int, C: int, P: int) -> tuple[tuple[i
     """Group sizes of a level's inputs (z first, the P parameters behind it left out) and outputs.
 
     k > 0: a row group of k streams side by side; 0: one parameter's cotangent, or its gradient.
-    Level 0 maps z to y. Level n + 1 has the inputs of n and a cotangent for each output of n, and gives a gradient for each
-    input of n (parameters among them if learnable, behind z).
+    Level 0 maps z to y. Level n + 1 has the inputs of n and a cotangent for each output of n, and gives a gradient for
+    each input of n (parameters among them if learnable, behind z).
     """
     inputs: tuple[int, ...] = (B,)
     outputs: tuple[int, ...] = (C,)
@@ -112,8 +112,8 @@ def act_map(
     """The level-th derivative map of an activation, element by element; not differentiable by itself.
 
     Args:
-        inputs: the streams in groups, one tensor a group: [z, g, u_z, (u_p_1 .. u_p_P), v_z, ..]; row groups [.., M, k*N] of
-            any strides, parameter cotangents [] or [N].
+        inputs: the streams in groups, one tensor a group: [z, g, u_z, (u_p_1 .. u_p_P), v_z, ..]; row groups [.., M,
+            k*N] of any strides, parameter cotangents [] or [N].
         params: one tensor ([] or [N]) a parameter, or None for the number in `constants`.
         activation: has `branches`, `outputs` and `triton_map(level, learnable)`.
         level: 0 for the value, n for n vector-Jacobian products.

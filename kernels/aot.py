@@ -1,8 +1,8 @@
 """Every kernel and shipped configuration, compiled ahead of time: no GPU and no driver needed, only Triton's own tools.
 
-A compile that succeeds proves little: over 512 columns of tensor memory Triton emits a body of `trap`, shared memory beyond
-the device's is not refused, and `tl.sin` alone "spills" a table. So each result is read back: ptxas' stack, local loads and
-stores, shared and tensor memory, and which instructions the SASS holds.
+A compile that succeeds proves little: over 512 columns of tensor memory Triton emits a body of `trap`, shared memory
+beyond the device's is not refused, and `tl.sin` alone "spills" a table. So each result is read back: ptxas' stack,
+local loads and stores, shared and tensor memory, and which instructions the SASS holds.
 
 Not for a process in which Triton interprets (TRITON_INTERPRET=1): the two do not go together.
 """
@@ -32,7 +32,7 @@ _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation: a kernel ("forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map", "sum") with shapes."""
+    """One compilation: "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map" or "sum", with shapes."""
 
     arch: str
     kernel: str
@@ -149,7 +149,7 @@ def build(job: Job) -> tuple[_Arguments, dict]:
         return arguments, {"num_warps": tune.SUM.num_warps, "enable_fp_fusion": True}
     B, C, P = (1, 1, 0) if job.kernel in ("input_grad", "weight_grad") else _shape(job.activation)
     precision = linear_act.dot_precision(job.dtype, job.precision)
-    common = dict(PRECISION=precision, UPCAST=False, ACC=tl.float32)
+    common: dict[str, object] = {"PRECISION": precision, "UPCAST": False, "ACC": tl.float32}
     N, K = job.N, job.K
     if job.kernel == "weight_grad":
         arguments = _Arguments(linear_act.weight_grad_kernel, job.aligned)
@@ -253,7 +253,8 @@ def compile_job(job: Job) -> dict[str, object]:
         compiled = arguments.compile(tune.CAPABILITY[job.arch], options)
         row.update(inspect(compiled))
     except Exception as error:  # a row of its own, not the end of the report
-        row.update(problems=[f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"])
+        first = next(iter(str(error).strip().splitlines()), "")
+        row.update(problems=[f"{type(error).__name__}: {first[:300]}"])
         return row
     row["seconds"] = round(time.perf_counter() - start, 2)
     row["problems"] = problems(job, row)
@@ -328,8 +329,8 @@ def jobs(
 ) -> list[Job]:
     """Every kernel x shipped configuration x type, for these activations (each brings its branch count).
 
-    scope: "full" adds unaligned operands, maps with learnable parameters in every kernel and odd widths; "quick" keeps one
-    width, and tf32 and bfloat16 of the types.
+    scope: "full" adds unaligned operands, maps with learnable parameters in every kernel and odd widths; "quick" keeps
+    one width, and tf32 and bfloat16 of the types.
     """
     result: dict[object, Job] = {}
 
@@ -348,7 +349,8 @@ def jobs(
 
     quick, full = scope == "quick", scope == "full"
     widths = (256,) if quick else tune.WIDTHS
-    shapes = [(w, w) for w in reversed(widths)] + [(256, 2)]  # the widest first: the rest repeats it where it is no different
+    # the widest first: the rest repeats it where it is no different
+    shapes = [(w, w) for w in reversed(widths)] + [(256, 2)]
     shapes += [] if quick else [(3, 256)]
     shapes += [(256, 3), (1, 256)] if full else []
     products = shapes + ([] if quick else [(256, 64), (64, 256)])
@@ -357,7 +359,7 @@ def jobs(
             if quick and (dtype, precision) not in ((torch.float32, "tf32"), (torch.bfloat16, "ieee")):
                 continue
             for aligned in (True, False) if full else (True,):
-                base = dict(arch=arch, dtype=dtype, precision=precision, aligned=aligned)
+                base = {"arch": arch, "dtype": dtype, "precision": precision, "aligned": aligned}
                 for name in activations:
                     for N, K in shapes:
                         for kernel in ("forward", "gz"):
@@ -370,7 +372,7 @@ def jobs(
                     add(kernel="weight_grad", activation="-", N=N, K=K, **base)
                     add(kernel="input_grad", activation="identity", N=K, K=N, **base)
         for aligned in (True, False) if full else (True,):
-            base = dict(arch=arch, dtype=torch.float32, precision="ieee", aligned=aligned, N=256, K=256)
+            base = {"arch": arch, "dtype": torch.float32, "precision": "ieee", "aligned": aligned, "N": 256, "K": 256}
             add(kernel="sum", activation="-", **base)
             for name in activations:
                 for learnable, top in ((False, 3), (True, 2)):

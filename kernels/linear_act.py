@@ -1,9 +1,9 @@
 """y = map(x W^T + b) and its backward, fused.
 
-Forward: one kernel; the branches of a layer share one read of x. Backward: a forward-shaped kernel recomputes z (or reads it)
-and writes gz = vjp(z, g) once, in the compute type, with the bias and parameter gradients as partial sums per row tile; then
-gx = gz W (the forward kernel with the identity map) and gW = gz^T x (rows split over programs, partial products summed in a
-fixed order by a second kernel). No atomics: the same bits every run.
+Forward: one kernel; the branches of a layer share one read of x. Backward: a forward-shaped kernel recomputes z (or
+reads it) and writes gz = vjp(z, g) once, in the compute type, with the bias and parameter gradients as partial sums per
+row tile; then gx = gz W (the forward kernel with the identity map) and gW = gz^T x (rows split over programs, partial
+products summed in a fixed order by a second kernel). No atomics: the same bits every run.
 
 Shapes, inside: x [G, M, K], weight [G, B*N, K], z and gz [G, M, B*N], y and g [G, M, C*N]; stride 0 on G where shared.
 """
@@ -110,7 +110,8 @@ def pre_activation(
 
 @triton.jit
 def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Layer, row tile, column tile. All on grid axis 0 (the others stop at 65,535); neighbours share a row tile of x."""
+    """Layer, row tile, column tile. All on grid axis 0 (the others stop at 65,535); neighbours share a row tile of
+    x."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -160,8 +161,8 @@ def gz_kernel(
     KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """gz [G, M, B*N] = MAP(z, params, g), the level-1 map; sums over the tile's rows of gz to gb [G, tiles, B*N], and of
-    the gradients of P parameters (0: constants) to gp [G, tiles, P*N]."""
+    """gz [G, M, B*N] = MAP(z, params, g), the level-1 map; sums over the tile's rows of gz to gb [G, tiles, B*N], and
+    of the gradients of P parameters (0: constants) to gp [G, tiles, P*N]."""
     layer, tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # int64
     offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -204,7 +205,8 @@ def weight_grad_kernel(
     DOT_PRODUCT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [G, SPLITS, N, K] = gz^T x over `rows` rows a split; here N counts the columns of gz (branches times features)."""
+    """out [G, SPLITS, N, K] = gz^T x over `rows` rows a split; here N counts the columns of gz (branches times
+    features)."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_k = tl.cdiv(K, BLOCK_K)
     pid = tl.program_id(0)
@@ -367,8 +369,8 @@ def launch_gz(g, x, weight, bias, param_args, z, gz, gb, gp, function, B: int, C
 
 
 def weight_grad_splits(M: int, N: int, K: int, config: tune.Config, layers: int) -> tuple[int, int]:
-    """Number of splits and rows in each: enough programs to fill a large device, at least 8 steps each. It depends on the
-    shapes alone, so the sum's order (and its bits) does not change from device to device of one architecture."""
+    """Number of splits and rows in each: enough programs to fill a large device, at least 8 steps each. It depends on
+    the shapes alone, so the sum's order (and its bits) does not change from device to device of one architecture."""
     tiles = layers * triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k)
     wanted = max(1, min(triton.cdiv(tune.TARGET_PROGRAMS, tiles), triton.cdiv(M, 8 * config.block_m)))
     rows = triton.cdiv(triton.cdiv(M, wanted), config.block_m) * config.block_m
@@ -469,8 +471,9 @@ def linear_act_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `linear_act` for the cotangent g of y: (gx, gw, gb, gp), empty ([0]) where `needs` says so.
 
-    gx, gw, gb have the types of x, weight and bias, and their shapes (a tensor without G, shared by all layers, gets the sum
-    over G); gp is [P, N] or [G, P, N] in float32 (float64 for float64): per feature, summed over rows. z None: recomputed.
+    gx, gw, gb have the types of x, weight and bias, and their shapes (a tensor without G, shared by all layers, gets
+    the sum over G); gp is [P, N] or [G, P, N] in float32 (float64 for float64): per feature, summed over rows. z None:
+    recomputed.
     """
     B, C, P = activation.branches, activation.outputs, len(params)
     need_x, need_w, need_b, need_p = needs
@@ -503,8 +506,9 @@ def linear_act_backward(
         gw = _weight_gradient(gz, x, weight, precision)
     if need_b:
         gb = torch.empty_like(bias, memory_format=torch.contiguous_format)
-        shared = bias.dim() == 1
-        launch_sum(gb_rows.view(1, layers * rows, B * N) if shared else gb_rows, gb.view(1 if shared else layers, B * N))
+        if bias.dim() == 1:  # shared by all layers
+            gb_rows = gb_rows.view(1, layers * rows, B * N)
+        launch_sum(gb_rows, gb.view(gb_rows.shape[0], B * N))
     if need_p:
         gp = x.new_empty((layers, P, N) if G is not None else (P, N), dtype=acc)
         launch_sum(gp_rows, gp.view(layers, P * N))

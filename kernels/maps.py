@@ -46,7 +46,8 @@ def from_source(key: str, source: str):
     """The map that `source` defines (one `@triton.jit` function that uses `tl` and the `fi_` primitives).
 
     Triton reads a function's text through `inspect`, so the source is registered under a file name of its own, which
-    contains a hash of it: two formulas of one name stay apart. Raises ValueError if source does not define one function.
+    contains a hash of it: two formulas of one name stay apart. Raises ValueError if source does not define one
+    function.
     """
     cached = _from_source.get((key, source))
     if cached is not None:
@@ -69,8 +70,8 @@ def from_source(key: str, source: str):
 
 @triton.jit
 def load_params(params, strides, offs_n, mask_n, POINTERS: tl.constexpr, ACC: tl.constexpr):
-    """Parameters as the map takes them: bit j of POINTERS says that parameter j is a tensor ([N], or 0-D with stride 0) and
-    is read as [1, BLOCK_N]; else it is a number."""
+    """Parameters as the map takes them: bit j of POINTERS says that parameter j is a tensor ([N], or 0-D with stride 0)
+    and is read as [1, BLOCK_N]; else it is a number."""
     values = ()
     for j in tl.static_range(len(params)):
         if (POINTERS >> j) & 1:

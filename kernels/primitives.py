@@ -4,13 +4,13 @@ Unary primitives and `fi_pow` take a constexpr MODE:
 
 | MODE | for | working type | error |
 | --- | --- | --- | --- |
-| 0, accurate | ieee, tf32x3, bf16x3 | float32 | sin, cos 2 ulp for every finite argument, the others 4 ulp (div.full of 2 ulp included) |
+| 0, accurate | ieee, tf32x3, bf16x3 | float32 | sin, cos 2 ulp for any finite argument, others 4 ulp (div.full: 2) |
 | 1, fast | tf32, bfloat16, float16 | float32 | as each function says, through the special-function unit |
 | 2, pure `tl` | the interpreter | float32, float64 | that of `tl.sin`, `tl.exp`, ... |
 
-MODE 0 is polynomials and `tl.fma`: no table, no local memory (libdevice's sin and cos keep a table there). Its steps are
-written as `tl.fma` because whether Triton contracts a*b + c depends on version and option. NaN gives NaN, odd functions keep
-the sign of zero; `fi_sign(0) = 0`, and comparisons are 1.0 or 0.0.
+MODE 0 is polynomials and `tl.fma`: no table, no local memory (libdevice's sin and cos keep a table there). Its steps
+are written as `tl.fma` because whether Triton contracts a*b + c depends on version and option. NaN gives NaN, odd
+functions keep the sign of zero; `fi_sign(0) = 0`, and comparisons are 1.0 or 0.0.
 """
 
 import math
@@ -18,7 +18,7 @@ import math
 import triton
 import triton.language as tl
 
-# ---------------------------------------------------------------- special-function unit (MODE 1; the interpreter has none)
+# ---------------------------------------------------------------- special-function unit (MODE 1)
 
 
 @triton.jit
@@ -122,8 +122,8 @@ def _sincos_accurate(x):
 
 @triton.jit
 def fi_sincos(x, MODE: tl.constexpr):
-    """sin(x), cos(x) from one reduction. MODE 1: absolute error 2^-20 for abs(x) <= 2^18 (2^-20 abs(x) 2^-18 beyond, where a
-    tf32 pre-activation has long lost its phase); always within [-1, 1]."""
+    """sin(x), cos(x) from one reduction. MODE 1: absolute error 2^-20 for abs(x) <= 2^18 (2^-20 abs(x) 2^-18 beyond,
+    where a tf32 pre-activation has long lost its phase); always within [-1, 1]."""
     if MODE == 0:
         return _sincos_accurate(x)
     elif MODE == 1:
@@ -466,8 +466,8 @@ def _sinc_coefficient(order, i):
 
 @triton.jit
 def _sinc_derivative(x, ORDER: tl.constexpr, MODE: tl.constexpr):
-    """The ORDER-th derivative s_n of sin(x)/x: by its series below 2 + n/2, above by x s_n = sin(x + n pi/2) - n s_(n-1).
-    Errors are relative to the largest abs(s_n), 1/(n + 1). At infinity, 0."""
+    """The ORDER-th derivative s_n of sin(x)/x: by its series below 2 + n/2, above by x s_n = sin(x + n pi/2) - n
+    s_(n-1). Errors are relative to the largest abs(s_n), 1/(n + 1). At infinity, 0."""
     a = tl.abs(x)
     s, c = fi_sincos(x, MODE)
     if ORDER == 0:

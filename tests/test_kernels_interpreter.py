@@ -1,8 +1,9 @@
 """The Triton kernels in Triton's interpreter, against the generated PyTorch maps in float64.
 
-A process of its own, with TRITON_INTERPRET=1 set before Triton is imported (`make test` starts it). The interpreter ignores
-precision and inline assembly and runs programs one after another: it proves indices, masks, formulas and sums, in float64
-(tight) and in the storage types; tensor cores and the special-function unit are for the static report and for a GPU.
+A process of its own, with TRITON_INTERPRET=1 set before Triton is imported (`make test` starts it). The interpreter
+ignores precision and inline assembly and runs programs one after another: it proves indices, masks, formulas and sums,
+in float64 (tight) and in the storage types; tensor cores and the special-function unit are for the static report and
+for a GPU.
 """
 
 from __future__ import annotations
@@ -21,9 +22,6 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
-
-import fused_inr.activations.primitives as reference_primitives  # noqa: E402
-from fused_inr.activations import registered  # noqa: E402
 from fused_inr.kernels import maps, primitives, tune  # noqa: E402
 from fused_inr.kernels.act_map import act_map, groups  # noqa: E402
 from fused_inr.kernels.linear_act import (  # noqa: E402
@@ -36,6 +34,9 @@ from fused_inr.kernels.linear_act import (  # noqa: E402
     weight_grad_splits,
 )
 from fused_inr.kernels.maps import param_arguments  # noqa: E402
+
+import fused_inr.activations.primitives as reference_primitives  # noqa: E402
+from fused_inr.activations import registered  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at inf and NaN
 
@@ -93,7 +94,8 @@ def evaluate(name: str, x: torch.Tensor, mode: int, exponent: torch.Tensor | Non
 
 @pytest.fixture
 def fused_multiply_add(monkeypatch):
-    """The interpreter rounds the product of `tl.fma`; the hardware does not. In float64 the product of floats is exact."""
+    """The interpreter rounds the product of `tl.fma`; the hardware does not. In float64 the product of floats is
+    exact."""
 
     def create_fma(self, x, y, z):
         if x.data.dtype == np.float32:
@@ -130,7 +132,7 @@ def samples(name: str) -> torch.Tensor:
 
 
 def exact(name: str, x: torch.Tensor) -> torch.Tensor:
-    """float64 values at float32 arguments; sin and cos of huge ones by mpmath (libm's reduction is right, but say so)."""
+    """float64 values at float32 arguments (libm reduces huge arguments of sin and cos exactly)."""
     return getattr(reference_primitives, name)(x.double())
 
 
@@ -165,7 +167,7 @@ def test_primitive_in_float64(name):
 
 
 SPECIAL = torch.tensor(
-    [0.0, -0.0, 2.0**-149, -(2.0**-149), math.inf, -math.inf, math.nan, 3.4028234663852886e38, -3.4028234663852886e38, 1e5]
+    [0.0, -0.0, 2.0**-149, -(2.0**-149), math.inf, -math.inf, math.nan, 3.40282347e38, -3.40282347e38, 1e5]
 )
 INF, NAN = math.inf, math.nan
 #: By hand: values at +-0, +-inf, NaN.
@@ -321,7 +323,8 @@ def test_every_activation(name):
 def test_parameter_gradients(name):
     m = MAPS[name]
     x, weight, bias, g = make(m, 67, 3, 18)
-    params = [torch.rand(18, dtype=F64) + 0.5 if j % 2 == 0 else torch.tensor(0.7, dtype=F64) for j in range(m.n_params)]
+    params = [torch.rand(18, dtype=F64) + 0.5, torch.tensor(0.7, dtype=F64)] * m.n_params
+    params = params[: m.n_params]
     check(m, x, weight, bias, g, params, learnable=True)
 
 
@@ -393,7 +396,8 @@ def test_storage_types(dtype, M, K, N):
 
 
 def test_needs():
-    """What is not needed comes back empty; what is needed agrees (a learnable map orders its operations differently)."""
+    """What is not needed comes back empty; what is needed agrees (a learnable map orders its operations
+    differently)."""
     m = MAPS["gaussian"]
     x, weight, bias, g = make(m, 40, 17, 18)
     params, constants = [torch.tensor(0.8, dtype=F64)], constants_of(m)
@@ -583,7 +587,8 @@ def test_table_of_block_sizes():
 
 
 def test_rows_are_no_key():
-    """The row count changes every step in radiance fields: neither the configuration nor a constexpr may depend on it."""
+    """The row count changes every step in radiance fields: neither the configuration nor a constexpr may depend on
+    it."""
     import inspect
 
     from fused_inr.kernels import act_map as act_map_module

@@ -1,8 +1,9 @@
 """Every shipped kernel configuration compiles without a GPU, spills nothing, fits the device and uses its tensor cores.
 
-The compilations run in worker processes of the report (`fused-inr bench static`), with Triton's cache in a folder of theirs.
-The normal run compiles what is most likely to break first, one of each kind; --slow compiles all of it. No spill is
-promised for the Triton that torch 2.13 requires (3.7); under another version only what would be wrong anywhere counts.
+The compilations run in worker processes of the report (`fused-inr bench static`), with Triton's cache in a folder of
+theirs. The normal run compiles what is most likely to break first, one of each kind; --slow compiles all of it. No
+spill is promised for the Triton that torch 2.13 requires (3.7); under another version only what would be wrong anywhere
+counts.
 """
 
 from __future__ import annotations
@@ -107,12 +108,14 @@ def test_row_offsets_are_64_bit():
     code = """
 import torch, triton
 from fused_inr.kernels import aot
-for kernel, n, k in (("forward", 256, 256), ("forward", 256, 2), ("forward", 3, 256), ("gz", 256, 256), ("gz_from_z", 256, 256),
-                     ("weight_grad", 256, 256), ("weight_grad", 256, 2), ("act_map", 256, 256)):
+cases = [("forward", 256, 256), ("forward", 256, 2), ("forward", 3, 256), ("gz", 256, 256), ("gz_from_z", 256, 256)]
+cases += [("weight_grad", 256, 256), ("weight_grad", 256, 2), ("act_map", 256, 256)]
+for kernel, n, k in cases:
     job = aot.Job("sm90", kernel, torch.float32, "ieee", "-" if kernel == "weight_grad" else "sine", n, k, level=1)
     arguments, options = aot.build(job)
     ttir = arguments.compile(90, options).asm["ttir"]
-    offsets = [line.rsplit(",", 1)[-1].strip() for line in ttir.splitlines() if "tt.addptr" in line and "tensor<" in line]
+    lines = [line for line in ttir.splitlines() if "tt.addptr" in line and "tensor<" in line]
+    offsets = [line.rsplit(",", 1)[-1] for line in lines]
     print(kernel, n, k, len(offsets), sum("i64" in o for o in offsets))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
