@@ -275,9 +275,12 @@ class Work:
         self.release()
         return result
 
-    def reference(self, rows_at_once: int = 8192) -> dict[str, Tensor]:
-        """The outcome in float64, plain PyTorch, in pieces so that it fits into memory."""
+    def reference(self, rows_at_once: int = 8192, rounding: bool = False) -> dict[str, Tensor]:
+        """The outcome in float64, plain PyTorch, in pieces so that it fits into memory; with `rounding` as float32 sums
+        may move it (`bounds.simulate_rounding`)."""
         module = copy.deepcopy(self.eager).double()
+        if rounding:
+            module = bounds.simulate_rounding(module)
         case, total = self.case, len(self.x)
         outputs, input_gradients, loss = [], [], 0.0
         for x, target in zip(self.x.detach().split(rows_at_once), self.target.split(rows_at_once)):
@@ -308,13 +311,14 @@ class Work:
         Raises:
             Wrong: it is further from float64 than its bound.
         """
-        reference, fused, eager = self.reference(rows_at_once), self.outcome("fused"), self.outcome("eager")
+        reference, moved = self.reference(rows_at_once), self.reference(rows_at_once, rounding=True)
+        fused, eager = self.outcome("fused"), self.outcome("eager")
         if reference.keys() != fused.keys():
             raise Wrong(f"{self.case}: the fused step computed {sorted(fused)}, expected {sorted(reference)}")
         worst: dict[str, Any] = {"error": 0.0, "eager_error": 0.0, "of_bound": 0.0}
         for name, exact in reference.items():
-            summed = 1 if name == "output" and not exact.dim() == 0 or name == "gradient of x" else self.case.rows
-            result = bounds.against_eager(fused[name], eager[name], exact, self.case.dtype, summed)
+            rows = 1 if name == "gradient of x" or (name == "output" and exact.dim()) else self.case.rows
+            result = bounds.against_eager(fused[name], eager[name], exact, self.case.dtype, rows, moved[name])
             if not result["of_bound"] <= 1:
                 raise Wrong(
                     f"{self.case}: {name} is off by {result['error']:.3g} of its largest value, eager PyTorch by "

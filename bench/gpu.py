@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -386,19 +387,20 @@ def layer_accuracy(activation: str, precision: str, device: torch.device, m: int
         grads = torch.autograd.grad((gx * v).sum(), (x, weight, bias, g), allow_unused=True)
         return [torch.zeros_like(t) if d is None else d for d, t in zip(grads, (x, weight, bias, g))]
 
-    def plain(x, weight, bias):
-        return torch.func.functional_call(eager, {"linear.weight": weight, "linear.bias": bias}, (x,))
+    def plain(x, weight, bias, module=eager):
+        return torch.func.functional_call(module, {"linear.weight": weight, "linear.bias": bias}, (x,))
 
     tensors = [x, layer.weight, layer.bias, g, v]
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     reference = second(plain, *doubles)
+    moved = second(partial(plain, module=bounds.simulate_rounding(eager)), *doubles)
     with cases.matmul_precision(precision):
         ours = second(lambda x, weight, bias: functional.linear_act(x, weight, bias, act), *tensors)
         theirs = second(plain, *tensors)
     summed = (1, m, m, 1)
     result["orders"]["2"] = {
-        name: bounds.against_eager(a, b, c, dtype, s)
-        for name, a, b, c, s in zip(("gx", "gw", "gb", "gg"), ours, theirs, reference, summed)
+        name: bounds.against_eager(a, b, c, dtype, s, d)
+        for name, a, b, c, s, d in zip(("gx", "gw", "gb", "gg"), ours, theirs, reference, summed, moved)
     }
     shares = [figures["of_bound"] for order in result["orders"].values() for figures in order.values()]
     result["of_bound"] = max(shares, key=lambda share: float("inf") if share != share else share)
