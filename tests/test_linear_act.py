@@ -383,7 +383,7 @@ def test_nothing_that_was_passed_is_overwritten(name, backend, device):
         once = torch.autograd.grad(y, p.tensors, p.g, retain_graph=True)
         copies = [t.clone() for t in once]
         double = torch.autograd.grad(y, p.tensors, p.g, create_graph=True)
-        torch.autograd.grad([d.square().sum() for d in double], p.tensors)
+        torch.autograd.grad([d.square().sum() for d in double], p.tensors, retain_graph=True)
         twice = torch.autograd.grad(y, p.tensors, p.g)
     assert all(torch.equal(a, b) for a, b in zip(before, (*p.tensors, p.g)))
     assert torch.equal(kept, y)
@@ -422,6 +422,19 @@ def test_a_frozen_input_costs_nothing(mask, backend, device, monkeypatch):
         linear_act(*p.tensors, p.activation).sum().backward()
     assert recorder.needs == [(*mask, False)]
     assert tuple(t.grad is not None for t in p.tensors) == mask
+
+
+def test_a_backward_is_asked_for_no_more_than_wanted(backend, device, monkeypatch):
+    """All inputs require gradients; torch.autograd.grad asks for that of a tensor before them."""
+    p = problem("sine", 5, 3, 4, dtype=torch.float32).to(torch.float32, device).requires_grad()
+    with using(backend):
+        recorder = Recorder(monkeypatch, backend)
+        first = linear_act(*p.tensors, p.activation)
+        # not leaves: of those the engine does not say whether they are wanted
+        weight, bias = torch.randn(2, 4, device=device, requires_grad=True) * 1.0, torch.zeros(2, device=device) * 1.0
+        y = linear_act(first, weight, bias, p.activation)
+        torch.autograd.grad(y.sum(), p.x)
+    assert recorder.needs[0] == (True, False, False, False)
 
 
 def test_nothing_is_saved_where_nothing_needs_a_gradient(backend, device):
