@@ -335,7 +335,9 @@ void backward(const Backward& f) {
   if (l.batch * l.rows * columns == 0) return;  // the caller has zeroed the sums
   const int64_t threads = parts_for(l);
   const bool by_batch = l.batch > 1 && l.batch >= threads;
-  const int64_t tile = tile_rows<T>(l.rows, columns, kBackwardBytes, by_batch ? 1 : threads);
+  // a tile's gradients are at least half the size of the weight gradient that passes through the cache beside them
+  const int64_t own = f.gw ? columns * depth * static_cast<int64_t>(sizeof(T)) / 2 : 0;
+  const int64_t tile = tile_rows<T>(l.rows, columns, larger(kBackwardBytes, own), by_batch ? 1 : threads);
   const int64_t tiles = (l.rows + tile - 1) / tile;
   const int64_t parts = by_batch ? threads : smaller(threads, tiles);
   const int64_t forward_size = f.z.data ? 0 : packed_size<V>(depth, columns), bias_size = round_up(columns, kPanel<V>);

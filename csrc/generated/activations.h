@@ -361,7 +361,7 @@ template <class V>
 FI_INLINE void finer_detached_l0(const V* in, V* out) {
   const V z0 = in[0];
   const V omega = in[1];
-  out[0] = fi_sin(fi_const<V>(1.0) + fi_abs(z0) * z0 * omega);
+  out[0] = fi_sin((fi_const<V>(1.0) + fi_abs(z0)) * z0 * omega);
 }
 
 template <class V>
@@ -369,7 +369,7 @@ FI_INLINE void finer_detached_l1(const V* in, V* out) {
   const V z0 = in[0];
   const V omega = in[1];
   const V g0 = in[2];
-  const V t1 = fi_const<V>(1.0) + fi_abs(z0);
+  const V t1 = (fi_const<V>(1.0) + fi_abs(z0));
   out[0] = omega * t1 * g0 * fi_cos(t1 * z0 * omega);
 }
 
@@ -379,7 +379,7 @@ FI_INLINE void finer_detached_l2(const V* in, V* out) {
   const V omega = in[1];
   const V g0 = in[2];
   const V u_z0 = in[3];
-  const V t1 = fi_const<V>(1.0) + fi_abs(z0);
+  const V t1 = (fi_const<V>(1.0) + fi_abs(z0));
   const V t2 = t1 * z0 * omega;
   V t3, t4;
   fi_sincos(t2, t3, t4);
@@ -396,7 +396,7 @@ FI_INLINE void finer_detached_l3(const V* in, V* out) {
   const V u_z0 = in[3];
   const V v_z0 = in[4];
   const V v_g = in[5];
-  const V t1 = fi_const<V>(1.0) + fi_abs(z0);
+  const V t1 = (fi_const<V>(1.0) + fi_abs(z0));
   const V t2 = t1 * z0 * omega;
   V t3, t4;
   fi_sincos(t2, t3, t4);
@@ -413,7 +413,7 @@ FI_INLINE void finer_detached_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V omega = in[1];
   const V g0 = in[2];
-  const V t1 = fi_const<V>(1.0) + fi_abs(z0);
+  const V t1 = (fi_const<V>(1.0) + fi_abs(z0));
   const V t2 = t1 * g0 * fi_cos(t1 * z0 * omega);
   out[0] = omega * t2;
   out[1] = z0 * t2;
@@ -426,7 +426,7 @@ FI_INLINE void finer_detached_p2(const V* in, V* out) {
   const V g0 = in[2];
   const V u_z0 = in[3];
   const V u_omega = in[4];
-  const V t1 = fi_const<V>(1.0) + fi_abs(z0);
+  const V t1 = (fi_const<V>(1.0) + fi_abs(z0));
   const V t2 = t1 * z0 * omega;
   V t3, t4;
   fi_sincos(t2, t3, t4);

@@ -51,7 +51,7 @@ class Torch(Target):
 class Triton(Target):
     def call(self, op, args):
         if op == "detach":
-            return args[0]
+            return f"({args[0]})"
         mode = ", MODE" if PRIMITIVES[op] == 1 or op == "pow" else ""
         return f"fi_{op}({', '.join(args)}{mode})"
 
@@ -64,7 +64,7 @@ class Cpp(Target):
         return f"fi_const<V>({value!r})"
 
     def call(self, op, args):
-        return args[0] if op == "detach" else f"fi_{op}({', '.join(args)})"
+        return f"({args[0]})" if op == "detach" else f"fi_{op}({', '.join(args)})"
 
     def assign(self, name, expression):
         return f"  const V {name} = {expression};"

@@ -307,18 +307,18 @@ def finer_p2(z0, omega, g0, u_z0, u_omega, MODE: tl.constexpr):
 
 @triton.jit
 def finer_detached_l0(z0, omega, MODE: tl.constexpr):
-    return (fi_sin(1.0 + fi_abs(z0, MODE) * z0 * omega, MODE),)
+    return (fi_sin((1.0 + fi_abs(z0, MODE)) * z0 * omega, MODE),)
 
 
 @triton.jit
 def finer_detached_l1(z0, omega, g0, MODE: tl.constexpr):
-    t1 = 1.0 + fi_abs(z0, MODE)
+    t1 = (1.0 + fi_abs(z0, MODE))
     return (omega * t1 * g0 * fi_cos(t1 * z0 * omega, MODE),)
 
 
 @triton.jit
 def finer_detached_l2(z0, omega, g0, u_z0, MODE: tl.constexpr):
-    t1 = 1.0 + fi_abs(z0, MODE)
+    t1 = (1.0 + fi_abs(z0, MODE))
     t2 = t1 * z0 * omega
     t3, t4 = fi_sincos(t2, MODE)
     t5 = t1 * omega * u_z0
@@ -327,7 +327,7 @@ def finer_detached_l2(z0, omega, g0, u_z0, MODE: tl.constexpr):
 
 @triton.jit
 def finer_detached_l3(z0, omega, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
-    t1 = 1.0 + fi_abs(z0, MODE)
+    t1 = (1.0 + fi_abs(z0, MODE))
     t2 = t1 * z0 * omega
     t3, t4 = fi_sincos(t2, MODE)
     t5 = t1 * omega * u_z0
@@ -338,14 +338,14 @@ def finer_detached_l3(z0, omega, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 @triton.jit
 def finer_detached_p1(z0, omega, g0, MODE: tl.constexpr):
-    t1 = 1.0 + fi_abs(z0, MODE)
+    t1 = (1.0 + fi_abs(z0, MODE))
     t2 = t1 * g0 * fi_cos(t1 * z0 * omega, MODE)
     return omega * t2, z0 * t2
 
 
 @triton.jit
 def finer_detached_p2(z0, omega, g0, u_z0, u_omega, MODE: tl.constexpr):
-    t1 = 1.0 + fi_abs(z0, MODE)
+    t1 = (1.0 + fi_abs(z0, MODE))
     t2 = t1 * z0 * omega
     t3, t4 = fi_sincos(t2, MODE)
     t5 = t1 * g0 * t4
