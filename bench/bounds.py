@@ -1,8 +1,9 @@
 """What counts as correct, in one table with its reasons; the checks of the benches and the GPU tests read it.
 
-Two measures. `against_eager`: no further from float64 than twice what eager PyTorch is in the same types, for anything whose
-bound would be as long as its program (networks, second derivatives). `layer_bounds`: an error bound for the output and the
-first derivatives of one layer, element by element, from what rounding may have done to each intermediate value.
+Two measures. `against_eager`: no further from float64 than twice what eager PyTorch is in the same types, for anything
+whose bound would be as long as its program (networks, second derivatives). `layer_bounds`: an error bound for the
+output and the first derivatives of one layer, element by element, from what rounding may have done to each intermediate
+value.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from ..activations import Activation
 
 #: unit roundoff of a stored value
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-#: relative error of a factor in a product whose operands are rounded on the way into the matrix unit: TF32 keeps 10 bits,
-#: and both factors are rounded or cut. Half types go in as they are.
+#: what underflow may lose: float16's subnormal numbers lie 2^-24 apart, elsewhere subnormal numbers may become 0
+TINY = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}
+#: relative error of a factor in a product whose operands are rounded on the way into the matrix unit: TF32 keeps 10
+#: bits, and both factors are rounded or cut. Half types go in as they are.
 FACTOR = {"ieee": 0.0, "tf32": 2.0**-9, "bf16": 0.0, "fp16": 0.0}
-#: absolute error of an activation or derivative relative to its largest values, where the hardware's approximations serve
-#: (sin.approx and its like, 2^-21 absolute on their range, two of them in a product and one ulp for the arithmetic around)
+#: absolute error of an activation or derivative relative to its largest values, where the hardware's approximations
+#: serve (sin.approx and its like, 2^-21 absolute on their range, two of them in a product and one ulp for the
+#: arithmetic around)
 APPROXIMATE = {"ieee": 2.0**-22, "tf32": 2.0**-19, "bf16": 2.0**-19, "fp16": 2.0**-19}
-#: how much further than eager a result may be, and how many units of the stored type are always granted: a result that eager
-#: happens to hit exactly (a loss, one number) leaves twice nothing
+#: how much further than eager a result may be, and how many units of the stored type are always granted: a result that
+#: eager happens to hit exactly (a loss, one number) leaves twice nothing
 TWICE, ALWAYS = 2.0, 8.0
 
 
@@ -36,18 +40,21 @@ def against_eager(
     """Errors of `value` and `eager` against `exact` (float64), relative to its largest value, and the bound in the same
     unit: twice eager's error, and what any order of summation is granted.
 
-    `summed`: over how many rows each value is a sum; rounding in a float32 sum of n terms in a fixed order walks at random
-    to about sqrt(n) 2^-24 of the result. `moved`: `exact` with such a walk simulated in every pre-activation
-    (`simulate_rounding`); a map of high frequency magnifies it, and eager's library may happen to sum in a better order.
-    Nothing is claimed of elements beyond the stored type's range. `of_bound` is error / bound, NaN where `value` is not
-    finite within it or the shapes differ.
+    `summed`: over how many rows each value is a sum; rounding in a float32 sum of n terms in a fixed order walks at
+    random to about sqrt(n) 2^-24 of the result. `moved`: `exact` with such a walk simulated in every pre-activation
+    (`simulate_rounding`); a map of high frequency magnifies it, and eager's library may happen to sum in a better
+    order. Nothing is claimed of elements beyond the stored type's range. `of_bound` is error / bound, NaN where `value`
+    is not finite within it or the shapes differ.
     """
     if value.shape != exact.shape:
         return dict.fromkeys(("error", "eager_error", "bound", "of_bound"), math.nan)
     exact, value, eager = exact.double(), value.double(), eager.double()
     within = exact.abs() < torch.finfo(dtype).max
     scale = _largest(exact, within) or 1.0
-    error, eager_error = _largest(value - exact, within) / scale, _largest(eager - exact, within & eager.isfinite()) / scale
+    error, eager_error = (
+        _largest(value - exact, within) / scale,
+        _largest(eager - exact, within & eager.isfinite()) / scale,
+    )
     walk = summed**0.5 * UNIT[torch.float32] if summed > 1 else 0.0
     walk += _largest(moved.double() - exact, within) / scale if moved is not None else 0.0
     bound = TWICE * eager_error + ALWAYS * UNIT[dtype] + walk
@@ -95,10 +102,11 @@ def layer_bounds(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Exact values (float64) and error bounds of a layer's output and gradients: "y", "gx", "gw", "gb".
 
-    x [M, K], weight [B N, K], bias [B N] or None, g [M, C N], in the stored types; the exact values are those of exactly these
-    numbers. A pre-activation is off by dz = ((K + 3) u + f) (|x| |W|^T + |b|), u = 2^-24 the unit of the float32 accumulator
-    (2^-53 for float64) and f the loss of a factor of the products; a value computed from it by at most as much as the map
-    moves when each branch moves by dz, plus the accuracy of the activation and the rounding of what is stored.
+    x [M, K], weight [B N, K], bias [B N] or None, g [M, C N], in the stored types; the exact values are those of
+    exactly these numbers. A pre-activation is off by dz = ((K + 3) u + f) (|x| |W|^T + |b|), u = 2^-24 the unit of the
+    float32 accumulator (2^-53 for float64) and f the loss of a factor of the products; a value computed from it by at
+    most as much as the map moves when each branch moves by dz, plus the accuracy of the activation and the rounding of
+    what is stored.
     """
     stored = UNIT[x.dtype]
     unit = 2.0**-53 if x.dtype == torch.float64 else 2.0**-24
@@ -119,11 +127,12 @@ def layer_bounds(
         return torch.cat([t.expand_as(at[0]) for t in activation.map.torch_map(1)(*at, *params, *gs)], -1)
 
     approximate = APPROXIMATE[precision] if x.dtype != torch.float64 else 2.0**-50
+    tiny = TINY[x.dtype]
     y, dy = _moved(value, zs, dzs)
-    dy = dy + approximate * y.abs().max() + (4 * unit + stored) * (y.abs() + dy)
+    dy = dy + approximate * y.abs().max() + (4 * unit + stored) * (y.abs() + dy) + tiny
     gz, dgz = _moved(gradient, zs, dzs)
     # gz is kept in the compute type: half types round it, TF32 and half products read it rounded
-    dgz = dgz + approximate * gz.abs().max() + (4 * unit + (stored if stored > unit else 0.0)) * (gz.abs() + dgz)
+    dgz = dgz + approximate * gz.abs().max() + (4 * unit + (stored if stored > unit else 0.0)) * (gz.abs() + dgz) + tiny
     columns = gz.shape[-1]
     exact = {"y": y, "gx": gz @ w64, "gw": gz.t() @ x64, "gb": gz.sum(0)}
     loose = gz.abs() + dgz
@@ -134,12 +143,13 @@ def layer_bounds(
         "gb": dgz.sum(0) + (rows + 3) * unit * loose.sum(0),
     }
     for name in ("gx", "gw", "gb"):
-        bound[name] = bound[name] + stored * exact[name].abs()
+        bound[name] = bound[name] + stored * exact[name].abs() + tiny
     return exact, bound
 
 
 def _moved(function, zs: Sequence[Tensor], dzs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The function's value, and the most it moves when each branch moves by up to its dz: seen at nine points a branch."""
+    """The function's value, and the most it moves when each branch moves by up to its dz: seen at nine points a
+    branch."""
     at = function(zs)
     total = torch.zeros_like(at)
     for i, (z, dz) in enumerate(zip(zs, dzs)):

@@ -44,13 +44,13 @@ class Wrong(Exception):
 class Case:
     """One piece of work, the same numbers on every machine.
 
-    A network has `in_features` coordinates (uniform on [-1, 1]), a first layer, `hidden_layers` hidden ones of `width` and a
-    last linear one. A layer goes from `in_features` to `width`, and its input has a gradient, as inside a network; it needs
-    `in_features` of 2 or 3 for a first layer and of a last one `width` 1 to 4.
+    A network has `in_features` coordinates (uniform on [-1, 1]), a first layer, `hidden_layers` hidden ones of
+    `width` and a last linear one. A layer goes from `in_features` to `width`, and its input has a gradient, as inside
+    a network.
 
-    Steps: "inference" without gradients; "training": mean squared error and its backward (a layer: forward, and backward of
-    a given cotangent); "eikonal": the gradient g of the outputs' sum with respect to the input, kept differentiable, and the
-    backward of the mean of (|g| - 1)^2.
+    Steps: "inference" without gradients; "training": mean squared error and its backward (a layer: forward, and
+    backward of a given cotangent); "eikonal": the gradient g of the outputs' sum with respect to the input, kept
+    differentiable, and the backward of the mean of (|g| - 1)^2.
     """
 
     kind: str
@@ -65,7 +65,12 @@ class Case:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        accepted = {"kind": ("layer", "network"), "step": STEPS, "precision": tuple(PRECISIONS), "activation": activations.names()}
+        accepted = {
+            "kind": ("layer", "network"),
+            "step": STEPS,
+            "precision": tuple(PRECISIONS),
+            "activation": activations.names(),
+        }
         for name, values in accepted.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(values)}")
@@ -108,7 +113,9 @@ class Case:
             product = 2 * self.rows * k * z
             input_gradient = self.kind == "layer" or i > 0
             # forward; + dx, dW; Eikonal: forward, dx, then two products for each of those two
-            total += product * {"inference": 1, "training": 2 + input_gradient, "eikonal": 5 + input_gradient}[self.step]
+            total += (
+                product * {"inference": 1, "training": 2 + input_gradient, "eikonal": 5 + input_gradient}[self.step]
+            )
         return total
 
     def bytes(self) -> int | None:
@@ -181,8 +188,8 @@ def _gradients(module: nn.Module) -> dict[str, Tensor]:
 class Work:
     """A case in memory: modules, inputs, and each variant's step as a function without arguments.
 
-    `call(variant)` runs a step, leaving gradients in the parameters as a user's step does, and drops the previous ones first;
-    `outcome(variant)` returns what the step computed.
+    `call(variant)` runs a step, leaving gradients in the parameters as a user's step does, and drops the previous ones
+    first; `outcome(variant)` returns what the step computed.
     """
 
     def __init__(self, case: Case, device: torch.device | str = "cpu"):

@@ -1,8 +1,9 @@
 """`fused-inr bench gpu`: what a CUDA machine has to tell, in one command, the most important first.
 
-GPU tests, then cells (ceilings of the device, accuracy, benches) under a time budget. Every cell runs in a worker process; its
-result is in the JSON file before the next one starts. A cell that fails is recorded and the next one runs, in a fresh process
-where it took the device's context with it (an illegal address) or did not come back (a hanging kernel).
+GPU tests, then cells (ceilings of the device, accuracy, benches) under a time budget. Every cell runs in a worker
+process; its result is in the JSON file before the next one starts. A cell that fails is recorded and the next one runs,
+in a fresh process where it took the device's context with it (an illegal address) or did not come back (a hanging
+kernel).
 """
 
 from __future__ import annotations
@@ -41,10 +42,16 @@ def parser() -> report.Parser:
     p = report.Parser(prog="fused-inr bench gpu", description=__doc__.splitlines()[0])
     p.add_argument("--device", default="cuda", help="cuda, cuda:1, ..; cpu is a rehearsal of the program (cuda)")
     p.add_argument("--budget", type=report.positive, default=600.0, metavar="S", help="seconds for everything (600)")
-    p.add_argument("--full", action="store_true", help="every cell whatever it takes, compute-sanitizer, all 2^32 sines")
-    p.add_argument("--tests", action=report.argparse.BooleanOptionalAction, help="the GPU tests first (default on CUDA)")
+    p.add_argument(
+        "--full", action="store_true", help="every cell whatever it takes, compute-sanitizer, all 2^32 sines"
+    )
+    p.add_argument(
+        "--tests", action=report.argparse.BooleanOptionalAction, help="the GPU tests first (default on CUDA)"
+    )
     p.add_argument("--only", metavar="TEXT", help="only cells whose name contains TEXT")
-    p.add_argument("--json", type=Path, metavar="FILE", help="results (bench/results/DATE-DEVICE.json, or else in this folder)")
+    p.add_argument(
+        "--json", type=Path, metavar="FILE", help="results (bench/results/DATE-DEVICE.json, or else in this folder)"
+    )
     p.add_argument("--worker", action="store_true", help=report.argparse.SUPPRESS)
     p.add_argument("--sanitized", action="store_true", help=report.argparse.SUPPRESS)
     return p
@@ -237,7 +244,15 @@ class _Worker:
 
 
 def cells(device: torch.device, full: bool) -> Iterator[dict[str, Any]]:
-    """What to measure, the most important first."""
+    """What to measure, the most important first, each once."""
+    seen = set()
+    for cell in _in_order(device, full):
+        if cell["cell"] not in seen:
+            seen.add(cell["cell"])
+            yield cell
+
+
+def _in_order(device: torch.device, full: bool) -> Iterator[dict[str, Any]]:
     from .. import activations
 
     cuda = device.type == "cuda"
@@ -346,7 +361,7 @@ def _ceilings(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
     ceilings = {}
     timed = timing.interleaved({"copy": lambda: target.copy_(source)}, device, seconds=1.0, rounds=(5, 30))
     ceilings["copy"] = 2 * source.nbytes / timed["copy"].ms * 1e-6
-    del source, target
+    source = target = None
     for precision in cell["precisions"]:
         a, b = (torch.randn(size, size, device=device).to(cases.PRECISIONS[precision]) for _ in range(2))
         with cases.matmul_precision(precision):
@@ -360,7 +375,8 @@ def _accuracy(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def layer_accuracy(activation: str, precision: str, device: torch.device, m: int, k: int, n: int) -> dict[str, Any]:
-    """Errors of one layer on fresh random numbers: value and first derivatives against their bounds, order 2 against eager."""
+    """Errors of one layer on fresh random numbers: value and first derivatives against their bounds, order 2 against
+    eager."""
     from .. import activations, functional
     from ..cli.eager import EagerLayer
     from ..layers import FusedLinear
@@ -377,7 +393,10 @@ def layer_accuracy(activation: str, precision: str, device: torch.device, m: int
         y = functional.linear_act(x, layer.weight, layer.bias, act)
         gx, gw, gb = torch.autograd.grad(y, (x, layer.weight, layer.bias), g)
     exact, bound = bounds.layer_bounds(x, layer.weight, layer.bias, act, g, precision)
-    first = {name: bounds.of_bound(t.detach(), exact[name], bound[name]) for name, t in (("y", y), ("gx", gx), ("gw", gw), ("gb", gb))}
+    first = {
+        name: bounds.of_bound(t.detach(), exact[name], bound[name])
+        for name, t in (("y", y), ("gx", gx), ("gw", gw), ("gb", gb))
+    }
     result["orders"]["0"] = {"y": first.pop("y")}
     result["orders"]["1"] = first
 
@@ -533,13 +552,21 @@ def run_tests(limit: float, full: bool) -> dict[str, Any]:
     outcomes: dict[str, int] = {}
     failed = []
     for line in lines:
-        found = re.search(r"(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)|(PASSED|FAILED|ERROR|SKIPPED) (tests/\S+::.+)", line)
+        found = re.search(
+            r"(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)|(PASSED|FAILED|ERROR|SKIPPED) (tests/\S+::.+)",
+            line,
+        )
         if found and not line.startswith(("FAILED", "ERROR")):  # those lines repeat them at the end
             outcome = found[2] or found[3]
             outcomes[outcome.lower()] = outcomes.get(outcome.lower(), 0) + 1
             if outcome in ("FAILED", "ERROR"):
                 failed.append((found[1] or found[4]).strip())
-    result: dict[str, Any] = {"command": command[2:], "outcomes": outcomes, "failed_tests": failed, "output": lines[-150:]}
+    result: dict[str, Any] = {
+        "command": command[2:],
+        "outcomes": outcomes,
+        "failed_tests": failed,
+        "output": lines[-150:],
+    }
     if stopped:
         result["stopped"] = f"at its limit of {limit:.0f} s"
     result["passed"] = not failed and bool(outcomes) and (stopped or process.returncode in (0, 5))
@@ -578,7 +605,8 @@ def small_cases(device: torch.device) -> int:
 
 
 def sanitize(tool: str, limit: float = 1200) -> dict[str, Any]:
-    """One of compute-sanitizer's tools over `small_cases`, without the caching allocator, which would hide bad accesses."""
+    """One of compute-sanitizer's tools over `small_cases`, without the caching allocator, which would hide bad
+    accesses."""
     found = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if found is None:
         return {"skipped": "compute-sanitizer is not installed"}
@@ -604,7 +632,9 @@ def brief(result: dict[str, Any]) -> str:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in result["outcomes"].items()) or "no tests ran"
         return counts + (f"; stopped {result['stopped']}" if "stopped" in result else "")
     if "ceilings" in result:
-        rates = ", ".join(f"{name} {number(rate)} TFLOP/s" for name, rate in result["ceilings"].items() if name != "copy")
+        rates = ", ".join(
+            f"{name} {number(rate)} TFLOP/s" for name, rate in result["ceilings"].items() if name != "copy"
+        )
         return f"copy {number(result['ceilings']['copy'])} GB/s, {rates}"
     if "orders" in result:
         return f"{number(result['of_bound'])} of its bound" + ("" if result["passed"] else ": WRONG")
@@ -638,7 +668,19 @@ def summary(content: dict[str, Any]) -> str:
                 number(rivals[0]["peak_mib"] if rivals[0] else None),
             )
         )
-    head = ("work", "ms", "vs eager", "vs compile", "graph ms", "launch ms", "rate", "copy", "floor ms", "peak MiB", "eager's")
+    head = (
+        "work",
+        "ms",
+        "vs eager",
+        "vs compile",
+        "graph ms",
+        "launch ms",
+        "rate",
+        "copy",
+        "floor ms",
+        "peak MiB",
+        "eager's",
+    )
     parts = [report.table(head, rows)] if rows else []
     accuracy = [r for r in results if "orders" in r]
     if accuracy:

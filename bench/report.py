@@ -78,7 +78,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
     about: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": ["fused-inr", "bench", *sys.argv[1:][-20:]] if "bench" not in sys.argv[1:2] else ["fused-inr", *sys.argv[1:]],
+        "command": ["fused-inr", "bench", *sys.argv[1:][-20:]]
+        if "bench" not in sys.argv[1:2]
+        else ["fused-inr", *sys.argv[1:]],
         "device": device_name(device),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -137,7 +139,8 @@ def driver_version() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file belongs to, with a + where it was changed; None where it is installed."""
+    """The commit of the checkout that this file belongs to, with a + where it was changed; None where it is
+    installed."""
     here = Path(__file__).resolve().parent
     inside = _output(["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name])
     if inside is None:
@@ -161,7 +164,7 @@ def about_lines(about: dict[str, Any]) -> list[str]:
     lines = [f"{about['device']}; {about['threads']} threads of {about['cpus']} CPUs ({about['cpu_capability']})"]
     if "cuda" in about:
         cuda = about["cuda"]
-        lines.append(f"CUDA {cuda['runtime']}, driver {cuda['driver']}, capability {cuda['capability']}, {cuda['memory_gib']} GiB")
+        lines.append("CUDA {runtime}, driver {driver}, capability {capability}, {memory_gib} GiB".format(**cuda))
     usable = [name for name, state in about["backends"].items() if state == "available"]
     return [*lines, f"{versions}; Python {about['python']}; backends: {', '.join(usable)}"]
 
@@ -177,7 +180,9 @@ class Results:
 
     def __init__(self, path: Path | None, about: dict[str, Any]):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            problem = "is a folder, and a file is needed" if path.is_dir() else f"the folder {path.parent} does not exist"
+            problem = (
+                "is a folder, and a file is needed" if path.is_dir() else f"the folder {path.parent} does not exist"
+            )
             raise CliError(f"{path}: {problem}")
         self.path = path
         self.content: dict[str, Any] = {**about, "finished": False, "results": []}
@@ -230,7 +235,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
     cells = [tuple(head), *(tuple(row) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
@@ -253,7 +259,12 @@ def bar_chart(path: Path, title: str, groups: dict[str, dict[str, float]], unit:
     width = 0.8 / max(1, len(variants))
     for i, variant in enumerate(variants):
         present = [(x, bars[variant]) for x, bars in enumerate(groups.values()) if variant in bars]
-        drawn = axes.bar([x + (i - (len(variants) - 1) / 2) * width for x, _ in present], [v for _, v in present], width, label=variant)
+        drawn = axes.bar(
+            [x + (i - (len(variants) - 1) / 2) * width for x, _ in present],
+            [v for _, v in present],
+            width,
+            label=variant,
+        )
         axes.bar_label(drawn, labels=[number(v) for _, v in present], fontsize=7, padding=1)
     axes.set_xticks(range(len(groups)), [name.replace(", ", ",\n") for name in groups], fontsize=8)
     axes.set_ylabel(unit)

@@ -1,7 +1,8 @@
-"""`fused-inr bench table`: our figures beside eager PyTorch's and torch.compile's on this machine, and what they must be.
+"""`fused-inr bench table`: our figures beside eager PyTorch's and torch.compile's on this machine, and what they must
+be.
 
-Each row is timed in a process of its own, variants interleaved; peak memory in one process a variant. `--warmed` adds every
-row with an allocator that keeps its memory, since a good part of eager's time on CPUs is page faults.
+Each row is timed in a process of its own, variants interleaved; peak memory in one process a variant. `--warmed` adds
+every row with an allocator that keeps its memory, since a good part of eager's time on CPUs is page faults.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from .report import number, ratio
 
 @dataclass(frozen=True)
 class Row:
-    """A piece of work, and how much faster than each rival it must be (as the user starts it, and with a warmed allocator)."""
+    """A piece of work, and how much faster than each rival it must be (as the user starts it, and with a warmed
+    allocator)."""
 
     name: str
     case: Case
@@ -38,7 +40,13 @@ ROWS = (
     Row("inference", Case("network", "inference"), {"eager": 2.2, "compile": 1.2}, {"eager": 1.5, "compile": 1.0}),
     Row("training", Case("network", "training"), {"eager": 2.5, "compile": 1.1}, {"eager": 1.5, "compile": 1.0}),
     Row("eikonal", Case("network", "eikonal"), {"eager": 1.8}, {"eager": 1.5}),
-    Row("split", Case("layer", "training", "split", in_features=256), {"eager": 3.0}, {"eager": 1.5, "compile": 1.0}, 0.5),
+    Row(
+        "split",
+        Case("layer", "training", "split", in_features=256),
+        {"eager": 3.0},
+        {"eager": 1.5, "compile": 1.0},
+        0.5,
+    ),
     Row("small", Case("network", "training", width=64, rows=1024), {"eager": 1.0}, {"eager": 1.0}),
 )
 IMPORT_LIMIT_S, PSNR_LIMIT_DB = 0.3, 0.1
@@ -48,7 +56,9 @@ ALLOCATORS = {False: "as started", True: "warmed allocator"}
 
 
 def parser() -> report.Parser:
-    p = report.Parser(prog="fused-inr bench table", description=__doc__, formatter_class=report.argparse.RawTextHelpFormatter)
+    p = report.Parser(
+        prog="fused-inr bench table", description=__doc__, formatter_class=report.argparse.RawTextHelpFormatter
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE, after every row")
     p.add_argument("--figure", type=Path, metavar="FILE", help="draw the times as a bar chart (.png, .svg, .pdf)")
     p.add_argument("--only", type=report.one_or_more(NAMES), metavar="NAME,..", help=f"rows: {', '.join(NAMES)}")
@@ -56,12 +66,16 @@ def parser() -> report.Parser:
     p.add_argument("--width", type=report.integer(1), metavar="N", help="features of a hidden layer (256; small: 64)")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, .. (cpu)")
     p.add_argument("--threads", type=report.integer(1), metavar="N", help="PyTorch's threads (its own default)")
-    p.add_argument("--seconds", type=report.positive, default=15.0, metavar="S", help="timing of a row, all variants (15)")
+    p.add_argument(
+        "--seconds", type=report.positive, default=15.0, metavar="S", help="timing of a row, all variants (15)"
+    )
     p.add_argument("--warmed", action="store_true", help="every row also with a warmed allocator (CPU, glibc)")
     p.add_argument("--max-autotune", action="store_true", help="torch.compile's max-autotune too (minutes a row)")
     p.add_argument("--no-compile", action="store_true", help="without torch.compile")
     p.add_argument("--no-memory", action="store_true", help="without peak memory")
-    p.add_argument("--quick", action="store_true", help="small sizes, few rounds, no torch.compile: does it work at all?")
+    p.add_argument(
+        "--quick", action="store_true", help="small sizes, few rounds, no torch.compile: does it work at all?"
+    )
     return p
 
 
@@ -81,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = report.environment(device)
     results = report.Results(options.json, about)
     print("\n".join(report.about_lines(about)))
-    print(f"medians of interleaved rounds; {'a quick run: sizes reduced, nothing is judged' if options.quick else 'float32'}\n")
+    kind = "a quick run: sizes reduced, nothing is judged" if options.quick else "float32"
+    print(f"medians of interleaved rounds; {kind}\n")
     bench = _Bench(options, device)
     lines, failed, bars = [], 0, {}
     for name in options.only or NAMES:
@@ -98,12 +113,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.table(HEAD, lines, left=2))
     print("\n".join(_notes(options)))
     if options.figure is not None:
-        report.bar_chart(options.figure, f"{about['device']}, torch {torch.__version__}", bars, "ms a step (less is better)")
+        report.bar_chart(
+            options.figure, f"{about['device']}, torch {torch.__version__}", bars, "ms a step (less is better)"
+        )
     results.finish()
     return 1 if failed else 0
 
 
-HEAD = ("work", "allocator", "fused", "eager", "compile", "max-autotune", "vs eager", "vs compile", "peak MiB", "eager's", "demand", "")
+HEAD = (
+    "work",
+    "allocator",
+    "fused",
+    "eager",
+    "compile",
+    "max-autotune",
+    "vs eager",
+    "vs compile",
+    "peak MiB",
+    "eager's",
+    "demand",
+    "",
+)
 
 
 def progress(text: str) -> None:
@@ -138,7 +168,9 @@ class _Bench:
         if self.options.rows:
             case = replace(case, rows=self.options.rows)
         if self.options.width:
-            case = replace(case, width=self.options.width, in_features=self.options.width if case.kind == "layer" else 2)
+            case = replace(
+                case, width=self.options.width, in_features=self.options.width if case.kind == "layer" else 2
+            )
         rounds, seconds = ([2, 3], 0.2) if quick else ([7, 200], self.options.seconds)
         job = self.job("time", case=asdict(case), variants=self.variants, seconds=seconds, rounds=rounds)
         result = worker.run(job, warmed=warmed)
@@ -167,7 +199,11 @@ class _Bench:
             for name, program in _IMPORTS.items():
                 try:
                     done = subprocess.run(
-                        [sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True, check=True
+                        [sys.executable, "-P", "-c", program],
+                        env=environment,
+                        capture_output=True,
+                        text=True,
+                        check=True,
                     )
                 except subprocess.CalledProcessError as error:
                     return {"work": name, "error": error.stderr.strip().splitlines()[-1]}
@@ -240,6 +276,8 @@ def _notes(options) -> list[str]:
     if shown("eikonal"):
         lines.append("torch.compile cannot differentiate twice: no figure for the Eikonal step.")
     if not options.warmed:
-        lines.append("--warmed adds every row with an allocator that keeps its memory (eager's time is partly page faults).")
-    lines.append("Triton kernels, compiled for sm_80, sm_90 and sm_100: fused-inr bench static. CUDA machines: fused-inr bench gpu.")
+        lines.append(
+            "--warmed adds every row with an allocator that keeps its memory (eager's time is partly page faults)."
+        )
+    lines.append("Triton kernels, compiled ahead of time: fused-inr bench static. CUDA machines: fused-inr bench gpu.")
     return lines

@@ -1,8 +1,8 @@
 """How time and memory are measured.
 
 Variants are interleaved, round by round and in an order that rotates, so that a machine whose speed drifts treats them
-alike; what is reported is the median over rounds. On CUDA the clock is a pair of events around a block of calls; what the
-host needs to launch the block is timed beside it, without waiting for the device.
+alike; what is reported is the median over rounds. On CUDA the clock is a pair of events around a block of calls; what
+the host needs to launch the block is timed beside it, without waiting for the device.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time each of `variants` (called without arguments), interleaved, for about `seconds` altogether.
 
-    A round calls every variant in a block of as many calls as make `block_ms`; there are at least `rounds[0]` and at most
-    `rounds[1]` rounds. Two calls of each come before, unmeasured.
+    A round calls every variant in a block of as many calls as make `block_ms`; there are at least `rounds[0]` and at
+    most `rounds[1]` rounds. Two calls of each come before, unmeasured.
     """
     names = list(variants)
     cuda = device.type == "cuda"
@@ -134,11 +134,13 @@ def _block(call: Callable[[], object], times: int, device: torch.device) -> tupl
         return first.elapsed_time(last), launch
 
 
-def peak_memory(call: Callable[[], object], release: Callable[[], object], device: torch.device, calls: int = 3) -> float:
+def peak_memory(
+    call: Callable[[], object], release: Callable[[], object], device: torch.device, calls: int = 3
+) -> float:
     """MiB that `call` needs at its peak over what the process holds between calls, gradients included.
 
-    CUDA: of the caching allocator. CPU: resident pages, which also counts scratch that no PyTorch allocator sees; the peak
-    of a process only rises, so call this in a process of its own for every variant. One call comes before, so that
+    CUDA: of the caching allocator. CPU: resident pages, which also counts scratch that no PyTorch allocator sees; the
+    peak of a process only rises, so call this in a process of its own for every variant. One call comes before, so that
     libraries' buffers and compiled code are not charged. `release` drops what a call leaves (gradients).
     """
     call()

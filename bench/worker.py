@@ -1,7 +1,7 @@
 """The processes of `fused-inr bench table`: a job as JSON on standard input, its result as JSON on standard output.
 
-A process a job, so that memory can be told apart, a crash costs one row of the table, and the warmed allocator (a setting of
-glibc's that is read at start) can stand beside the plain one.
+A process a job, so that memory can be told apart, a crash costs one row of the table, and the warmed allocator (a
+setting of glibc's that is read at start) can stand beside the plain one.
 """
 
 from __future__ import annotations

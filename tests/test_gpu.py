@@ -1,7 +1,7 @@
 """The operation on a CUDA device: `fused-inr bench gpu` runs this first, and so does `pytest tests/test_gpu.py` there.
 
-The oracle is float64 on the same device, the bounds are those of `fused_inr.bench.bounds`. The most important tests come
-first: under a time limit the rest may not be reached.
+The oracle is float64 on the same device, the bounds are those of `fused_inr.bench.bounds`. The most important tests
+come first: under a time limit the rest may not be reached.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 
 import pytest
 import torch
-
-import fused_inr as fi
-from fused_inr import activations
 from fused_inr.bench import bounds
 from fused_inr.bench.cases import PRECISIONS, Case, Work, matmul_precision
 from fused_inr.bench.gpu import layer_accuracy
+
+import fused_inr as fi
+from fused_inr import activations
 from fused_inr.functional import linear_act
 from fused_inr.ops import backends, raw
 
@@ -82,14 +82,18 @@ def test_a_network_is_as_close_to_float64_as_eager(step, precision):
 
 
 @pytest.mark.parametrize("precision", TYPES)
-@pytest.mark.parametrize(("k", "n"), [(1, 64), (2, 256), (3, 33), (8, 64), (9, 64), (64, 1), (64, 3), (64, 4), (2, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("k", "n"), [(1, 64), (2, 256), (3, 33), (8, 64), (9, 64), (64, 1), (64, 3), (64, 4), (2, 3), (1, 1)]
+)
 @pytest.mark.parametrize("name", ["sine", "split", "complex_gabor"])
 def test_narrow_layers(name, k, n, precision, poisoned):
     assert_within(layer_accuracy(name, precision, CUDA, 517, k, n))
 
 
 @pytest.mark.parametrize("precision", TYPES)
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 16, 16), (17, 17, 31), (127, 15, 129), (129, 257, 33), (8193, 256, 256), (300, 512, 512)])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 16, 16), (17, 17, 31), (127, 15, 129), (129, 257, 33), (8193, 256, 256), (300, 512, 512)]
+)
 def test_shapes_with_tails(m, k, n, precision, poisoned):
     assert_within(layer_accuracy("sine", precision, CUDA, m, k, n))
 
@@ -232,7 +236,7 @@ def test_a_captured_graph_follows_its_inputs(second_order, precision):
         out = net(x)
         if second_order:
             (out,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-        return [out, *torch.autograd.grad(out.pow(2).mean(), [p for p in net.parameters()][:-1], materialize_grads=True)]
+        return [out, *torch.autograd.grad(out.pow(2).mean(), list(net.parameters())[:-1], materialize_grads=True)]
 
     with matmul_precision(precision):
         stream = torch.cuda.Stream()
@@ -312,7 +316,8 @@ def test_more_than_two_to_the_31_elements(dtype):
         sums[1] += gz.sum(0)
         sizes[0] += gz.abs().t() @ piece.abs()
         sizes[1] += gz.abs().sum(0)
-    # each term is rounded to the stored type (2^-8 of it for bfloat16), errors of random sign; sums in float32 walk likewise
+    # each term is rounded to the stored type (2^-8 of it for bfloat16), errors of random sign; sums in float32 walk
+    # likewise
     for value, exact, size in zip((gw, gb), sums, sizes):
         slack = bounds.UNIT[dtype] * exact.abs() + 16 * bounds.UNIT[dtype] * size / math.sqrt(rows) + 2.0**-20 * size
         assert ((value.double() - exact).abs() <= slack).all()
@@ -397,7 +402,8 @@ def test_values_that_are_not_finite_stay_in_their_rows(name):
 
 
 def test_float32_sine_at_every_exponent():
-    """The accurate sine of the kernels: 2 ulp, absolute 2^-23 near zeros; also at the floats nearest multiples of pi/2."""
+    """The accurate sine of the kernels: 2 ulp, absolute 2^-23 near zeros; also at the floats nearest multiples of
+    pi/2."""
     exponents = torch.arange(-30, 31, device=CUDA, dtype=torch.float64)
     mantissas = 1 + torch.rand(61, 4096, device=CUDA, dtype=torch.float64)
     x = (mantissas * torch.exp2(exponents)[:, None]).float().flatten()

@@ -1,0 +1,361 @@
+"""The benches: what they compute about a case, and each command in quick form. No test looks at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from fused_inr.bench import bounds, cases, gpu, report, table, timing, worker
+from fused_inr.bench.cases import Case, Work
+
+from fused_inr.cli import CliError
+
+CPU = torch.device("cpu")
+SMALL = {"width": 16, "rows": 60, "hidden_layers": 1}
+
+
+def fused_inr(*arguments: str, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "fused_inr.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, **more)
+
+
+# -- cases
+
+
+@pytest.mark.parametrize("step", cases.STEPS)
+@pytest.mark.parametrize("activation", ["sine", "split", "relu"])
+@pytest.mark.parametrize("kind", ["layer", "network"])
+def test_the_eager_twin_computes_the_same(kind, activation, step):
+    case = Case(kind, step, activation, **SMALL)
+    result = Work(case).check(rows_at_once=32)
+    assert result["of_bound"] <= 1
+    assert result["error"] < 1e-3
+
+
+def test_a_wrong_result_is_found():
+    work = Work(Case("network", "training", **SMALL))
+    with torch.no_grad():
+        next(work.fused.parameters()).mul_(1.001)
+    with pytest.raises(cases.Wrong, match="eager PyTorch by"):
+        work.check()
+
+
+def test_a_result_that_is_not_a_number_is_found():
+    work = Work(Case("network", "inference", **SMALL))
+    with torch.no_grad():
+        next(work.fused.parameters())[0, 0] = math.nan
+    with pytest.raises(cases.Wrong):
+        work.check()
+
+
+def test_operations_and_bytes_of_a_layer():
+    m, k, n = 10, 3, 4
+    forward = Case("layer", "inference", width=n, rows=m, in_features=k)
+    training = Case("layer", "training", "split", width=n, rows=m, in_features=k, precision="bf16")
+    assert forward.operations() == 2 * m * k * n
+    assert forward.bytes() == 4 * (m * k + n * k + n + m * n)
+    assert training.operations() == 3 * 2 * m * k * 4 * n
+    weights = 4 * n * (k + 1)
+    assert training.bytes() == 2 * ((m * k + weights + m * n) + (m * k + weights + m * n + m * k + weights))
+
+
+def test_the_first_layer_of_a_network_needs_no_input_gradient():
+    case = Case("network", "training", width=8, rows=5, hidden_layers=0, out_features=2)
+    assert case.operations() == 2 * 5 * (2 * (2 * 8) + 3 * (8 * 2))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"kind": "net"}, {"step": "forward"}, {"activation": "sin"}, {"precision": "float32"}, {"rows": 0}, {"width": -1}],
+)
+def test_a_case_says_what_it_accepts(wrong):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+        Case(**({"kind": "layer", "step": "inference"} | wrong))
+
+
+def test_torch_compile_has_no_eikonal_step():
+    with pytest.raises(ValueError, match="differentiate twice"):
+        Work(Case("network", "eikonal", **SMALL)).call("compile")
+
+
+# -- bounds
+
+
+def test_the_bound_of_a_layer_holds_and_is_no_blanket():
+    for activation in ("sine", "split", "fourier"):
+        result = gpu.layer_accuracy(activation, "ieee", CPU, 40, 17, 12)
+        assert 1e-4 < result["of_bound"] <= 1
+
+
+@pytest.mark.parametrize("name", ["y", "gx", "gw", "gb"])
+def test_one_wrong_element_exceeds_its_bound(name):
+    import fused_inr as fi
+
+    act = fi.activations.sine(omega=30.0)
+    x, weight, bias, g = torch.rand(50, 9), torch.rand(7, 9) / 9, torch.rand(7), torch.randn(50, 7)
+    exact, bound = bounds.layer_bounds(x, weight, bias, act, g, "ieee")
+    value = exact[name].float()
+    assert bounds.of_bound(value, exact[name], bound[name])["of_bound"] <= 1
+    value.view(-1)[3] += 4 * bound[name].view(-1)[3].float()
+    assert bounds.of_bound(value, exact[name], bound[name])["of_bound"] > 1
+    value.view(-1)[3] = math.nan
+    assert not bounds.of_bound(value, exact[name], bound[name])["of_bound"] <= 1
+
+
+def test_against_eager_claims_nothing_beyond_the_range_of_the_type():
+    exact = torch.tensor([1.0, 1e6], dtype=torch.float64)
+    half = exact.half()
+    assert bounds.against_eager(half, half, exact, torch.float16)["of_bound"] <= 1
+    assert not bounds.against_eager(torch.tensor([math.nan, 1.0]), half, exact, torch.float16)["of_bound"] <= 1
+    assert not bounds.against_eager(half[:1], half, exact, torch.float16)["of_bound"] <= 1
+
+
+# -- timing
+
+
+def test_variants_are_interleaved_and_each_is_called_alike():
+    order = []
+    variants = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    timings = timing.interleaved(variants, CPU, seconds=0.0, rounds=(4, 4), block_ms=0.0)
+    measured = order[9:]  # three calls of each come first
+    assert measured == list("abcbcacababc")
+    assert all(len(t.samples) == 4 and t.ms >= 0 for t in timings.values())
+
+
+def test_peak_memory_sees_what_a_call_allocates():
+    job = "import torch; from fused_inr.bench import timing; call = lambda: torch.ones(1 << 24).sum(); "
+    job += "print(timing.peak_memory(call, lambda: None, torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, check=True)
+    assert 60 <= float(done.stdout) < 100
+
+
+# -- reports
+
+
+def test_results_are_whole_after_each_one(tmp_path):
+    path = tmp_path / "r.json"
+    results = report.Results(path, {"device": "x"})
+    assert json.loads(path.read_text())["results"] == []
+    results.append({"ms": float("nan")})
+    content = json.loads(path.read_text())
+    assert (content["results"], content["finished"]) == ([{"ms": "nan"}], False)
+    results.finish()
+    assert json.loads(path.read_text())["finished"]
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_results_that_cannot_be_written_are_refused_before_any_work(tmp_path):
+    for path in (tmp_path, tmp_path / "missing" / "r.json"):
+        with pytest.raises(CliError, match=str(path)):
+            report.Results(path, {})
+
+
+def test_verdicts():
+    row = table.Row("r", Case("layer", "training"), {"eager": 2.0, "compile": 1.0}, {"eager": 1.5}, memory=0.5)
+    result = {"ratios": {"eager": 1.9, "compile": 1.2}, "peak_mib": {"fused": 10.0, "eager": 21.0}}
+    assert [v["met"] for v in table.verdicts(row, result, warmed=False)] == [False, True, True]
+    assert [v["met"] for v in table.verdicts(row, result, warmed=True)] == [True, True]
+    assert table.verdicts(row, {"ratios": {}}, warmed=False) == []
+
+
+def test_numbers_for_people():
+    shown = [report.number(v) for v in (None, 0.0, 1.2345, 123.456, 1234.5, 0.01234, 1e-7, math.inf)]
+    assert shown == ["-", "0", "1.23", "123", "1234", "0.0123", "1.00e-07", "inf"]
+
+
+def test_a_bar_chart_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    groups = {"training": {"fused": 1.0, "eager": 2.0}, "eikonal": {"fused": 3.0}}
+    report.bar_chart(tmp_path / "bars.png", "title", groups, "ms")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(CliError, match=r"--figure .*bars\.xyz"):
+        report.bar_chart(tmp_path / "bars.xyz", "title", groups, "ms")
+
+
+# -- the commands
+
+
+def test_a_worker_that_fails_gives_one_line():
+    job = {"job": "time", "device": "cpu", "case": asdict(Case("layer", "inference")) | {"kind": "net"}, "variants": []}
+    assert worker.run(job)["error"].startswith("ValueError: kind: 'net'")
+
+
+def test_the_table_in_quick_form(tmp_path):
+    path, figure = tmp_path / "t.json", tmp_path / "t.svg"
+    pytest.importorskip("matplotlib")
+    done = fused_inr(
+        "bench",
+        "table",
+        "--quick",
+        "--json",
+        str(path),
+        "--figure",
+        str(figure),
+        "--only",
+        "training,split,import,psnr",
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads(path.read_text())
+    assert content["finished"]
+    assert [r["name"] for r in content["results"]] == ["training", "split", "import", "psnr"]
+    training, split, imported, fit = content["results"]
+    for result in (training, split):
+        assert set(result["timings"]) == {"fused", "eager"}
+        assert set(result["peak_mib"]) == {"fused", "eager"}
+        assert "verdicts" not in result  # sizes differ from those that demands are about
+        assert result["check"]["of_bound"] <= 1
+    assert set(imported["seconds"]) == {"import fused_inr", "with all that it names"}
+    assert abs(fit["difference"]) < 0.1
+    assert content["versions"]["torch"] == torch.__version__
+    assert {"device", "threads", "command", "time", "backends"} <= set(content)
+    for word in ("training", "split", "vs eager", "torch"):
+        assert word in done.stdout
+    assert figure.read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
+def test_the_warmed_allocator_spares_page_faults(tmp_path):
+    path = tmp_path / "t.json"
+    arguments = ["--quick", "--only", "inference", "--warmed", "--no-memory", "--rows", "32768", "--json", str(path)]
+    done = fused_inr("bench", "table", *arguments)
+    assert done.returncode == 0, done.stderr
+    plain, warmed = json.loads(path.read_text())["results"]
+    assert (plain["warmed"], warmed["warmed"]) == (False, True)
+    faults = [r["timings"]["eager"]["page_faults"] for r in (plain, warmed)]
+    if "glibc" in "".join(__import__("platform").libc_ver()):
+        assert faults[1] < 100 < faults[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["table", "--only", "nothing"], "--only"),
+        (["table", "--rows", "0"], "--rows"),
+        (["table", "--seconds", "-1"], "--seconds"),
+        (["table", "--device", "nowhere"], "--device"),
+        (["table", "--warmed", "--device", "meta"], "--warmed"),
+        (["table", "--json", "/missing/folder/t.json"], "/missing/folder"),
+        (["gpu", "--device", "nowhere"], "--device"),
+        (["gpu", "--device", "meta"], "--device"),
+        (["gpu", "--device", "cpu", "--budget", "0"], "--budget"),
+        (["gpu", "--device", "cpu", "--json", "/missing/folder/g.json"], "/missing/folder"),
+    ],
+)
+def test_bad_arguments_get_one_line_and_exit_code_2(arguments, words, capsys):
+    module = {"table": table, "gpu": gpu}[arguments[0]]
+    with contextlib.suppress(CliError):  # the command line turns it into that line
+        with pytest.raises(SystemExit) as stopped:
+            module.main(arguments[1:])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+        return
+    with pytest.raises(CliError, match=words):
+        module.main(arguments[1:])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_the_gpu_bench_says_so():
+    done = fused_inr("bench", "gpu")
+    assert done.returncode == 2
+    assert "--device" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_gpu_bench_rehearses_on_a_cpu(tmp_path):
+    path = tmp_path / "rehearsal.json"
+    done = fused_inr("bench", "gpu", "--device", "cpu", "--budget", "20", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(path.read_text())
+    assert content["rehearsal"]
+    assert content["finished"]
+    assert not content["interrupted"]
+    assert content["results"][0]["ceilings"].keys() == {"copy", "ieee", "bf16"}
+    assert len(content["results"]) + len(content["not_reached"]) == len(list(gpu.cells(CPU, False)))
+    assert "REHEARSAL" in done.stdout
+    assert all("error" not in result for result in content["results"])
+
+
+def test_a_rehearsal_writes_elsewhere_and_results_are_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tmp_path not in gpu.default_path("NVIDIA H200", True).parents
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    first = gpu.default_path("NVIDIA H200", False)
+    assert first.parent.as_posix() == "bench/results"
+    assert first.name.endswith("-nvidia-h200.json")
+    first.write_text("{}")
+    assert gpu.default_path("NVIDIA H200", False).name.endswith("-nvidia-h200-2.json")
+
+
+class Cells:
+    """A driver with cells of the test's choosing."""
+
+    def __init__(self, tmp_path, monkeypatch, measure):
+        options = gpu.parser().parse_args(["--device", "cpu", "--no-tests"])
+        self.results = report.Results(tmp_path / "r.json", {})
+        self.run = gpu._Run(self.results, CPU, options)
+        chosen = [{"cell": name, "group": "bench", "run": "bench"} for name in measure]
+        monkeypatch.setattr(gpu, "cells", lambda device, full: chosen)
+        monkeypatch.setattr(self.run, "_measure", lambda cell: measure[cell["cell"]]())
+
+
+def test_a_failing_cell_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
+    def fails():
+        raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
+
+    cells = Cells(tmp_path, monkeypatch, {"a": fails, "b": lambda: {"passed": True}})
+    cells.run.everything()
+    a, b = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert a["error"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert b["passed"]
+    assert "FAILED a: RuntimeError" in gpu.summary(cells.results.content)
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+    def stops():
+        raise KeyboardInterrupt
+
+    cells = Cells(tmp_path, monkeypatch, {"a": lambda: {"passed": True}, "b": stops})
+    with pytest.raises(KeyboardInterrupt):
+        cells.run.everything()
+    assert [r["cell"] for r in json.loads((tmp_path / "r.json").read_text())["results"]] == ["a"]
+
+
+def test_cells_beyond_the_budget_are_named(tmp_path, monkeypatch):
+    cells = Cells(tmp_path, monkeypatch, {"a": lambda: {"passed": True}})
+    cells.run.options.budget = -1.0
+    cells.run.everything()
+    assert cells.run.not_reached == ["a"]
+
+
+def test_a_worker_that_dies_is_an_answer_and_not_a_crash():
+    started = gpu._Worker(CPU)
+    try:
+        started._process.kill()
+        assert started.ask({"run": "ceilings", "precisions": [], "small": True}, limit=60) is None
+    finally:
+        started.close()
+    slow = gpu._Worker(CPU)
+    try:
+        assert slow.ask({"run": "ceilings", "precisions": [], "small": True}, limit=0.01) is None
+    finally:
+        slow.close()
+
+
+def test_the_cells_of_a_device_have_different_names():
+    for full in (False, True):
+        names = [cell["cell"] for cell in gpu.cells(CPU, full)]
+        assert len(set(names)) == len(names)
+        assert names[0] == "ceilings"
+
+
+def test_the_sanitized_cases_are_right():
+    assert gpu.small_cases(CPU) == 0
