@@ -13,29 +13,31 @@ __all__ = ["linear_act"]
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | Activation | None = None) -> Tensor:
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | Activation | None = None
+) -> Tensor:
     """y = f(x W^T + b), f element by element: a linear layer and its activation in one operation.
 
-    For an activation of B branches and C outputs, branch b sees rows b N .. (b+1) N of the weight, and output c fills columns
-    c N .. (c+1) N of y. The activation's frequency multiplies the whole pre-activation, bias included.
+    For an activation of B branches and C outputs, branch b sees rows b N .. (b+1) N of the weight, and output c
+    fills columns c N .. (c+1) N of y. The activation's frequency multiplies the whole pre-activation, bias included.
 
     Args:
         x: [..., K].
-        weight: [B N, K], or [*L, B N, K]: a leading batch of independent layers. With L, the leading dimensions of x are L (or 1
-            where shared), as in `torch.matmul`; x of one or two dimensions is shared by all.
+        weight: [B N, K], or [*L, B N, K]: a leading batch of independent layers. The leading dimensions of x are then
+            L (or 1 where shared), as in `torch.matmul`; x of one or two dimensions is shared by all.
         bias: [B N] or [*L, B N], or None.
-        activation: an `Activation` (`fused_inr.activations.sine(omega=30.0)`), a registered name, or None (identity). Its
-            parameters may be tensors of shape [] or [N] that require gradients.
+        activation: an `Activation` (`fused_inr.activations.sine(omega=30.0)`), a registered name, or None (identity).
+            Its parameters may be tensors of shape [] or [N] that require gradients.
 
     Returns:
         [..., C N] in x's dtype (under autocast: the autocast dtype).
 
-    Types: float32, bfloat16, float16, and float64 (CPU and reference). Pre-activations, activations and accumulators are float32
-    (float64 for float64). float32 products follow PyTorch's precision settings.
+    Types: float32, bfloat16, float16, and float64 (CPU and reference). Pre-activations, activations and accumulators
+    are float32 (float64 for float64). float32 products follow PyTorch's precision settings.
 
-    Differentiable any number of times in reverse mode with respect to x, weight, bias and tensor parameters; once in forward mode,
-    over which and under which reverse mode works; `torch.func.vmap` over every argument. `torch.compile` differentiates it once
-    (a PyTorch limit).
+    Differentiable any number of times in reverse mode with respect to x, weight, bias and tensor parameters; once in
+    forward mode, over which and under which reverse mode works; `torch.func.vmap` over every argument.
+    `torch.compile` differentiates it once (a PyTorch limit).
 
     Raises:
         TypeError: an argument that is no tensor, or dtypes that differ or are not floating-point.
@@ -104,14 +106,19 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
     branches = activation.branches
     if weight.shape[-2] % branches:
         raise ValueError(
-            f"weight: {activation.name} has {branches} branches, so weight needs {branches}*N rows; got {_shape(weight)}"
+            f"weight: {activation.name} has {branches} branches, so weight needs {branches}*N rows; "
+            f"got {_shape(weight)}"
         )
     if weight.device != x.device:
         raise ValueError(f"weight: it is on {weight.device}, x on {x.device}; move them to one device")
     batch = weight.shape[:-2]
     if batch and x.dim() > 2:
         leading = x.shape[: len(batch)]
-        if len(leading) < len(batch) or any(a not in (1, b) for a, b in zip(leading, batch, strict=True)) or x.dim() <= len(batch):
+        if (
+            len(leading) < len(batch)
+            or any(a not in (1, b) for a, b in zip(leading, batch, strict=True))
+            or x.dim() <= len(batch)
+        ):
             raise ValueError(
                 f"x: with a batch of weights {_shape(weight)}, the leading dimensions of x must be {list(batch)} "
                 f"(or 1 where shared); got {_shape(x)}"
@@ -120,7 +127,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
         if bias.dtype != x.dtype:
             raise TypeError(f"bias: its dtype {bias.dtype} differs from x's {x.dtype}; convert one (or use autocast)")
         if bias.shape != weight.shape[:-1] and bias.shape != weight.shape[-2:-1]:
-            raise ValueError(f"bias: expected shape {_shape(weight[..., 0])} to match weight {_shape(weight)}, got {_shape(bias)}")
+            raise ValueError(
+                f"bias: expected shape {_shape(weight[..., 0])} to match weight {_shape(weight)}, got {_shape(bias)}"
+            )
         if bias.device != x.device:
             raise ValueError(f"bias: it is on {bias.device}, x on {x.device}; move them to one device")
     if activation.has_tensors:
@@ -134,5 +143,3 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
                     )
                 if p.device != x.device:
                     raise ValueError(f"activation: parameter {name!r} is on {p.device}, x on {x.device}")
-
-

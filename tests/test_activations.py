@@ -97,22 +97,27 @@ def test_each_level_is_the_vjp_of_the_level_below(name, learnable):
             outputs = map.torch_map(level - 1, learnable)(*inputs)
         # a parameter's gradient is summed over the rows before it goes on
         rows = [lower.is_row(group) for group, nodes in lower.outputs for _ in nodes]
-        cotangents = [torch.randn(o.shape if r else (), generator=g, dtype=torch.float64) for o, r in zip(outputs, rows, strict=True)]
+        cotangents = [
+            torch.randn(o.shape if r else (), generator=g, dtype=torch.float64)
+            for o, r in zip(outputs, rows, strict=True)
+        ]
         total = sum((o * c).sum() for o, c in zip(outputs, cotangents, strict=True))
         wanted = [n for group, names in lower.inputs for n in names if learnable or n not in map.param_names]
-        expected = torch.autograd.grad(
-            total, [values[n] for n in wanted], allow_unused=True, materialize_grads=True
-        )
+        expected = torch.autograd.grad(total, [values[n] for n in wanted], allow_unused=True, materialize_grads=True)
         got = map.torch_map(level, learnable)(*[v.detach() for v in inputs], *cotangents)
         kinds = [upper.is_row(group) for group, nodes in upper.outputs for _ in nodes]
         assert len(got) == len(expected)
         for n, a, b, row in zip(wanted, got, expected, kinds, strict=True):
             a = a if row else a.sum()
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * (1 + b.abs().max().item()), msg=f"{name} {level} {n}")
+            torch.testing.assert_close(
+                a, b, rtol=1e-9, atol=1e-9 * (1 + b.abs().max().item()), msg=f"{name} {level} {n}"
+            )
 
 
 def test_committed_files_are_what_the_generator_writes():
-    result = subprocess.run([sys.executable, "-m", "fused_inr.activations.emit", "--check"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "fused_inr.activations.emit", "--check"], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -159,10 +164,16 @@ def test_define_matches_the_formula_at_every_order():
 @pytest.mark.parametrize(
     ("formula", "by_hand"),
     [
-        (lambda z: sympy.Piecewise((z**2, z > 0), (sympy.sin(z), True)), lambda z: torch.where(z > 0, z**2, torch.sin(z))),
+        (
+            lambda z: sympy.Piecewise((z**2, z > 0), (sympy.sin(z), True)),
+            lambda z: torch.where(z > 0, z**2, torch.sin(z)),
+        ),
         (lambda z: sympy.Max(z, 0) ** 2 + sympy.Min(z, 1), lambda z: torch.relu(z) ** 2 + torch.clamp(z, max=1)),
         (lambda z: sympy.sqrt(1 + z**2) ** -1, lambda z: (1 + z**2) ** -0.5),
-        (lambda z: sympy.log(2 + sympy.cos(z)) / (1 + sympy.Abs(z)), lambda z: torch.log(2 + torch.cos(z)) / (1 + z.abs())),
+        (
+            lambda z: sympy.log(2 + sympy.cos(z)) / (1 + sympy.Abs(z)),
+            lambda z: torch.log(2 + torch.cos(z)) / (1 + z.abs()),
+        ),
         (lambda z: sympy.sech(z), lambda z: 1 / torch.cosh(z)),
         (lambda z: (1 + z**2) ** sympy.Rational(1, 3), lambda z: (1 + z**2) ** (1 / 3)),
         (lambda z: sympy.erfc(z) * sympy.atan(z), lambda z: torch.erfc(z) * torch.atan(z)),

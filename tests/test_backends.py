@@ -18,7 +18,9 @@ def fresh(monkeypatch):
 
 def call(dtype=torch.float32, device="cpu"):
     x = torch.ones(4, 3, dtype=dtype, device=device)
-    return fi.functional.linear_act(x, torch.ones(5, 3, dtype=dtype, device=device), None, fi.activations.sine(omega=2.0))
+    return fi.functional.linear_act(
+        x, torch.ones(5, 3, dtype=dtype, device=device), None, fi.activations.sine(omega=2.0)
+    )
 
 
 def test_table_names_every_backend_with_a_reason_where_it_cannot_run():
@@ -46,7 +48,10 @@ def test_use_refuses_unknown_names(name):
 
 def test_a_demanded_backend_runs_or_raises_with_the_reason(monkeypatch):
     monkeypatch.setattr(backends.Cpu, "available", lambda self: (False, "no compiler found"))
-    with fi.backends.use("cpu"), pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run sine\(omega=2\).*no compiler"):
+    with (
+        fi.backends.use("cpu"),
+        pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run sine\(omega=2\).*no compiler"),
+    ):
         call()
 
 

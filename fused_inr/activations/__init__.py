@@ -4,15 +4,16 @@
 Learnable parameters: `sine(omega=30.0, learnable="omega", per_feature=True)`.
 """
 
-from .fourier import fourier
 from .finer import finer, finer_detached
+from .fourier import fourier
 from .gabor import complex_gabor, gabor
 from .gaussian import gaussian, gaussian_scale
 from .gelu import gelu
 from .hosc import hosc
 from .identity import identity
 from .incode import incode
-from .registry import _unpickle_map, define, get, lookup, names, registered
+from .registry import _unpickle_map as _unpickle_map
+from .registry import define, get, lookup, names, registered
 from .relu import relu
 from .sigmoid import sigmoid
 from .silu import silu

@@ -1,6 +1,7 @@
 """Prints maps as source: PyTorch (the reference), Triton, C++.
 
-`python -m fused_inr.activations.emit` rewrites the committed files; `--check` compares them and exits 1 on a difference.
+`python -m fused_inr.activations.emit` rewrites the committed files; `--check` compares them and exits 1 on a
+difference.
 """
 
 from __future__ import annotations
@@ -103,10 +104,10 @@ def body(program: Program, target: Target) -> tuple[list[str], list[str]]:
         if i in text:  # the second of a sin/cos pair
             continue
         if node.op == "input":
-            text[i] = (node.value, 9)
+            text[i] = (str(node.value), 9)
             continue
-        if node.op == "const":
-            text[i] = (target.constant(node.value), 9 if node.value >= 0 else 3)
+        if (value := program.tape.constant(i)) is not None:
+            text[i] = (target.constant(value), 9 if value >= 0 else 3)
             continue
         if node.op in ("sin", "cos") and node.args[0] in pairs:
             pair = pairs[node.args[0]]
@@ -147,18 +148,14 @@ def _is_constant(program: Program, position: int) -> bool:
 def torch_function(name: str, program: Program) -> str:
     lines, outputs = body(program, Torch())
     first = program.input_names[0]
-    outputs = [
-        f"torch.zeros_like({first}) + {o}" if _is_constant(program, i) else o for i, o in enumerate(outputs)
-    ]
+    outputs = [f"torch.zeros_like({first}) + {o}" if _is_constant(program, i) else o for i, o in enumerate(outputs)]
     return _python_function(name, program.input_names, lines, outputs)
 
 
 def triton_function(name: str, program: Program) -> str:
     lines, outputs = body(program, Triton())
     first = program.input_names[0]
-    outputs = [
-        f"tl.zeros_like({first}) + {o}" if _is_constant(program, i) else o for i, o in enumerate(outputs)
-    ]
+    outputs = [f"tl.zeros_like({first}) + {o}" if _is_constant(program, i) else o for i, o in enumerate(outputs)]
     arguments = [*program.input_names, "MODE: tl.constexpr"]
     return "@triton.jit\n" + _python_function(name, arguments, lines, outputs)
 

@@ -5,7 +5,7 @@ from .spec import Activation
 
 
 @register(omega=30.0)
-def finer(z, omega):
+def _finer(z, omega):
     """sin(omega (abs(z) + 1) z)"""
     from sympy import Abs, sin
 
@@ -22,16 +22,13 @@ def finer_detached(z, omega):
     return sin(omega * detach(Abs(z) + 1) * z)
 
 
-_true, _detached = finer, finer_detached
-
-
 @factory
-def finer(omega=30.0, *, detach_scale=False, learnable=(), per_feature=False) -> Activation:  # noqa: F811
+def finer(omega=30.0, *, detach_scale=False, learnable=(), per_feature=False) -> Activation:
     """sin(omega (abs(z) + 1) z).
 
     Args:
         omega: frequency.
-        detach_scale: hold abs(z) + 1 constant under differentiation, as the published code does (its gradients are then not
-            those of the function). The second derivative jumps at 0, where sign(0) = 0.
+        detach_scale: hold abs(z) + 1 constant under differentiation, as the published code does (its gradients are
+            then not those of the function). The second derivative jumps at 0, where sign(0) = 0.
     """
-    return (_detached if detach_scale else _true)(omega=omega, learnable=learnable, per_feature=per_feature)
+    return (finer_detached if detach_scale else _finer)(omega=omega, learnable=learnable, per_feature=per_feature)

@@ -5,7 +5,7 @@ from .spec import Activation
 
 
 @register(sigma=0.05)
-def gaussian(z, sigma):
+def _gaussian(z, sigma):
     """exp(-z^2 / (2 sigma^2))"""
     from sympy import Rational, exp
 
@@ -24,11 +24,8 @@ def gaussian_scale(z, scale):
     return exp(-(saturate(scale * z) ** 2))
 
 
-_by_sigma, _by_scale = gaussian, gaussian_scale
-
-
 @factory
-def gaussian(*, sigma=None, scale=None, learnable=(), per_feature=False) -> Activation:  # noqa: F811
+def gaussian(*, sigma=None, scale=None, learnable=(), per_feature=False) -> Activation:
     """exp(-z^2 / (2 sigma^2)), or with `scale=` WIRE's form exp(-(scale z)^2); scale = 1/(sqrt(2) sigma).
 
     Args:
@@ -38,5 +35,5 @@ def gaussian(*, sigma=None, scale=None, learnable=(), per_feature=False) -> Acti
     if sigma is not None and scale is not None:
         raise ValueError("gaussian: give sigma or scale, not both (scale = 1/(sqrt(2) sigma))")
     if scale is not None:
-        return _by_scale(scale=scale, learnable=learnable, per_feature=per_feature)
-    return _by_sigma(sigma=0.05 if sigma is None else sigma, learnable=learnable, per_feature=per_feature)
+        return gaussian_scale(scale=scale, learnable=learnable, per_feature=per_feature)
+    return _gaussian(sigma=0.05 if sigma is None else sigma, learnable=learnable, per_feature=per_feature)

@@ -79,15 +79,15 @@ def _sinc_derivative(x: torch.Tensor, order: int) -> torch.Tensor:
         for k in range(first, first + 18)
     ]
     square = near * near
-    series = torch.zeros_like(x) + coefficients[-1]
+    series = torch.full_like(x, coefficients[-1])
     for c in reversed(coefficients[:-1]):
         series = series * square + c
     if order % 2:
         series = series * near
     far = torch.where(small, torch.full_like(x, limit), x)
-    s, c = torch.sin(far), torch.cos(far)
-    cycle = (s, c, -s, -c)
-    value = s / far
+    sine, cosine = torch.sin(far), torch.cos(far)
+    cycle = (sine, cosine, -sine, -cosine)
+    value = sine / far
     for n in range(1, order + 1):
         value = (cycle[n % 4] - n * value) / far
     # at infinity sin and cos have no value, but every derivative of sinc is 0 there

@@ -13,11 +13,15 @@ _FACTORIES: dict[str, Callable[..., Activation]] = {}
 
 
 def register(**parameters: float) -> Callable[[Callable], ActivationMap]:
-    """Decorator of a formula: its function name becomes the activation's, the keywords its parameters' defaults."""
+    """Decorator of a formula: its function name becomes the activation's, the keywords its parameters' defaults.
+
+    A leading underscore is dropped: it leaves the public name to a `factory`.
+    """
 
     def decorate(formula: Callable) -> ActivationMap:
-        _REGISTERED[formula.__name__] = ActivationMap(formula.__name__, formula, parameters)
-        return _REGISTERED[formula.__name__]
+        name = formula.__name__.removeprefix("_")
+        _REGISTERED[name] = ActivationMap(name, formula, parameters)
+        return _REGISTERED[name]
 
     return decorate
 
@@ -87,17 +91,18 @@ def define(name: str, formula: Callable, **parameters: float) -> Activation:
 
     Args:
         name: a Python identifier that no registered activation has.
-        formula: function of one or several real sympy symbols (the pre-activations of the branches) and then the parameters by
-            name; returns a sympy expression, or a tuple of them for several outputs. `fused_inr.activations.symbols` adds
-            stable primitives (sigmoid, softplus, saturate, detach, step).
+        formula: function of one or several real sympy symbols (the pre-activations of the branches) and then the
+            parameters by name; returns a sympy expression, or a tuple of them for several outputs.
+            `fused_inr.activations.symbols` adds stable primitives (sigmoid, softplus, saturate, detach, step).
         parameters: default values; each becomes a parameter of the activation, constant or learnable.
 
     Raises:
-        ValueError: a name that is taken or no identifier, unknown symbols in the formula, functions that cannot be compiled.
+        ValueError: a name that is taken or no identifier, unknown symbols in the formula, functions that cannot
+            be compiled.
         TypeError: a formula that is not callable.
 
-    At a kink the derivative is one-sided: step(0) = 0, sign(0) = 0. Code is generated when it is first needed; on CPUs it is
-    compiled if there is a C++ compiler, else the PyTorch reference serves.
+    At a kink the derivative is one-sided: step(0) = 0, sign(0) = 0. Code is generated when it is first needed; on
+    CPUs it is compiled if there is a C++ compiler, else the PyTorch reference serves.
     """
     check_name(name)
     if name in _REGISTERED:

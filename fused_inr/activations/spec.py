@@ -41,8 +41,10 @@ class ActivationMap:
         self.__doc__ = formula.__doc__ if formula is not None else None
         self.defaults = {k: float(v) for k, v in parameters.items()}
         self.param_names = tuple(parameters)
-        if branches is None:
+        if formula is not None:
             branches = sum(p not in parameters for p in inspect.signature(formula).parameters)
+        if branches is None:
+            raise ValueError("a map without a formula needs its number of branches")
         self.branches = branches
         self.generated = generated
         self._programs: dict[tuple[int, bool], Any] = {}
@@ -113,6 +115,7 @@ class ActivationMap:
         z_names = tuple(f"z{i}" for i in range(self.branches))
         symbols = [sympy.Symbol(n, real=True) for n in z_names]
         parameters = {n: sympy.Symbol(n, real=True) for n in self.param_names}
+        assert self.formula is not None  # a map without one comes with its program
         result = self.formula(*symbols, **parameters)
         expressions = result if isinstance(result, tuple | list) else (result,)
         tape = Tape()
@@ -207,7 +210,8 @@ class Activation:
         learnable: names of the parameters that a layer turns into `nn.Parameter`s.
         per_feature: whether those are one number a feature, or one for the layer.
 
-    `activation(z)` is plain PyTorch: z [.., B*N] (branches side by side) to [.., C*N], differentiable any number of times.
+    `activation(z)` is plain PyTorch: z [.., B*N] (branches side by side) to [.., C*N], differentiable any number of
+    times.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from .spec import Activation
 
 
 @register(m=10.0, w1=1.0, w2=1.0, w3=1.0, w4=1.0)
-def split(z1, z2, z3, z4, m, w1, w2, w3, w4):
+def _split(z1, z2, z3, z4, m, w1, w2, w3, w4):
     """m tanh(w1 z1) sigmoid(w2 z2) sin(w3 z3) cos(w4 z4)"""
     from sympy import cos, sin, tanh
 
@@ -14,11 +14,8 @@ def split(z1, z2, z3, z4, m, w1, w2, w3, w4):
     return m * tanh(w1 * z1) * sigmoid(w2 * z2) * sin(w3 * z3) * cos(w4 * z4)
 
 
-_map = split
-
-
 @factory
-def split(m=10.0, omegas=(1.0, 1.0, 1.0, 1.0), *, learnable=(), per_feature=False) -> Activation:  # noqa: F811
+def split(m=10.0, omegas=(1.0, 1.0, 1.0, 1.0), *, learnable=(), per_feature=False) -> Activation:
     """m tanh(w1 z1) sigmoid(w2 z2) sin(w3 z3) cos(w4 z4): the branches lie in this order in one weight [4N, K].
 
     Args:
@@ -30,4 +27,4 @@ def split(m=10.0, omegas=(1.0, 1.0, 1.0, 1.0), *, learnable=(), per_feature=Fals
     if len(omegas) != 4:
         raise ValueError(f"split: omegas needs one number or four (tanh, sigmoid, sin, cos), got {len(omegas)}")
     w1, w2, w3, w4 = omegas
-    return _map(m=m, w1=w1, w2=w2, w3=w3, w4=w4, learnable=learnable, per_feature=per_feature)
+    return _split(m=m, w1=w1, w2=w2, w3=w3, w4=w4, learnable=learnable, per_feature=per_feature)

@@ -56,7 +56,8 @@ class Tape:
         return self._put(Node("input", value=name))
 
     def constant(self, a: Arg) -> float | None:
-        return self.nodes[a].value if self.nodes[a].op == "const" else None
+        value = self.nodes[a].value
+        return value if isinstance(value, float) else None
 
     # -- arithmetic, with the simplifications that reverse differentiation makes worthwhile
 
@@ -92,8 +93,8 @@ class Tape:
 
     def neg(self, a: Arg) -> Arg:
         node = self.nodes[a]
-        if node.op == "const":
-            return self.const(-node.value)
+        if (value := self.constant(a)) is not None:
+            return self.const(-value)
         if node.op == "neg":
             return node.args[0]
         if node.op == "sub":

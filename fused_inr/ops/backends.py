@@ -7,8 +7,8 @@ with fused_inr.backends.use("reference"):  # this or an error
 print(fused_inr.backends.explain(net, x))  # what would run where, and why
 ```
 
-Without `use`, the first backend of the table that serves is taken; when that is the reference although a faster one is meant
-for the device, a warning says so once, with the reason.
+Without `use`, the first backend of the table that serves is taken; when that is the reference although a faster one
+is meant for the device, a warning says so once, with the reason.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def reference_map(
         if position == 0:
             streams.extend(_expanded(params, constants, z))
     results = list(map.torch_map(level, learnable)(*streams))
-    like = streams[0]
+    like = z[..., : z.shape[-1] // branches[0]]
     grouped = []
     for k in outputs:
         if k:
@@ -255,8 +255,8 @@ class Triton(Backend):
     def _by_library(weight: Tensor, precision: str) -> bool:
         """Whether the matrix product is left to the library, with the map as one pointwise kernel.
 
-        float32 in ieee precision uses no tensor core, and the library's kernels are the better ones there; narrow layers stay
-        with ours, which do not pad.
+        float32 in ieee precision uses no tensor core, and the library's kernels are the better ones there; narrow
+        layers stay with ours, which do not pad.
         """
         return precision == "ieee" and not _interpreted() and min(weight.shape[-2:]) >= 16 and weight.is_cuda
 
@@ -282,9 +282,7 @@ class Triton(Backend):
                 gz.sum(0) if needs[2] else z.new_empty(0),
                 torch.stack(gp) if needs[3] else z.new_empty(0),
             )
-        return linear_act.linear_act_backward(
-            g, x, weight, bias, params, constants, z, map, precision, needs
-        )
+        return linear_act.linear_act_backward(g, x, weight, bias, params, constants, z, map, precision, needs)
 
     def act_map(self, inputs, params, constants, map, level, learnable):
         from fused_inr.kernels import act_map
@@ -326,7 +324,7 @@ def available() -> dict[str, tuple[bool, str]]:
 def check(name: object) -> str:
     if name not in TABLE:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(map(repr, TABLE))}")
-    return name  # type: ignore[return-value]
+    return name
 
 
 @contextmanager
@@ -344,7 +342,7 @@ def use(name: str) -> Iterator[None]:
 
 
 def precision_of(device: torch.device, dtype: torch.dtype) -> str:
-    """The precision of float32 products, as PyTorch's settings say: 'ieee', 'tf32', or 'tf32x3' ('high' on CUDA is tf32).
+    """The precision of products, as PyTorch's settings say: 'ieee' or 'tf32' for float32.
 
     `torch.backends.cuda.matmul.fp32_precision` is read ('highest', PyTorch's default, is 'ieee': no tensor cores).
     Half types always use tensor cores with float32 accumulation: 'bf16', 'fp16'.
@@ -419,7 +417,7 @@ def _say_once(meant: str, reason: str) -> None:
 
 
 def explain(function: Callable, *args, **kwargs) -> str:
-    """Runs `function(*args)` (a module, say) without gradients and tells, one line a call, what ran it and why not the others.
+    """Runs `function(*args)` (a module, say) without gradients and tells, a line a call, what ran it and why.
 
     Raises:
         ValueError: no fused operation ran.
@@ -433,5 +431,7 @@ def explain(function: Callable, *args, **kwargs) -> str:
     finally:
         _records = previous
     if not lines:
-        raise ValueError("explain: no fused_inr operation ran in this call; pass a module (and its input) that uses one")
+        raise ValueError(
+            "explain: no fused_inr operation ran in this call; pass a module (and its input) that uses one"
+        )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Fused linear + activation: y = f(x W^T + b; p), differentiable any number of times.
 
-`LinearAct` is the fused operation with its fused first backward. When that backward must itself be differentiated it is built
-from `act_map`, a map of any level whose backward is the map of the next, and matrix products.
+`LinearAct` is the fused operation with its fused first backward. When that backward must itself be differentiated it
+is built from `act_map`, a map of any level whose backward is the map of the next, and matrix products.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Config:
 
 
 def _apply(function: type[torch.autograd.Function], *args):
-    """`function.apply`, without the 25 us that its signature inspection takes where no functorch transform is active."""
+    """`function.apply`, without the 25 us of its signature inspection where no functorch transform is active."""
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 def _exactly(device: torch.device, function, *args):
@@ -97,7 +97,8 @@ def _refuse_nested_forward_mode(config: Config) -> None:
     # PyTorch computes wrong values silently for a Function here (pytorch issue 197867)
     if _forward_levels() > 1:
         raise NotImplementedError(
-            f"forward mode over forward mode (order 2) of {lookup(config.activation).name} on backend {config.backend!r}: "
+            "forward mode over forward mode (order 2) of "
+            f"{lookup(config.activation).name} on backend {config.backend!r}: "
             "use reverse mode inside, e.g. torch.func.hessian (jacfwd of jacrev) or jacrev of jacfwd"
         )
 
@@ -194,7 +195,9 @@ class Preactivation(torch.autograd.Function):
         return _tangent_of_z(ctx.config, x, weight, tx, tw, tb)
 
 
-def _tangent_of_z(config: Config, x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Tensor:
+def _tangent_of_z(
+    config: Config, x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None
+) -> Tensor:
     return _exactly(x.device, _linear_jvp, config, x, weight, tx, tw, tb)
 
 
@@ -246,8 +249,11 @@ class ActMap(torch.autograd.Function):
         _refuse_nested_forward_mode(ctx.config)
         tensors, count = ctx.saved_tensors, ctx.count
         inputs, params = tensors[:count], tensors[count:]
-        tangents = [torch.zeros_like(t) if d is None and t is not None else d for t, d in zip(tensors, tangents[4:], strict=True)]
-        return _pushforward(ctx.config, ctx.level, ctx.learnable, inputs, params, tangents[:count], tangents[count:])
+        d = [
+            torch.zeros_like(t) if d is None and t is not None else d
+            for t, d in zip(tensors, tangents[4:], strict=True)
+        ]
+        return _pushforward(ctx.config, ctx.level, ctx.learnable, inputs, params, d[:count], d[count:])
 
 
 def _like_parameters(out: Sequence[Tensor], config: Config, level: int, learnable: bool, params) -> list[Tensor]:
@@ -267,9 +273,7 @@ def _pushforward(config, level, learnable, inputs, params, d_inputs, d_params) -
     z = inputs[0]
     features = z.shape[-1] // lookup(config.activation).branches
     position = iter(params)
-    zeros = [
-        z.new_zeros((*z.shape[:-1], k * features)) if k else torch.zeros_like(next(position)) for k in outputs
-    ]
+    zeros = [z.new_zeros((*z.shape[:-1], k * features)) if k else torch.zeros_like(next(position)) for k in outputs]
     first, *others = d_inputs
     tangents = [first, *(d_params if learnable else ()), *others]
     results = apply_map(config, level + 2, learnable, [*inputs, *zeros, *tangents], params)
@@ -277,14 +281,12 @@ def _pushforward(config, level, learnable, inputs, params, d_inputs, d_params) -
 
 
 def _composite_map(config: Config, level: int, learnable: bool, inputs, params) -> list[Tensor]:
-    out = backends.reference_map(
-        lookup(config.activation), inputs, params, config.constants, level, learnable
-    )
+    out = backends.reference_map(lookup(config.activation), inputs, params, config.constants, level, learnable)
     return _like_parameters(out, config, level, learnable, params)
 
 
 def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tensor], params) -> list[Tensor]:
-    """The map of a level, differentiable. Beyond the generated levels PyTorch differentiates the reference's highest one."""
+    """The map of a level, differentiable; beyond the generated levels PyTorch differentiates the highest one."""
     top = MAX_LEARNABLE_LEVEL if learnable else MAX_LEVEL
     if level > top:
         raise NotImplementedError(
@@ -297,7 +299,9 @@ def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tens
     if level + (2 if _forward_mode() else 1) > top and (torch.is_grad_enabled() or _forward_mode()):
         return _composite_map(config, level, learnable, inputs, params)
     if not torch.is_grad_enabled() and not _forward_mode():
-        out = raw.act_map(list(inputs), list(params), config.constants, config.activation, config.backend, level, learnable)
+        out = raw.act_map(
+            list(inputs), list(params), config.constants, config.activation, config.backend, level, learnable
+        )
         return _like_parameters(out, config, level, learnable, params)
     return list(_apply(ActMap, config, level, learnable, len(inputs), *inputs, *params))
 
@@ -330,7 +334,7 @@ def _setup(ctx, inputs, output):
 
 def _differentiable_backward(config, needs, g, g_z, x, weight, bias, z, params):
     """The same gradients, out of pieces that differentiate again."""
-    gp = [None] * len(params)
+    gp: list[Tensor | None] = [None] * len(params)
     gz = g_z
     if config.activation == "identity":
         gz = g.to(raw.compute_dtype(g.dtype))
@@ -341,7 +345,8 @@ def _differentiable_backward(config, needs, g, g_z, x, weight, bias, z, params):
         # not `needs`: the gradient of x depends on the parameters too, in an outer transformation perhaps
         learnable = any(p is not None for p in params)
         values = _all_tensors(config, params, z) if learnable else params
-        gz, *gp = apply_map(config, 1, learnable, [z, g.to(z.dtype)], values)
+        gz, *rest = apply_map(config, 1, learnable, [z, g.to(z.dtype)], values)
+        gp[: len(rest)] = rest
         gz = gz if g_z is None else gz + g_z
     linear = _linear_backward(config, needs, gz, x, weight, None if bias is None else bias.dtype)
     return *linear, None, *((gp[j] if n else None) for j, n in enumerate(needs[3:]))
@@ -375,7 +380,7 @@ def _fused_backward(config, needs, g, g_z, x, weight, bias, z, params):
 
 def _fused_backward_from_z(config, needs, g, g_z, x, weight, bias, z, params):
     """With a cotangent of z itself, from a derivative of higher order: both meet before the matrix products."""
-    grads = [None] * len(params)
+    grads: list[Tensor | None] = [None] * len(params)
     if g is not None:
         learnable = any(needs[3:])
         values = _all_tensors(config, params, z) if learnable else params
@@ -407,8 +412,8 @@ def _backward(ctx, g, g_z):
 class LinearAct(torch.autograd.Function):
     """Inputs: x, weight, bias, config, parameters (None where constant). Outputs: y, z (empty unless saved).
 
-    z is an output with a derivative, so that what a higher derivative adds to its gradient meets the first-order part before
-    the matrix products, not after.
+    z is an output with a derivative, so that what a higher derivative adds to its gradient meets the first-order
+    part before the matrix products, not after.
     """
 
     generate_vmap_rule = True
@@ -416,7 +421,8 @@ class LinearAct(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, config, *params):
         return raw.linear_act(
-            x, weight, bias, list(params), config.constants, config.activation, config.backend, config.precision, config.save
+            x, weight, bias, list(params), config.constants, config.activation, config.backend, config.precision,
+            config.save
         )  # fmt: skip
 
     setup_context = staticmethod(_setup)
@@ -434,7 +440,11 @@ class LinearAct(torch.autograd.Function):
             z = Preactivation.apply(x, weight, bias, _bare_preactivation(config, x, weight, bias), config)
         learnable = any(p is not None for p in params)
         values = _all_tensors(config, params, z) if learnable else params
-        d_values = [torch.zeros_like(v) if d is None else d for v, d in zip(values, d_params, strict=True)] if learnable else []
+        d_values = (
+            [torch.zeros_like(v) if d is None else d for v, d in zip(values, d_params, strict=True)]
+            if learnable
+            else []
+        )
         (ty,) = _pushforward(config, 0, learnable, [z], values, [tz], d_values)
         return ty.to(x.dtype), tz if config.save else None
 
@@ -467,9 +477,9 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activ
     if not track and (compiling or not (torch._C._are_functorch_transforms_active() or _forward_mode())):
         tensors = list(params)
         key, constants = activation.map.key, activation.constants
-        return _exactly(
-            x.device, raw.linear_act, x, weight, bias, tensors, constants, key, backend, precision, False
-        )[0]
+        return _exactly(x.device, raw.linear_act, x, weight, bias, tensors, constants, key, backend, precision, False)[
+            0
+        ]
     # half types recompute: their float32 pre-activations would take twice the output's memory
     save = backends.implementation(backend).saves_preactivations and x.dtype.itemsize >= 4 and track
     save = save and activation.map.key != "identity"

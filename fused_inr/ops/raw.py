@@ -1,6 +1,7 @@
 """The raw operations: no autograd, one implementation a backend, registered so that PyTorch's transforms see them.
 
-`torch.ops.fused_inr.linear_act`, `.linear_act_backward`, `.act_map`; arguments and layouts: docs/architecture.md, sections 2 and 3.
+`torch.ops.fused_inr.linear_act`, `.linear_act_backward`, `.act_map`; arguments and layouts: docs/architecture.md,
+sections 2 and 3.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _(g, x, weight, bias, params, constants, z, activation, backend, precision, 
 
 
 def group_branches(activation: str, level: int, learnable: bool) -> tuple[list[int], list[int]]:
-    """Branches of each input group (parameters themselves left out) and of each output group; 0: one value a feature."""
+    """Branches of each input group (parameters left out) and of each output group; 0: one value a feature."""
     map = lookup(activation)
     inputs, outputs = [map.branches], [map.outputs]
     with_gradient = [map.branches] + ([0] * map.n_params if learnable else [])
@@ -109,11 +110,13 @@ def _(inputs, params, constants, activation, backend, level, learnable):
 # -- vmap: onto the rows where only rows are batched, else onto the leading batch of weights
 
 
-def _front(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def _batched(t: Tensor, dim: int | None, size: int) -> Tensor:
     """The vmapped dimension first; what is not batched is expanded (stride 0)."""
-    if t is None:
-        return None
     return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
+
+
+def _front(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    return None if t is None else _batched(t, dim, size)
 
 
 def _any(dims) -> bool:
@@ -164,7 +167,7 @@ def _(info, in_dims, x, weight, bias, params, constants, activation, backend, pr
     if _any(in_dims[3] or ()):
         return _one_by_one(linear_act, info, in_dims, (x, weight, bias, params, *rest))
     if in_dims[1] is None and in_dims[2] is None:
-        y, z = linear_act(_fold_rows(_front(x, in_dims[0], v)), weight, bias, params, *rest)
+        y, z = linear_act(_fold_rows(_batched(x, in_dims[0], v)), weight, bias, params, *rest)
         y = _unfold_rows(y, v)
         return (y, _unfold_rows(z, v) if save else z), (0, 0 if save else None)
     batched = x.dim() - (in_dims[0] is not None) == 3
@@ -207,7 +210,7 @@ def _(info, in_dims, inputs, params, constants, activation, backend, level, lear
     if learnable or parameter_batched or _any(in_dims[1] or ()):
         args = (inputs, params, constants, activation, backend, level, learnable)
         return _one_by_one(act_map, info, in_dims, args)
-    rows = [_front(t, d, v) for t, d in zip(inputs, in_dims[0], strict=True)]
+    rows = [_batched(t, d, v) for t, d in zip(inputs, in_dims[0], strict=True)]
     shape = rows[0].shape[:-1]
     results = act_map([t.reshape(-1, t.shape[-1]) for t in rows], params, constants, activation, backend, level, False)
     return [t.reshape(*shape, t.shape[-1]) for t in results], [0] * len(outputs)
