@@ -7,6 +7,7 @@ tells how many times as fast as each rival it was in those very rounds.
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -46,8 +47,13 @@ def parameters(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
     found = []
     for case, compiled in cases:
         variants = ("fused", "eager", *(["compile"] if compiled and case.compiles else []))
-        found += [pytest.param(case, variants, variant, id=f"{case}, {variant}") for variant in variants]
+        found += [pytest.param(case, variants, variant, id=_id(case, variant)) for variant in variants]
     return found
+
+
+def _id(case: Case, variant: str) -> str:
+    """Without commas and spaces, which `-k` does not take."""
+    return re.sub(r"[^\w-]+", "-", f"{case}, {variant}".replace(",", ""))
 
 
 def run(benchmark, bench: Workbench, case: Case, variants: Sequence[str], variant: str) -> None:
