@@ -54,7 +54,8 @@ def linear_act(
     if weight.dim() == 2:
         if x.dim() == 2:
             return _op.linear_act(x, weight, bias, activation)
-        y = _op.linear_act(x.reshape(-1, x.shape[-1]), weight, bias, activation)
+        rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+        y = _op.linear_act(rows, weight, bias, activation)
         return y.reshape(*x.shape[:-1], y.shape[-1])
     batch = weight.shape[:-2]
     shared = x.dim() <= 2
@@ -90,6 +91,9 @@ def _shape(t: Tensor) -> str:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> None:
+    for name, t in (("x", x), ("weight", weight), ("bias", bias)):
+        if t is not None and t.layout != torch.strided:
+            raise TypeError(f"{name}: tensors of layout {t.layout} are not supported; convert with {name}.to_dense()")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: dtype {x.dtype} is not supported; use float32, float64, bfloat16 or float16")
     if weight.dtype != x.dtype:
@@ -128,7 +132,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
             raise TypeError(f"bias: its dtype {bias.dtype} differs from x's {x.dtype}; convert one (or use autocast)")
         if bias.shape != weight.shape[:-1] and bias.shape != weight.shape[-2:-1]:
             raise ValueError(
-                f"bias: expected shape {_shape(weight[..., 0])} to match weight {_shape(weight)}, got {_shape(bias)}"
+                f"bias: expected shape {list(weight.shape[:-1])} to match weight {_shape(weight)}, got {_shape(bias)}"
             )
         if bias.device != x.device:
             raise ValueError(f"bias: it is on {bias.device}, x on {x.device}; move them to one device")

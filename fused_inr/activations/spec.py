@@ -116,8 +116,18 @@ class ActivationMap:
         symbols = [sympy.Symbol(n, real=True) for n in z_names]
         parameters = {n: sympy.Symbol(n, real=True) for n in self.param_names}
         assert self.formula is not None  # a map without one comes with its program
-        result = self.formula(*symbols, **parameters)
+        try:
+            result = self.formula(*symbols, **parameters)
+        except Exception as error:
+            raise ValueError(
+                f"the formula of {self.name!r} failed on sympy symbols ({type(error).__name__}: {error}); "
+                "build it from sympy's functions, e.g. sympy.sin(omega * z)"
+            ) from error
         expressions = result if isinstance(result, tuple | list) else (result,)
+        if not expressions or any(e is None for e in expressions):
+            raise ValueError(
+                f"the formula of {self.name!r} must return a sympy expression or a tuple of them, got {result!r}"
+            )
         tape = Tape()
         for name in (*z_names, *self.param_names):
             tape.input(name)
@@ -224,6 +234,8 @@ class Activation:
     ):
         self.map = map
         self.params = {n: _checked(map.name, n, params[n]) for n in map.param_names}
+        if not isinstance(learnable, bool | str | Iterable):
+            raise TypeError(f"learnable: expected True, False, a name or names, got {learnable!r}")
         if isinstance(learnable, bool):
             learnable = map.param_names if learnable else ()
         elif isinstance(learnable, str):
@@ -266,7 +278,7 @@ class Activation:
             raise TypeError(f"{self.name} has no parameter {sorted(unknown)[0]!r}; it has: {accepted}")
         copy = Activation.__new__(Activation)
         copy.map, copy.learnable, copy.per_feature = self.map, self.learnable, self.per_feature
-        copy.params = {**self.params, **values}
+        copy.params = {**self.params, **{n: _checked(self.name, n, v) for n, v in values.items()}}
         copy._split()
         return copy
 

@@ -97,8 +97,9 @@ def reference_map(
     grouped = []
     for k in outputs:
         if k:
-            parts = [r.expand(like.shape) for r in results[:k]]
-            grouped.append(parts[0].contiguous() if k == 1 else torch.cat(parts, -1))
+            # no view: the output's owner may change it in place
+            parts = [r if r.shape == like.shape else r.expand(like.shape).contiguous() for r in results[:k]]
+            grouped.append(parts[0] if k == 1 else torch.cat(parts, -1))
             results = results[k:]
         else:
             grouped.append(_row_sum(results.pop(0), like))
@@ -322,7 +323,7 @@ def available() -> dict[str, tuple[bool, str]]:
 
 
 def check(name: object) -> str:
-    if name not in TABLE:
+    if not isinstance(name, str) or name not in TABLE:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(map(repr, TABLE))}")
     return name
 
