@@ -54,8 +54,8 @@ def linear_act(
     if weight.dim() == 2:
         if x.dim() == 2:
             return _op.linear_act(x, weight, bias, activation)
-        rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-        y = _op.linear_act(rows, weight, bias, activation)
+        flat = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+        y = _op.linear_act(flat, weight, bias, activation)
         return y.reshape(*x.shape[:-1], y.shape[-1])
     batch = weight.shape[:-2]
     shared = x.dim() <= 2
