@@ -194,7 +194,7 @@ def expected(
     # omega, and its multiplication, round too
     z = Rounded(z.value, z.error + 2 * u * z.size, u)
     params = [t.cpu() for t in parameters(activation)]
-    map = Map(ORACLE[activation.name], branches, z, params, order)
+    map = Map(ORACLE[activation.name], branches, z, params, order, spread(activation.name))
     found = {"y": cat(map.value)}
     if not order:
         return found

@@ -181,7 +181,7 @@ def test_maps_that_detach_follow_eager(name, layout, exact_backend):
     close = dict(rtol=tolerance("same arithmetic"), atol=tolerance("same arithmetic"))
     for mask in MASKS:
         p = problem(name, 4, 3, 2, away_from_kinks=True).requires_grad(mask)
-        directions = [torch.randn_like(t) for t in p.tensors]
+        chosen = [torch.randn_like(t) for t in p.tensors if t.requires_grad]
         results = []
         for f in (linear_act, eager):
             leaves = [laid_out(t, layout).requires_grad_(t.requires_grad) for t in p.tensors]
@@ -190,7 +190,7 @@ def test_maps_that_detach_follow_eager(name, layout, exact_backend):
                 y = f(*leaves, p.activation)
                 y = y.sum(-2) if layout == "expanded gradient" else y
                 first = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
-                total = sum((d * g).sum() for d, g in zip(directions, first))
+                total = sum((d * g).sum() for d, g in zip(chosen, first))
                 second = torch.autograd.grad(total, wanted, create_graph=True)
                 third = torch.autograd.grad(sum(s.sin().sum() for s in second), wanted)
             results.append((y, *first, *second, *third))
@@ -242,12 +242,14 @@ def test_rounding_stays_within_the_bound(name, dtype, backend, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_worse_than_twice_eager(name, dtype, backend, device):
+    if name == "complex_gabor" and dtype != torch.float32:
+        pytest.skip("eager PyTorch has no complex numbers of this type to compare with")
     p = problem(name, 257, 33, 33, dtype=dtype).to(dtype, device)
     theirs, directions = derivatives(p, eager, order=2)
     truth, _ = derivatives_in_float64(p, directions)
     with using(backend):
         ours, _ = derivatives(p, order=2)
-    for key, value in ours.items():
+    for key in ours:
         scale = truth[key].abs().max().item()
         if scale >= torch.finfo(dtype).max:
             continue  # not representable
@@ -383,7 +385,7 @@ def test_nothing_that_was_passed_is_overwritten(name, backend, device):
         once = torch.autograd.grad(y, p.tensors, p.g, retain_graph=True)
         copies = [t.clone() for t in once]
         double = torch.autograd.grad(y, p.tensors, p.g, create_graph=True)
-        torch.autograd.grad([d.square().sum() for d in double], p.tensors, retain_graph=True)
+        torch.autograd.grad(sum(d.square().sum() for d in double), p.tensors, retain_graph=True)
         twice = torch.autograd.grad(y, p.tensors, p.g)
     assert all(torch.equal(a, b) for a, b in zip(before, (*p.tensors, p.g)))
     assert torch.equal(kept, y)
@@ -452,9 +454,8 @@ def test_nothing_is_saved_where_nothing_needs_a_gradient(backend, device):
 def test_grad_of_some_inputs_alone(wanted, backend, device, monkeypatch):
     """All inputs require gradients, torch.autograd.grad asks for some of them, also through a further layer."""
     p = problem("split", 5, 3, 3, dtype=torch.float32).to(torch.float32, device).requires_grad()
-    all_of_them = derivatives(p)[0] if backend == "reference" else None
     with using(backend):
-        all_of_them = all_of_them or derivatives(p)[0]
+        all_of_them = derivatives(p)[0]
         y = linear_act(*p.tensors, p.activation)
         leaves = [p.tensors[i] for i in wanted]
         alone = torch.autograd.grad(y, leaves, p.g)
