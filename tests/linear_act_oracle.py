@@ -1,4 +1,4 @@
-"""What the tests of `linear_act` share: backends, problems made from the registry, the float64 oracle with its bounds."""
+"""What the tests of `linear_act` share: backends, problems made from the registry, the float64 oracle, its bounds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from test_activations import BY_HAND
+from tolerances import UNIT, Map, Rounded, cat, chunk, compute_type, times, tolerance, total
 from torch import Tensor
 from torch.nn.functional import linear
 
 import fused_inr as fi
 from fused_inr.activations import Activation
-from tolerances import UNIT, Map, Rounded, cat, chunk, compute_type, times, tolerance, total
 
 NAMES = fi.activations.names()
 #: Derivatives differ from those of the value, so finite differences do not apply.
@@ -61,8 +61,8 @@ _NODES, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss
 
 
 def _sinc(z: Tensor, omega: Tensor) -> Tensor:
-    """sin(x)/x, x = omega z, as the integral of cos(x t) over [0, 1]: autograd's derivatives of the quotient lose all digits
-    near 0. 64 Gauss-Legendre nodes are exact to 1e-16 for abs(x) < 40."""
+    """sin(x)/x, x = omega z, as the integral of cos(x t) over [0, 1]: autograd's derivatives of the quotient lose all
+    digits near 0. 64 Gauss-Legendre nodes are exact to 1e-16 for abs(x) < 40."""
     x = omega * z
     assert not x.numel() or x.abs().max() < 40
     nodes, weights = _NODES.to(x.device), _WEIGHTS.to(x.device)
@@ -100,7 +100,9 @@ def spread(name: str) -> float:
     activation = fi.activations.get(name)
     z = torch.linspace(-0.5, 0.5, 401, dtype=torch.float64).unsqueeze(1).repeat(1, activation.branches).requires_grad_()
     y = eager_act(activation, z)
-    slope = max(torch.autograd.grad(column.sum(), z, retain_graph=True)[0].abs().max().item() for column in y.unbind(-1))
+    slope = max(
+        torch.autograd.grad(column.sum(), z, retain_graph=True)[0].abs().max().item() for column in y.unbind(-1)
+    )
     return min(1.0, 2.0 / slope)
 
 
@@ -119,7 +121,9 @@ class Problem:
         return tuple(t for t in (self.x, self.weight, self.bias) if t is not None)
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Problem:
-        moved = {k: None if (t := getattr(self, k)) is None else t.to(device, dtype) for k in ("x", "weight", "bias", "g")}
+        moved = {
+            k: None if (t := getattr(self, k)) is None else t.to(device, dtype) for k in ("x", "weight", "bias", "g")
+        }
         return replace(self, **moved)
 
     def requires_grad(self, mask: Sequence[bool] = (True, True, True)) -> Problem:
@@ -148,7 +152,7 @@ def problem(
     while True:
         rng = torch.Generator().manual_seed(seed)
 
-        def draw(*shape):
+        def draw(*shape, rng=rng):
             return torch.randn(*lead, *shape, generator=rng, dtype=torch.float64)
 
         x = draw(m, k)
@@ -214,9 +218,7 @@ def expected(
     us = chunk(direction, branches)
     hz, hg = [], []
     for b in range(branches):
-        terms = [
-            times(times(gs[c], us[a]), map.second[c][a][b]) for c in range(map.outputs) for a in range(branches)
-        ]
+        terms = [times(times(gs[c], us[a]), map.second[c][a][b]) for c in range(map.outputs) for a in range(branches)]
         hz.append(total(terms))
     for c in range(map.outputs):
         hg.append(total([times(us[a], map.first[c][a]) for a in range(branches)]))

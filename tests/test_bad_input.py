@@ -348,7 +348,9 @@ def shapes(draw, features, rank=4):
 @st.composite
 def arguments(draw):
     """Mostly arguments that fit, and of each kind some that do not."""
-    activation = activations.get(draw(st.sampled_from(["sine", "split", "complex_gabor", "relu", "identity", "gaussian"])))
+    activation = activations.get(
+        draw(st.sampled_from(["sine", "split", "complex_gabor", "relu", "identity", "gaussian"]))
+    )
     k, n = draw(st.integers(0, 5)), draw(SIZES)
     dtype = draw(DTYPES)
     misfit = draw(st.sampled_from(["none"] * 8 + ["k", "rows", "bias", "dtype", "device", "rank"]))
@@ -415,7 +417,9 @@ def test_any_arguments_match_the_reference_or_are_explained(backend, args):
     wide = [None if v is None else v.detach().double() for v in (x, weight, bias)]
     lead = weight.dim() - 2
     if lead and wide[0].dim() > 2:
-        flat = wide[0].expand(*weight.shape[:lead], *x.shape[lead:]).flatten(lead, -2) if x.dim() > lead + 1 else wide[0]
+        flat = (
+            wide[0].expand(*weight.shape[:lead], *x.shape[lead:]).flatten(lead, -2) if x.dim() > lead + 1 else wide[0]
+        )
         flat = flat if x.dim() > lead + 1 else flat.unsqueeze(-2)
         truth = eager(flat, wide[1], wide[2], activation)
     else:

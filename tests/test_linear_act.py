@@ -160,13 +160,19 @@ def test_a_batch_of_weights(name, shared, exact_backend):
 @pytest.mark.parametrize("name", ["sine", "split"])
 def test_a_batch_of_weights_is_the_stack_of_layers(name, exact_backend):
     p = problem(name, 5, 3, 4, batch=6)
-    batched = dict(weight=p.weight.view(2, 3, *p.weight.shape[1:]), bias=p.bias.view(2, 3, -1), activation=p.activation)
+    batched = {
+        "weight": p.weight.view(2, 3, *p.weight.shape[1:]),
+        "bias": p.bias.view(2, 3, -1),
+        "activation": p.activation,
+    }
     each = [eager(p.x[i], p.weight[i], p.bias[i], p.activation) for i in range(6)]
     shared = [eager(p.x[0], p.weight[i], p.bias[i], p.activation) for i in range(6)]
     one_bias = [eager(p.x[i], p.weight[i], p.bias[0], p.activation) for i in range(6)]
-    close = dict(rtol=tolerance("same arithmetic"), atol=tolerance("same arithmetic"))
+    close = {"rtol": tolerance("same arithmetic"), "atol": tolerance("same arithmetic")}
     with using(exact_backend):
-        torch.testing.assert_close(linear_act(p.x.view(2, 3, 5, 3), **batched).flatten(0, 1), torch.stack(each), **close)
+        torch.testing.assert_close(
+            linear_act(p.x.view(2, 3, 5, 3), **batched).flatten(0, 1), torch.stack(each), **close
+        )
         torch.testing.assert_close(linear_act(p.x[0], **batched).flatten(0, 1), torch.stack(shared), **close)
         torch.testing.assert_close(linear_act(p.x[:1, None], **batched).flatten(0, 1), torch.stack(shared), **close)
         torch.testing.assert_close(linear_act(p.x[0, 2], **batched).flatten(0, 1), torch.stack(shared)[:, 2], **close)
@@ -178,7 +184,6 @@ def test_a_batch_of_weights_is_the_stack_of_layers(name, exact_backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_maps_that_detach_follow_eager(name, layout, exact_backend):
     """Gradients that are not those of the function: eager PyTorch in float64 says what they are."""
-    close = dict(rtol=tolerance("same arithmetic"), atol=tolerance("same arithmetic"))
     for mask in MASKS:
         p = problem(name, 4, 3, 2, away_from_kinks=True).requires_grad(mask)
         chosen = [torch.randn_like(t) for t in p.tensors if t.requires_grad]
@@ -192,10 +197,11 @@ def test_maps_that_detach_follow_eager(name, layout, exact_backend):
                 first = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
                 total = sum((d * g).sum() for d, g in zip(chosen, first))
                 second = torch.autograd.grad(total, wanted, create_graph=True)
-                third = torch.autograd.grad(sum(s.sin().sum() for s in second), wanted)
+                third = torch.autograd.grad(sum((d * s).sum() for d, s in zip(chosen, second)), wanted)
             results.append((y, *first, *second, *third))
         for ours, theirs in zip(*results):
-            torch.testing.assert_close(ours, theirs, **close)
+            allowed = tolerance("same arithmetic") * max(1.0, theirs.abs().max().item())
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=allowed)
 
 
 # -- values and derivatives within the bound
@@ -385,7 +391,7 @@ def test_nothing_that_was_passed_is_overwritten(name, backend, device):
         once = torch.autograd.grad(y, p.tensors, p.g, retain_graph=True)
         copies = [t.clone() for t in once]
         double = torch.autograd.grad(y, p.tensors, p.g, create_graph=True)
-        torch.autograd.grad(sum(d.square().sum() for d in double), p.tensors, retain_graph=True)
+        torch.autograd.grad(sum(d.square().sum() for d in double), p.tensors, retain_graph=True, allow_unused=True)
         twice = torch.autograd.grad(y, p.tensors, p.g)
     assert all(torch.equal(a, b) for a, b in zip(before, (*p.tensors, p.g)))
     assert torch.equal(kept, y)

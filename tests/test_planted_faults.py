@@ -286,7 +286,9 @@ SLOW = {
         "mask = (offs_m < M - 1)[:, None] & mask_n[None, :]",
         INTERPRETER + "test_shapes",
     ),
-    "n-tail mask": SourceFault(KERNEL, "mask_n = offs_n < N\n", "mask_n = offs_n < N - 1\n", INTERPRETER + "test_shapes"),
+    "n-tail mask": SourceFault(
+        KERNEL, "mask_n = offs_n < N\n", "mask_n = offs_n < N - 1\n", INTERPRETER + "test_shapes"
+    ),
     "sign of cos": SourceFault(
         "kernels/generated/activations.py",
         "def sine_l1(z0, omega, g0, MODE: tl.constexpr):\n    return (omega",
@@ -294,7 +296,10 @@ SLOW = {
         INTERPRETER + "test_every_activation",
     ),
     "rows that the sums do not mask": SourceFault(
-        KERNEL, "gz = tl.where(mask, out[b], 0.0)", "gz = out[b]", INTERPRETER + "test_rows_outside_do_not_reach_the_sums"
+        KERNEL,
+        "gz = tl.where(mask, out[b], 0.0)",
+        "gz = out[b]",
+        INTERPRETER + "test_rows_outside_do_not_reach_the_sums",
     ),
 }
 
@@ -314,7 +319,18 @@ def test_a_fault_in_a_kernel_is_caught(name, tmp_path):
     source = path.read_text()
     assert fault.old in source, f"{fault.file} reads otherwise now: plant this fault again"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1" if fault.interpreted else "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), fault.test]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        fault.test,
+    ]
 
     def run() -> subprocess.CompletedProcess:
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -104,7 +104,9 @@ def test_opcheck_of_the_native_operators():
         native = torch.ops.fused_inr_native
         for forward, backward, maps in raw_samples("cpu"):
             x, weight, bias, params, constants, name, _, _, save = forward
-            opcheck(native.linear_act.default, (x, weight, bias, params, constants, name, save), test_utils="test_schema")
+            opcheck(
+                native.linear_act.default, (x, weight, bias, params, constants, name, save), test_utils="test_schema"
+            )
             g, x, weight, bias, params, constants, z, name, _, _, needs = backward
             arguments = (g, x, weight, bias, params, constants, z, name, needs)
             opcheck(native.linear_act_backward.default, arguments, test_utils="test_schema")
@@ -122,7 +124,7 @@ def test_fake_tensors_have_the_shapes_types_and_strides_of_the_real_ones(exact_b
             for op, arguments in calls:
                 real = op(*arguments)
                 with FakeTensorMode() as mode:
-                    as_fake = lambda t: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t  # noqa: B023, E731
+                    as_fake = lambda t: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t  # noqa: E731
                     fake = op(*torch.utils._pytree.tree_map(as_fake, arguments))
                 for r, f in zip(real, fake, strict=True):
                     assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride()), (op, arguments[-5:])
@@ -245,9 +247,13 @@ def test_vmap(activation, dims, exact_backend):
             vmap(g, in_dims)(*args),
             *vmap(grad(loss, argnums=(0, 1, 2)), in_dims)(*args),
             vmap(jacrev(g), in_dims)(*args),
-            vmap(vmap(lambda row: g(row[None], *(t if d is None else t.select(d, 0) for t, d in zip(args[1:], in_dims[1:])))))(
-                torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-            ),
+            vmap(
+                vmap(
+                    lambda row: g(
+                        row[None], *(t if d is None else t.select(d, 0) for t, d in zip(args[1:], in_dims[1:]))
+                    )
+                )
+            )(torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))),
         )
 
     with using(exact_backend):
@@ -422,7 +428,9 @@ def test_a_double_backward_through_a_compiled_function_fails(exact_backend):
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     with using(exact_backend):
         y = compiled(module)(x)
-        with pytest.raises(RuntimeError, match="donated|double backward|create_graph|once differentiable|does not support"):
+        with pytest.raises(
+            RuntimeError, match="donated|double backward|create_graph|once differentiable|does not support"
+        ):
             (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
             slope.square().sum().backward()
 

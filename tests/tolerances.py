@@ -45,7 +45,8 @@ TABLE = {
     ),
     "oracle": Tolerance(2, "float64 against float64: the oracle rounds as often as what it judges, so twice the bound"),
     "eager": Tolerance(
-        2, "second gate: no worse than twice the error of eager PyTorch in the same type on the same data (QuACK's rule)"
+        2,
+        "second gate: no worse than twice the error of eager PyTorch in the same type on the same data (QuACK's rule)",
     ),
     "eager floor": Tolerance(
         2, "ulp of the largest value: where eager happens to round exactly, twice its error would be 0"
@@ -181,7 +182,9 @@ class Map:
         if not centre.numel():
             return Rounded(centre, torch.zeros_like(centre), self.unit)
         variation = (around - centre).abs().unflatten(0, (self.branches, len(self.STEPS))).amax(1).sum(0)
-        evaluation = 2 * tolerance("evaluation") * self.unit * torch.cat((values[:1], values[-len(self.USUAL) :])).abs().max()
+        evaluation = (
+            2 * tolerance("evaluation") * self.unit * torch.cat((values[:1], values[-len(self.USUAL) :])).abs().max()
+        )
         return Rounded(centre, variation + evaluation, self.unit)
 
 
