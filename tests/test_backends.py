@@ -88,6 +88,39 @@ def test_explain_leaves_no_recording_behind():
     assert backends._records is None
 
 
+def test_memory_of_large_results_is_kept_and_given_back():
+    if not fi.backends.available()["cpu"][0]:
+        pytest.skip("no native engine")
+    weight = torch.ones(256, 3)
+    before = fi.backends.set_cache_limit(1 << 30)
+    try:
+        fi.backends.empty_cache()
+        y = fi.functional.linear_act(torch.ones(8192, 3), weight, None, "tanh")
+        kept, address = y.clone(), y.data_ptr()
+        z = y[:10]
+        del y
+        assert z.equal(kept[:10])  # a view keeps its block
+        again = fi.functional.linear_act(torch.zeros(8192, 3), weight, None, "tanh")
+        assert again.data_ptr() != address and z.equal(kept[:10])
+        del z
+        third = fi.functional.linear_act(torch.ones(8192, 3), weight, None, "tanh")
+        assert third.data_ptr() == address and third.equal(kept)
+        del again, third
+        assert fi.backends.empty_cache() == 2 * 8192 * 256 * 4
+        assert fi.backends.empty_cache() == 0
+        fi.backends.set_cache_limit(0)
+        fi.functional.linear_act(torch.ones(8192, 3), weight, None, "tanh")
+        assert fi.backends.empty_cache() == 0
+    finally:
+        fi.backends.set_cache_limit(before)
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, True, None])
+def test_cache_limit_refuses(size):
+    with pytest.raises(ValueError, match="size: expected a number of bytes"):
+        fi.backends.set_cache_limit(size)
+
+
 @pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
 def test_precision_follows_pytorch(setting, expected):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")

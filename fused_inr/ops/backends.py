@@ -372,6 +372,39 @@ def choose(activation: Activation, x: Tensor, weight: Tensor) -> tuple[str, str]
     return name, precision
 
 
+# -- memory of the native engine
+
+
+def empty_cache() -> int:
+    """Give the memory that the `cpu` backend keeps for its next results back to the system; returns its bytes.
+
+    Large results (4 MiB and more) come from blocks that earlier ones gave back: mapping and faulting them in anew would
+    cost more than the arithmetic. 0 where the native engine is not loaded.
+    """
+    return _engine().empty_cache() if TABLE["cpu"].available()[0] else 0
+
+
+def set_cache_limit(size: int) -> int:
+    """How many bytes of unused blocks the `cpu` backend may keep (an eighth of the machine's memory); the former limit.
+
+    Raises:
+        ValueError: a negative size.
+        RuntimeError: no native engine.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ValueError(f"size: expected a number of bytes, 0 or more, got {size!r}")
+    usable, reason = TABLE["cpu"].available()
+    if not usable:
+        raise RuntimeError(f"backend 'cpu': {reason}")
+    return _engine().set_cache_limit(size)
+
+
+def _engine():
+    return torch.ops.fused_inr_native
+
+
+# -- the automatic choice
+
 _Serving = tuple[str, tuple[tuple[str, str], ...]]  # a backend ("": none), and why not the others
 _serving_cache: dict[tuple, _Serving] = {}
 
