@@ -359,7 +359,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_backward(
     const auto options = at::TensorOptions().dtype(o.compute);
     return empty ? at::zeros(shape, options) : at::empty(shape, options);
   };
-  Tensor gx = nothing(x.scalar_type()), gw = nothing(weight.scalar_type()), gb = nothing(o.compute), gp = nothing(o.compute);
+  Tensor gx = nothing(x.scalar_type()), gw = nothing(weight.scalar_type()), gp = nothing(o.compute);
+  const auto bias_type = bias && bias->defined() ? bias->scalar_type() : weight.scalar_type();
+  Tensor gb = nothing(bias_needed ? o.compute : bias_type);
   if (needs[0]) {
     gx = empty ? at::zeros(x.sizes(), at::TensorOptions().dtype(x.scalar_type())) : fresh(x.sizes(), x.scalar_type());
     f.gx = rows_of(gx, "gx");
@@ -378,7 +380,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_backward(
   }
   if (!empty && (needs[0] || needs[1] || bias_needed || learnable)) o.engine->backward[o.float64()](f);
   if (needs[1]) gw = gw.to(weight.scalar_type());
-  if (bias_needed) gb = gb.to(bias->scalar_type());
+  if (bias_needed) gb = gb.to(bias_type);
   return {gx, gw, gb, gp};
 }
 
