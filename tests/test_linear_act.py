@@ -344,7 +344,7 @@ def test_gradients_of_parameters_within_the_bound(backend, device):
 
 
 def test_large_arguments_of_the_sine(backend, device):
-    """SIREN's audio networks have omega = 3000: omega z of thousands is real, and its rounding is all that may be lost."""
+    """SIREN's audio networks have omega = 3000: omega z of thousands is real; its rounding is all that may be lost."""
     for omega in (30.0, 3000.0, 1e5):
         p = problem(fi.activations.sine(omega=omega), 129, 1, 17, dtype=torch.float32).to(torch.float32, device)
         p.weight = p.weight / p.weight.abs().max()

@@ -1,8 +1,8 @@
-"""Zeros, subnormal numbers, infinities, NaN and the largest numbers through every activation and its first two derivatives.
+"""Zeros, subnormal numbers, infinities, NaN and the largest numbers: every activation and its first two derivatives.
 
-The table is written by hand: where the limit exists it is the answer, and where eager PyTorch has NaN because of 0 * inf
+The table is written by hand: where the limit exists it is the answer; where eager PyTorch has NaN because of 0 * inf
 (derivatives of the gaussian at infinity) the limit counts all the same; arguments of sin and cos that are infinite, or
-overflow, give NaN as in PyTorch. All parameters are 1 (offsets 0), so that the largest number is an argument, not an overflow.
+overflow, give NaN as in PyTorch. All parameters are 1 (offsets 0): the largest number is an argument, not an overflow.
 """
 
 import math
@@ -253,7 +253,9 @@ def evaluate(activation, z: torch.Tensor, output: int, branch: int):
     (fused,) = torch.autograd.grad(y, bias, ones, retain_graph=True)
     (again,) = torch.autograd.grad(y, bias, ones, create_graph=True)
     pick = lambda t: t.chunk(activation.branches)[branch]  # noqa: E731
-    (second,) = torch.autograd.grad(pick(again), bias, ones, allow_unused=True, materialize_grads=True)
+    second = torch.zeros_like(bias)
+    if again.requires_grad:  # else the slope is constant
+        (second,) = torch.autograd.grad(pick(again), bias, ones, allow_unused=True, materialize_grads=True)
     return tuple(pick(t).detach().cpu().tolist() for t in (fused, again, second)), y.detach().cpu().tolist()
 
 

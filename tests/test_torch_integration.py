@@ -1,4 +1,4 @@
-"""Everything PyTorch puts around an operation: opcheck, torch.func, torch.compile, torch.export, autocast, threads, copies."""
+"""What PyTorch puts around an operation: opcheck, torch.func, compile, export, autocast, threads, copies."""
 
 import copy
 import threading
@@ -428,11 +428,8 @@ def test_a_double_backward_through_a_compiled_function_fails(exact_backend):
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     with using(exact_backend):
         y = compiled(module)(x)
-        with pytest.raises(
-            RuntimeError, match="donated|double backward|create_graph|once differentiable|does not support"
-        ):
-            (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-            slope.square().sum().backward()
+        with pytest.raises(RuntimeError, match=r"donated|double backward|create_graph|does not support"):
+            torch.autograd.grad(torch.autograd.grad(y.sum(), x, create_graph=True)[0].square().sum(), x)
 
 
 def test_compiled_inference_and_vmap_inside_compile(exact_backend):
@@ -440,7 +437,7 @@ def test_compiled_inference_and_vmap_inside_compile(exact_backend):
     with using(exact_backend):
         with torch.no_grad():
             torch.testing.assert_close(compiled(module)(x), module(x), **CLOSE)
-            torch.testing.assert_close(compiled(vmap(module))(x), module(x), **CLOSE)
+            torch.testing.assert_close(compiled(vmap(lambda x: module(x)))(x), module(x), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["layer", "siren", "splitnet", "mlp"])

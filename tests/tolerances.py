@@ -4,10 +4,10 @@ The oracle is plain PyTorch in float64. A computed result may differ from it by 
 
     abs(y - y64) <= V(z, c (abs(x) abs(W)^T + abs(b))) + E + S
 
-where V(z, d) is the most that f varies while its argument moves by d around z (L d, with L the largest slope on the way,
-except that V also knows kinks), E the error of evaluating f, S half an ulp of the stored type. Derivatives obey the same
-rule with f', f'' in place of f, and the products and sums around them add their own roundings: `Rounded` carries a float64
-value and its bound through them.
+where V(z, d) is the most that f varies while its argument moves by d around z (L d, with L the largest slope on the
+way, except that V also knows kinks), E the error of evaluating f, S half an ulp of the stored type. Derivatives obey
+the same rule with f', f'' in place of f, and the products and sums around them add their own roundings: `Rounded`
+carries a float64 value and its bound through them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ TINY = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.float16: 2.0*
 TABLE = {
     "dot": Tolerance(
         3,
-        "a product of K terms rounds each of them at most K times in any order of summation; the bias, omega itself and the "
-        "multiplication by omega round once each: c = (K + 3) u",
+        "a product of K terms rounds each of them at most K times in any order of summation; the bias, omega itself "
+        "and the multiplication by omega round once each: c = (K + 3) u",
     ),
     "evaluation": Tolerance(
         4,
-        "ulp of the largest value of the function where it is usually used, in the type of the computation (cancellation, as in "
-        "1 - tanh^2, makes a small value no more accurate than a large one): sin and cos are good to 2 ulp, "
+        "ulp of the largest value of the function where it is usually used, in the type of the computation "
+        "(cancellation, as in 1 - tanh^2, makes a small value no more accurate than a large one): "
+        "sin and cos are good to 2 ulp, "
         "every other primitive to 4, and a sum or product of a few of them is dominated by its worst",
     ),
     "oracle": Tolerance(2, "float64 against float64: the oracle rounds as often as what it judges, so twice the bound"),
@@ -53,8 +54,8 @@ TABLE = {
     ),
     "same arithmetic": Tolerance(
         1e-10,
-        "relative to the largest value, float64: a transformation reorders sums of at most some hundred terms (1e-14), which "
-        "a Hessian of omega = 30 amplifies by at most 1e4",
+        "relative to the largest value, float64: a transformation reorders sums of at most some hundred terms (1e-14), "
+        "which a Hessian of omega = 30 amplifies by at most 1e4",
     ),
     "gradcheck atol": Tolerance(1e-5, "PyTorch's default, for float64 with steps of 1e-6"),
     "gradcheck rtol": Tolerance(1e-3, "PyTorch's default"),
@@ -125,8 +126,8 @@ class Rounded:
 class Map:
     """Values and derivatives of an elementwise map f: R^B -> R^C in float64, and how they err when z does.
 
-    `formula` takes B tensors and then the parameters. `z` [.., B N]; parameters are 0-D or [N]. `typical` is the size of
-    usual pre-activations: the function's largest value is looked for there, too, where `z` has few elements.
+    `formula` takes B tensors and then the parameters. `z` [.., B N]; parameters are 0-D or [N]. `typical` is the size
+    of usual pre-activations: the function's largest value is looked for there, too, where `z` has few elements.
     """
 
     #: fractions of the error in z at which the variation is looked for
