@@ -1,8 +1,8 @@
 """The tests tested: faults are planted one by one, and each must be caught by a check that is named here.
 
 The quick ones replace a function of the reference backend, a generated map or a step of autograd within the process.
-The slow ones change a line in a copy of the package and run a test of the copy. "Seed reused per row" has nothing to bite
-yet: no kernel of this version draws random numbers. int32 row offsets are looked for in test_kernels_static.py.
+The slow ones change a line in a copy of the package and run a test of the copy. "Seed reused per row" has nothing to
+bite yet: no kernel of this version draws random numbers. For int32 row offsets see test_kernels_static.py.
 """
 
 import inspect
