@@ -80,7 +80,7 @@ __attribute__((noinline)) void block_product(int64_t depth, const typename V::sc
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) sum[i][j] = bias ? V::load(bias + j * V::size) : V(0.0);
+    for (int j = 0; j < N; ++j) sum[i][j] = V(0.0);
   // two pointers reach all rows by scaled offsets, where one a row would run out of registers
   const T* a0 = a;
   const T* a1 = a + (R / 2) * lda;
@@ -99,6 +99,13 @@ __attribute__((noinline)) void block_product(int64_t depth, const typename V::sc
     }
     a0 += Columns ? R : 1;
     a1 += 1;
+  }
+  // last, not first: the partial sums are smaller without it, and so are their rounding errors
+  if (bias) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sum[i][j] += V::load(bias + j * V::size);
   }
   if (columns == kPanel<V>) {
 #pragma GCC unroll 16

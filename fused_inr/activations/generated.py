@@ -32,114 +32,122 @@ SHAPES = {
 
 def complex_gabor_l0(z0, z1, omega, scale):
     t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
-    t2 = omega * p.where(t1, 0.0, z0)
-    t3 = scale * scale
-    t4 = -(omega * p.where(t1, 0.0, z1)) - t3 * p.where(t1, 0.0, z0 * z0) - t3 * p.where(t1, 0.0, z1 * z1)
-    t5 = p.exp(t4)
-    return p.where(t1, 0.0, p.cos(t2) * t5), p.where(t1, 0.0, t5 * p.sin(t2))
+    t2 = p.where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4 = p.where(t1, 0.0, z1)
+    t5 = scale * scale
+    t6 = p.exp(-(omega * t4) - t5 * t2 * t2 - t5 * t4 * t4)
+    return p.where(t1, 0.0, p.cos(t3) * t6), p.where(t1, 0.0, t6 * p.sin(t3))
 
 
 def complex_gabor_l1(z0, z1, omega, scale, g0, g1):
     t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
-    t2 = omega * p.where(t1, 0.0, z0)
-    t3 = p.cos(t2)
-    t4 = scale * scale
-    t5 = -(omega * p.where(t1, 0.0, z1)) - t4 * p.where(t1, 0.0, z0 * z0) - t4 * p.where(t1, 0.0, z1 * z1)
-    t6 = p.exp(t5)
-    t7 = p.sin(t2)
-    t8 = p.where(t1, 0.0, g1)
-    t9 = p.where(t1, 0.0, g0)
-    t10 = t6 * (t7 * t8 + t3 * t9)
-    t11 = p.where(t1, 0.0, -(t4 * t10))
-    return (
-        2.0 * z0 * t11 + p.where(t1, 0.0, omega * (t3 * t6 * t8 - t7 * t6 * t9)),
-        2.0 * z1 * t11 + p.where(t1, 0.0, -(omega * t10)),
-    )
+    t2 = p.where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4 = p.cos(t3)
+    t5 = p.where(t1, 0.0, z1)
+    t6 = scale * scale
+    t7 = p.exp(-(omega * t5) - t6 * t2 * t2 - t6 * t5 * t5)
+    t8 = p.sin(t3)
+    t9 = p.where(t1, 0.0, g1)
+    t10 = p.where(t1, 0.0, g0)
+    t11 = t7 * (t8 * t9 + t4 * t10)
+    t12 = t6 * t11
+    t13 = p.where(t1, 0.0, -2.0 * t2 * t12 + omega * (t4 * t7 * t9 - t8 * t7 * t10))
+    return t13, p.where(t1, 0.0, -2.0 * t5 * t12 - omega * t11)
 
 
 def complex_gabor_l2(z0, z1, omega, scale, g0, g1, u_z0, u_z1):
     t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
-    t2 = omega * p.where(t1, 0.0, z0)
-    t3 = p.cos(t2)
-    t4 = scale * scale
-    t5 = -(omega * p.where(t1, 0.0, z1)) - t4 * p.where(t1, 0.0, z0 * z0) - t4 * p.where(t1, 0.0, z1 * z1)
-    t6 = p.exp(t5)
-    t7 = p.sin(t2)
-    t8 = p.where(t1, 0.0, g1)
-    t9 = p.where(t1, 0.0, g0)
-    t10 = t7 * t8 + t3 * t9
-    t11 = p.where(t1, 0.0, -(t4 * t6 * t10))
-    t12 = omega * p.where(t1, 0.0, u_z0)
-    t13 = t7 * t12
-    t14 = -(omega * p.where(t1, 0.0, u_z1)) - t4 * p.where(t1, 0.0, 2.0 * z0 * u_z0 + 2.0 * z1 * u_z1)
-    t15 = t6 * t14
-    t16 = t3 * t12
-    t17 = t6 * (t10 * t14 - t9 * t13 + t8 * t16)
-    t18 = p.where(t1, 0.0, -(t4 * t17))
-    t19 = z1 * t18
-    t20 = z0 * t18
-    t21 = omega * (t3 * (t8 * t15 - t6 * t9 * t12) - t7 * (t9 * t15 + t6 * t8 * t12))
+    t2 = p.where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4 = p.cos(t3)
+    t5 = p.where(t1, 0.0, z1)
+    t6 = scale * scale
+    t7 = p.exp(-(omega * t5) - t6 * t2 * t2 - t6 * t5 * t5)
+    t8 = p.sin(t3)
+    t9 = p.where(t1, 0.0, g1)
+    t10 = p.where(t1, 0.0, g0)
+    t11 = t8 * t9 + t4 * t10
+    t12 = t6 * t7 * t11
+    t13 = p.where(t1, 0.0, u_z0)
+    t14 = omega * t13
+    t15 = t8 * t14
+    t16 = p.where(t1, 0.0, u_z1)
+    t17 = t6 * (-2.0 * t2 * t13 + -2.0 * t5 * t16) - omega * t16
+    t18 = t7 * t17
+    t19 = t4 * t14
+    t20 = t7 * (t11 * t17 - t10 * t15 + t9 * t19)
+    t21 = t6 * t20
+    t22 = t5 * t21
+    t23 = t2 * t21
+    t24 = omega * (t4 * (t9 * t18 - t7 * t10 * t14) - t8 * (t10 * t18 + t7 * t9 * t14))
     return (
-        t20 + 2.0 * t11 * u_z0 + t20 + p.where(t1, 0.0, t21),
-        t19 + 2.0 * t11 * u_z1 + t19 + p.where(t1, 0.0, -(omega * t17)),
-        p.where(t1, 0.0, t3 * t15 - t6 * t13),
-        p.where(t1, 0.0, t6 * t16 + t7 * t15),
+        p.where(t1, 0.0, -2.0 * t12 * t13 - t23 - t23 + t24),
+        p.where(t1, 0.0, -2.0 * t12 * t16 - t22 - t22 - omega * t20),
+        p.where(t1, 0.0, t4 * t18 - t7 * t15),
+        p.where(t1, 0.0, t7 * t19 + t8 * t18),
     )
 
 
 def complex_gabor_l3(z0, z1, omega, scale, g0, g1, u_z0, u_z1, v_z0, v_z1, v_g0, v_g1):
     t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
-    t2 = omega * p.where(t1, 0.0, z0)
-    t3 = p.cos(t2)
-    t4 = scale * scale
-    t5 = -(omega * p.where(t1, 0.0, z1)) - t4 * p.where(t1, 0.0, z0 * z0) - t4 * p.where(t1, 0.0, z1 * z1)
-    t6 = p.exp(t5)
-    t7 = p.sin(t2)
-    t8 = p.where(t1, 0.0, g1)
-    t9 = t6 * t8
-    t10 = p.where(t1, 0.0, g0)
-    t11 = t6 * t10
-    t12 = t7 * t8 + t3 * t10
-    t13 = p.where(t1, 0.0, -(t4 * t6 * t12))
-    t14 = omega * p.where(t1, 0.0, u_z0)
-    t15 = t7 * t14
-    t16 = -(omega * p.where(t1, 0.0, u_z1)) - t4 * p.where(t1, 0.0, 2.0 * z0 * u_z0 + 2.0 * z1 * u_z1)
-    t17 = t6 * t16
-    t18 = t3 * t14
-    t19 = t12 * t16 - t10 * t15 + t8 * t18
-    t20 = p.where(t1, 0.0, -(t4 * t6 * t19))
-    t21 = omega * p.where(t1, 0.0, v_z0)
-    t22 = t7 * t21
-    t23 = -(omega * p.where(t1, 0.0, v_z1)) - t4 * p.where(t1, 0.0, 2.0 * z0 * v_z0 + 2.0 * z1 * v_z1)
-    t24 = t6 * t23
-    t25 = t3 * t21
-    t26 = p.where(t1, 0.0, v_g1)
-    t27 = t6 * t26 + t8 * t24
-    t28 = t14 * t22
-    t29 = p.where(t1, 0.0, v_g0)
-    t30 = -(t6 * t29) - t10 * t24
-    t31 = t7 * t26 + t8 * t25 + t3 * t29 - t10 * t22
-    t32 = t6 * t31 + t12 * t24
-    t33 = p.where(t1, 0.0, -(t4 * t32))
-    t34 = t14 * t25
-    t35 = 2.0 * z0 * t33 + 2.0 * t13 * v_z0 + p.where(t1, 0.0, omega * (t3 * t27 - t9 * t22 + t7 * t30 - t11 * t25))
-    t36 = t4 * p.where(t1, 0.0, 2.0 * u_z1 * v_z1 + 2.0 * u_z0 * v_z0)
-    t37 = t16 * t24 - t6 * t36
-    t38 = t19 * t23 + t18 * t26 - t15 * t29 + t16 * t31 - t12 * t36 - t10 * t34 - t8 * t28
-    t39 = t6 * t38
-    t40 = p.where(t1, 0.0, -(t4 * t39))
-    t41 = z1 * t40
-    t42 = z0 * t40
-    t43 = t41 + 2.0 * t20 * v_z1 + 2.0 * u_z1 * t33 + t41 + p.where(t1, 0.0, -(omega * t39))
-    t44 = t3 * (t17 * t26 - (t10 * t17 + t9 * t14) * t21 + t14 * t30 + t8 * t37) - t7 * ((t8 * t17 - t11 * t14) * t21 + t14 * t27 + t17 * t29 + t10 * t37)
-    t45 = t42 + 2.0 * t20 * v_z0 + 2.0 * u_z0 * t33 + t42 + p.where(t1, 0.0, omega * t44)
+    t2 = p.where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4 = p.cos(t3)
+    t5 = p.where(t1, 0.0, z1)
+    t6 = scale * scale
+    t7 = p.exp(-(omega * t5) - t6 * t2 * t2 - t6 * t5 * t5)
+    t8 = p.sin(t3)
+    t9 = p.where(t1, 0.0, g1)
+    t10 = t7 * t9
+    t11 = p.where(t1, 0.0, g0)
+    t12 = t7 * t11
+    t13 = t8 * t9 + t4 * t11
+    t14 = t6 * t7 * t13
+    t15 = p.where(t1, 0.0, u_z0)
+    t16 = omega * t15
+    t17 = t8 * t16
+    t18 = p.where(t1, 0.0, u_z1)
+    t19 = t6 * (-2.0 * t2 * t15 + -2.0 * t5 * t18) - omega * t18
+    t20 = t7 * t19
+    t21 = t4 * t16
+    t22 = t13 * t19 - t11 * t17 + t9 * t21
+    t23 = t6 * t7 * t22
+    t24 = p.where(t1, 0.0, v_z0)
+    t25 = omega * t24
+    t26 = t8 * t25
+    t27 = p.where(t1, 0.0, v_z1)
+    t28 = t6 * (-2.0 * t2 * t24 + -2.0 * t5 * t27) - omega * t27
+    t29 = t7 * t28
+    t30 = t4 * t25
+    t31 = p.where(t1, 0.0, v_g1)
+    t32 = t7 * t31 + t9 * t29
+    t33 = t16 * t26
+    t34 = p.where(t1, 0.0, v_g0)
+    t35 = -(t7 * t34) - t11 * t29
+    t36 = t8 * t31 + t9 * t30 + t4 * t34 - t11 * t26
+    t37 = t7 * t36 + t13 * t29
+    t38 = t6 * t37
+    t39 = t16 * t30
+    t40 = -2.0 * t2 * t38 + -2.0 * t14 * t24 + omega * (t4 * t32 - t10 * t26 + t8 * t35 - t12 * t30)
+    t41 = t6 * (-2.0 * t18 * t27 + -2.0 * t15 * t24)
+    t42 = t19 * t29 + t7 * t41
+    t43 = t22 * t28 + t21 * t31 - t17 * t34 + t19 * t36 + t13 * t41 - t11 * t39 - t9 * t33
+    t44 = t7 * t43
+    t45 = t6 * t44
+    t46 = t5 * t45
+    t47 = t2 * t45
+    t48 = p.where(t1, 0.0, -2.0 * t23 * t27 + -2.0 * t18 * t38 - t46 - t46 - omega * t44)
+    t49 = t4 * (t20 * t31 - (t11 * t20 + t10 * t16) * t25 + t16 * t35 + t9 * t42) - t8 * ((t9 * t20 - t12 * t16) * t25 + t16 * t32 + t20 * t34 + t11 * t42)
+    t50 = p.where(t1, 0.0, -2.0 * t23 * t24 + -2.0 * t15 * t38 - t47 - t47 + omega * t49)
     return (
-        t45,
-        t43,
-        p.where(t1, 0.0, -(t15 * t24) - t17 * t22 + t3 * t37 - t6 * t34),
-        p.where(t1, 0.0, t17 * t25 + t18 * t24 - t6 * t28 + t7 * t37),
-        t35,
-        2.0 * z1 * t33 + 2.0 * t13 * v_z1 + p.where(t1, 0.0, -(omega * t32)),
+        t50,
+        t48,
+        p.where(t1, 0.0, -(t17 * t29) - t20 * t26 + t4 * t42 - t7 * t39),
+        p.where(t1, 0.0, t20 * t30 + t21 * t29 - t7 * t33 + t8 * t42),
+        p.where(t1, 0.0, t40),
+        p.where(t1, 0.0, -2.0 * t5 * t38 + -2.0 * t14 * t27 - omega * t37),
     )
 
 
@@ -150,18 +158,18 @@ def complex_gabor_p1(z0, z1, omega, scale, g0, g1):
     t4 = p.cos(t3)
     t5 = p.where(t1, 0.0, z1)
     t6 = scale * scale
-    t7 = p.where(t1, 0.0, z0 * z0)
-    t8 = p.where(t1, 0.0, z1 * z1)
+    t7 = t2 * t2
+    t8 = t5 * t5
     t9 = p.exp(-(omega * t5) - t6 * t7 - t6 * t8)
     t10 = p.sin(t3)
     t11 = p.where(t1, 0.0, g1)
     t12 = p.where(t1, 0.0, g0)
     t13 = t9 * (t10 * t11 + t4 * t12)
-    t14 = p.where(t1, 0.0, -(t6 * t13))
+    t14 = t6 * t13
     t15 = t4 * t9 * t11 - t10 * t9 * t12
     return (
-        2.0 * z0 * t14 + p.where(t1, 0.0, omega * t15),
-        2.0 * z1 * t14 + p.where(t1, 0.0, -(omega * t13)),
+        p.where(t1, 0.0, -2.0 * t2 * t14 + omega * t15),
+        p.where(t1, 0.0, -2.0 * t5 * t14 - omega * t13),
         t2 * t15 - t5 * t13,
         2.0 * scale * (-(t8 * t13) - t7 * t13),
     )
@@ -174,8 +182,8 @@ def complex_gabor_p2(z0, z1, omega, scale, g0, g1, u_z0, u_z1, u_omega, u_scale)
     t4 = p.cos(t3)
     t5 = p.where(t1, 0.0, z1)
     t6 = scale * scale
-    t7 = p.where(t1, 0.0, z0 * z0)
-    t8 = p.where(t1, 0.0, z1 * z1)
+    t7 = t2 * t2
+    t8 = t5 * t5
     t9 = p.exp(-(omega * t5) - t6 * t7 - t6 * t8)
     t10 = p.sin(t3)
     t11 = p.where(t1, 0.0, g1)
@@ -184,25 +192,25 @@ def complex_gabor_p2(z0, z1, omega, scale, g0, g1, u_z0, u_z1, u_omega, u_scale)
     t14 = t9 * t13
     t15 = t10 * t11 + t4 * t13
     t16 = t9 * t15
-    t17 = p.where(t1, 0.0, -(t6 * t16))
+    t17 = t6 * t16
     t18 = t4 * t12 - t10 * t14
     t19 = p.where(t1, 0.0, u_z0)
     t20 = omega * t19 + t2 * u_omega
     t21 = t10 * t20
     t22 = p.where(t1, 0.0, u_z1)
     t23 = scale * u_scale
-    t24 = p.where(t1, 0.0, 2.0 * z0 * u_z0 + 2.0 * z1 * u_z1)
-    t25 = -(omega * t22) - t5 * u_omega - 2.0 * t7 * t23 - t6 * t24 - 2.0 * t8 * t23
+    t24 = -2.0 * t2 * t19 + -2.0 * t5 * t22
+    t25 = -(omega * t22) - t5 * u_omega - 2.0 * t7 * t23 + t6 * t24 - 2.0 * t8 * t23
     t26 = t9 * t25
     t27 = t4 * t20
     t28 = t9 * (t15 * t25 - t13 * t21 + t11 * t27)
-    t29 = p.where(t1, 0.0, -(2.0 * t16 * t23) - t6 * t28)
-    t30 = z1 * t29
-    t31 = z0 * t29
-    t32 = scale * (-(t16 * t24) - t8 * t28 - t7 * t28)
-    t33 = t30 + 2.0 * t17 * u_z1 + t30 + p.where(t1, 0.0, -(t16 * u_omega) - omega * t28)
+    t29 = -(2.0 * t16 * t23) - t6 * t28
+    t30 = t5 * t29
+    t31 = t2 * t29
+    t32 = scale * (t16 * t24 - t8 * t28 - t7 * t28)
+    t33 = p.where(t1, 0.0, t30 + -2.0 * t17 * t22 - t16 * u_omega + t30 - omega * t28)
     t34 = t4 * (t11 * t26 - t14 * t20) - t10 * (t13 * t26 + t12 * t20)
-    t35 = t31 + 2.0 * t17 * u_z0 + t31 + p.where(t1, 0.0, t18 * u_omega + omega * t34)
+    t35 = p.where(t1, 0.0, t31 + t18 * u_omega + -2.0 * t17 * t19 + t31 + omega * t34)
     return (
         t35,
         t33,

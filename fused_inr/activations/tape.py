@@ -447,6 +447,8 @@ def from_sympy(expressions: Sequence, tape: Tape) -> list[Arg]:
         if isinstance(e, sympy.DiracDelta):
             return tape.const(0)
         name = named.get(type(e)) or getattr(type(e), "fused_inr_primitive", None)
+        if name == "keep":
+            return visit(e.args[0])
         if name is not None:
             return tape.call(name, visit(e.args[0]))
         if e.is_Function:

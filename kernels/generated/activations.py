@@ -47,113 +47,123 @@ from ..primitives import (
 @triton.jit
 def complex_gabor_l0(z0, z1, omega, scale, MODE: tl.constexpr):
     t1 = fi_maximum(fi_ge(fi_abs(z0 * scale, MODE), 40.0), fi_ge(fi_abs(z1 * scale, MODE), 40.0))
-    t2 = omega * fi_where(t1, 0.0, z0)
-    t3, t4 = fi_sincos(t2, MODE)
-    t5 = scale * scale
-    t6 = -(omega * fi_where(t1, 0.0, z1)) - t5 * fi_where(t1, 0.0, z0 * z0) - t5 * fi_where(t1, 0.0, z1 * z1)
-    t7 = fi_exp(t6, MODE)
-    return fi_where(t1, 0.0, t4 * t7), fi_where(t1, 0.0, t7 * t3)
+    t2 = fi_where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4, t5 = fi_sincos(t3, MODE)
+    t6 = fi_where(t1, 0.0, z1)
+    t7 = scale * scale
+    t8 = fi_exp(-(omega * t6) - t7 * t2 * t2 - t7 * t6 * t6, MODE)
+    return fi_where(t1, 0.0, t5 * t8), fi_where(t1, 0.0, t8 * t4)
 
 
 @triton.jit
 def complex_gabor_l1(z0, z1, omega, scale, g0, g1, MODE: tl.constexpr):
     t1 = fi_maximum(fi_ge(fi_abs(z0 * scale, MODE), 40.0), fi_ge(fi_abs(z1 * scale, MODE), 40.0))
-    t2 = omega * fi_where(t1, 0.0, z0)
-    t3, t4 = fi_sincos(t2, MODE)
-    t5 = scale * scale
-    t6 = -(omega * fi_where(t1, 0.0, z1)) - t5 * fi_where(t1, 0.0, z0 * z0) - t5 * fi_where(t1, 0.0, z1 * z1)
-    t7 = fi_exp(t6, MODE)
-    t8 = fi_where(t1, 0.0, g1)
-    t9 = fi_where(t1, 0.0, g0)
-    t10 = t7 * (t3 * t8 + t4 * t9)
-    t11 = fi_where(t1, 0.0, -(t5 * t10))
-    t12 = 2.0 * z0 * t11 + fi_where(t1, 0.0, omega * (t4 * t7 * t8 - t3 * t7 * t9))
-    return t12, 2.0 * z1 * t11 + fi_where(t1, 0.0, -(omega * t10))
+    t2 = fi_where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4, t5 = fi_sincos(t3, MODE)
+    t6 = fi_where(t1, 0.0, z1)
+    t7 = scale * scale
+    t8 = fi_exp(-(omega * t6) - t7 * t2 * t2 - t7 * t6 * t6, MODE)
+    t9 = fi_where(t1, 0.0, g1)
+    t10 = fi_where(t1, 0.0, g0)
+    t11 = t8 * (t4 * t9 + t5 * t10)
+    t12 = t7 * t11
+    t13 = fi_where(t1, 0.0, -2.0 * t2 * t12 + omega * (t5 * t8 * t9 - t4 * t8 * t10))
+    return t13, fi_where(t1, 0.0, -2.0 * t6 * t12 - omega * t11)
 
 
 @triton.jit
 def complex_gabor_l2(z0, z1, omega, scale, g0, g1, u_z0, u_z1, MODE: tl.constexpr):
     t1 = fi_maximum(fi_ge(fi_abs(z0 * scale, MODE), 40.0), fi_ge(fi_abs(z1 * scale, MODE), 40.0))
-    t2 = omega * fi_where(t1, 0.0, z0)
-    t3, t4 = fi_sincos(t2, MODE)
-    t5 = scale * scale
-    t6 = -(omega * fi_where(t1, 0.0, z1)) - t5 * fi_where(t1, 0.0, z0 * z0) - t5 * fi_where(t1, 0.0, z1 * z1)
-    t7 = fi_exp(t6, MODE)
-    t8 = fi_where(t1, 0.0, g1)
-    t9 = fi_where(t1, 0.0, g0)
-    t10 = t3 * t8 + t4 * t9
-    t11 = fi_where(t1, 0.0, -(t5 * t7 * t10))
-    t12 = omega * fi_where(t1, 0.0, u_z0)
-    t13 = t3 * t12
-    t14 = -(omega * fi_where(t1, 0.0, u_z1)) - t5 * fi_where(t1, 0.0, 2.0 * z0 * u_z0 + 2.0 * z1 * u_z1)
-    t15 = t7 * t14
-    t16 = t4 * t12
-    t17 = t7 * (t10 * t14 - t9 * t13 + t8 * t16)
-    t18 = fi_where(t1, 0.0, -(t5 * t17))
-    t19 = z1 * t18
-    t20 = z0 * t18
-    t21 = omega * (t4 * (t8 * t15 - t7 * t9 * t12) - t3 * (t9 * t15 + t7 * t8 * t12))
+    t2 = fi_where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4, t5 = fi_sincos(t3, MODE)
+    t6 = fi_where(t1, 0.0, z1)
+    t7 = scale * scale
+    t8 = fi_exp(-(omega * t6) - t7 * t2 * t2 - t7 * t6 * t6, MODE)
+    t9 = fi_where(t1, 0.0, g1)
+    t10 = fi_where(t1, 0.0, g0)
+    t11 = t4 * t9 + t5 * t10
+    t12 = t7 * t8 * t11
+    t13 = fi_where(t1, 0.0, u_z0)
+    t14 = omega * t13
+    t15 = t4 * t14
+    t16 = fi_where(t1, 0.0, u_z1)
+    t17 = t7 * (-2.0 * t2 * t13 + -2.0 * t6 * t16) - omega * t16
+    t18 = t8 * t17
+    t19 = t5 * t14
+    t20 = t8 * (t11 * t17 - t10 * t15 + t9 * t19)
+    t21 = t7 * t20
+    t22 = t6 * t21
+    t23 = t2 * t21
+    t24 = omega * (t5 * (t9 * t18 - t8 * t10 * t14) - t4 * (t10 * t18 + t8 * t9 * t14))
     return (
-        t20 + 2.0 * t11 * u_z0 + t20 + fi_where(t1, 0.0, t21),
-        t19 + 2.0 * t11 * u_z1 + t19 + fi_where(t1, 0.0, -(omega * t17)),
-        fi_where(t1, 0.0, t4 * t15 - t7 * t13),
-        fi_where(t1, 0.0, t7 * t16 + t3 * t15),
+        fi_where(t1, 0.0, -2.0 * t12 * t13 - t23 - t23 + t24),
+        fi_where(t1, 0.0, -2.0 * t12 * t16 - t22 - t22 - omega * t20),
+        fi_where(t1, 0.0, t5 * t18 - t8 * t15),
+        fi_where(t1, 0.0, t8 * t19 + t4 * t18),
     )
 
 
 @triton.jit
 def complex_gabor_l3(z0, z1, omega, scale, g0, g1, u_z0, u_z1, v_z0, v_z1, v_g0, v_g1, MODE: tl.constexpr):
     t1 = fi_maximum(fi_ge(fi_abs(z0 * scale, MODE), 40.0), fi_ge(fi_abs(z1 * scale, MODE), 40.0))
-    t2 = omega * fi_where(t1, 0.0, z0)
-    t3, t4 = fi_sincos(t2, MODE)
-    t5 = scale * scale
-    t6 = -(omega * fi_where(t1, 0.0, z1)) - t5 * fi_where(t1, 0.0, z0 * z0) - t5 * fi_where(t1, 0.0, z1 * z1)
-    t7 = fi_exp(t6, MODE)
-    t8 = fi_where(t1, 0.0, g1)
-    t9 = t7 * t8
-    t10 = fi_where(t1, 0.0, g0)
-    t11 = t7 * t10
-    t12 = t3 * t8 + t4 * t10
-    t13 = fi_where(t1, 0.0, -(t5 * t7 * t12))
-    t14 = omega * fi_where(t1, 0.0, u_z0)
-    t15 = t3 * t14
-    t16 = -(omega * fi_where(t1, 0.0, u_z1)) - t5 * fi_where(t1, 0.0, 2.0 * z0 * u_z0 + 2.0 * z1 * u_z1)
-    t17 = t7 * t16
-    t18 = t4 * t14
-    t19 = t12 * t16 - t10 * t15 + t8 * t18
-    t20 = fi_where(t1, 0.0, -(t5 * t7 * t19))
-    t21 = omega * fi_where(t1, 0.0, v_z0)
-    t22 = t3 * t21
-    t23 = -(omega * fi_where(t1, 0.0, v_z1)) - t5 * fi_where(t1, 0.0, 2.0 * z0 * v_z0 + 2.0 * z1 * v_z1)
-    t24 = t7 * t23
-    t25 = t4 * t21
-    t26 = fi_where(t1, 0.0, v_g1)
-    t27 = t7 * t26 + t8 * t24
-    t28 = t14 * t22
-    t29 = fi_where(t1, 0.0, v_g0)
-    t30 = -(t7 * t29) - t10 * t24
-    t31 = t3 * t26 + t8 * t25 + t4 * t29 - t10 * t22
-    t32 = t7 * t31 + t12 * t24
-    t33 = fi_where(t1, 0.0, -(t5 * t32))
-    t34 = t14 * t25
-    t35 = 2.0 * z0 * t33 + 2.0 * t13 * v_z0 + fi_where(t1, 0.0, omega * (t4 * t27 - t9 * t22 + t3 * t30 - t11 * t25))
-    t36 = t5 * fi_where(t1, 0.0, 2.0 * u_z1 * v_z1 + 2.0 * u_z0 * v_z0)
-    t37 = t16 * t24 - t7 * t36
-    t38 = t19 * t23 + t18 * t26 - t15 * t29 + t16 * t31 - t12 * t36 - t10 * t34 - t8 * t28
-    t39 = t7 * t38
-    t40 = fi_where(t1, 0.0, -(t5 * t39))
-    t41 = z1 * t40
-    t42 = z0 * t40
-    t43 = t41 + 2.0 * t20 * v_z1 + 2.0 * u_z1 * t33 + t41 + fi_where(t1, 0.0, -(omega * t39))
-    t44 = t4 * (t17 * t26 - (t10 * t17 + t9 * t14) * t21 + t14 * t30 + t8 * t37) - t3 * ((t8 * t17 - t11 * t14) * t21 + t14 * t27 + t17 * t29 + t10 * t37)
-    t45 = t42 + 2.0 * t20 * v_z0 + 2.0 * u_z0 * t33 + t42 + fi_where(t1, 0.0, omega * t44)
+    t2 = fi_where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4, t5 = fi_sincos(t3, MODE)
+    t6 = fi_where(t1, 0.0, z1)
+    t7 = scale * scale
+    t8 = fi_exp(-(omega * t6) - t7 * t2 * t2 - t7 * t6 * t6, MODE)
+    t9 = fi_where(t1, 0.0, g1)
+    t10 = t8 * t9
+    t11 = fi_where(t1, 0.0, g0)
+    t12 = t8 * t11
+    t13 = t4 * t9 + t5 * t11
+    t14 = t7 * t8 * t13
+    t15 = fi_where(t1, 0.0, u_z0)
+    t16 = omega * t15
+    t17 = t4 * t16
+    t18 = fi_where(t1, 0.0, u_z1)
+    t19 = t7 * (-2.0 * t2 * t15 + -2.0 * t6 * t18) - omega * t18
+    t20 = t8 * t19
+    t21 = t5 * t16
+    t22 = t13 * t19 - t11 * t17 + t9 * t21
+    t23 = t7 * t8 * t22
+    t24 = fi_where(t1, 0.0, v_z0)
+    t25 = omega * t24
+    t26 = t4 * t25
+    t27 = fi_where(t1, 0.0, v_z1)
+    t28 = t7 * (-2.0 * t2 * t24 + -2.0 * t6 * t27) - omega * t27
+    t29 = t8 * t28
+    t30 = t5 * t25
+    t31 = fi_where(t1, 0.0, v_g1)
+    t32 = t8 * t31 + t9 * t29
+    t33 = t16 * t26
+    t34 = fi_where(t1, 0.0, v_g0)
+    t35 = -(t8 * t34) - t11 * t29
+    t36 = t4 * t31 + t9 * t30 + t5 * t34 - t11 * t26
+    t37 = t8 * t36 + t13 * t29
+    t38 = t7 * t37
+    t39 = t16 * t30
+    t40 = -2.0 * t2 * t38 + -2.0 * t14 * t24 + omega * (t5 * t32 - t10 * t26 + t4 * t35 - t12 * t30)
+    t41 = t7 * (-2.0 * t18 * t27 + -2.0 * t15 * t24)
+    t42 = t19 * t29 + t8 * t41
+    t43 = t22 * t28 + t21 * t31 - t17 * t34 + t19 * t36 + t13 * t41 - t11 * t39 - t9 * t33
+    t44 = t8 * t43
+    t45 = t7 * t44
+    t46 = t6 * t45
+    t47 = t2 * t45
+    t48 = fi_where(t1, 0.0, -2.0 * t23 * t27 + -2.0 * t18 * t38 - t46 - t46 - omega * t44)
+    t49 = t5 * (t20 * t31 - (t11 * t20 + t10 * t16) * t25 + t16 * t35 + t9 * t42) - t4 * ((t9 * t20 - t12 * t16) * t25 + t16 * t32 + t20 * t34 + t11 * t42)
+    t50 = fi_where(t1, 0.0, -2.0 * t23 * t24 + -2.0 * t15 * t38 - t47 - t47 + omega * t49)
     return (
-        t45,
-        t43,
-        fi_where(t1, 0.0, -(t15 * t24) - t17 * t22 + t4 * t37 - t7 * t34),
-        fi_where(t1, 0.0, t17 * t25 + t18 * t24 - t7 * t28 + t3 * t37),
-        t35,
-        2.0 * z1 * t33 + 2.0 * t13 * v_z1 + fi_where(t1, 0.0, -(omega * t32)),
+        t50,
+        t48,
+        fi_where(t1, 0.0, -(t17 * t29) - t20 * t26 + t5 * t42 - t8 * t39),
+        fi_where(t1, 0.0, t20 * t30 + t21 * t29 - t8 * t33 + t4 * t42),
+        fi_where(t1, 0.0, t40),
+        fi_where(t1, 0.0, -2.0 * t6 * t38 + -2.0 * t14 * t27 - omega * t37),
     )
 
 
@@ -165,17 +175,17 @@ def complex_gabor_p1(z0, z1, omega, scale, g0, g1, MODE: tl.constexpr):
     t4, t5 = fi_sincos(t3, MODE)
     t6 = fi_where(t1, 0.0, z1)
     t7 = scale * scale
-    t8 = fi_where(t1, 0.0, z0 * z0)
-    t9 = fi_where(t1, 0.0, z1 * z1)
+    t8 = t2 * t2
+    t9 = t6 * t6
     t10 = fi_exp(-(omega * t6) - t7 * t8 - t7 * t9, MODE)
     t11 = fi_where(t1, 0.0, g1)
     t12 = fi_where(t1, 0.0, g0)
     t13 = t10 * (t4 * t11 + t5 * t12)
-    t14 = fi_where(t1, 0.0, -(t7 * t13))
+    t14 = t7 * t13
     t15 = t5 * t10 * t11 - t4 * t10 * t12
     return (
-        2.0 * z0 * t14 + fi_where(t1, 0.0, omega * t15),
-        2.0 * z1 * t14 + fi_where(t1, 0.0, -(omega * t13)),
+        fi_where(t1, 0.0, -2.0 * t2 * t14 + omega * t15),
+        fi_where(t1, 0.0, -2.0 * t6 * t14 - omega * t13),
         t2 * t15 - t6 * t13,
         2.0 * scale * (-(t9 * t13) - t8 * t13),
     )
@@ -189,8 +199,8 @@ def complex_gabor_p2(z0, z1, omega, scale, g0, g1, u_z0, u_z1, u_omega, u_scale,
     t4, t5 = fi_sincos(t3, MODE)
     t6 = fi_where(t1, 0.0, z1)
     t7 = scale * scale
-    t8 = fi_where(t1, 0.0, z0 * z0)
-    t9 = fi_where(t1, 0.0, z1 * z1)
+    t8 = t2 * t2
+    t9 = t6 * t6
     t10 = fi_exp(-(omega * t6) - t7 * t8 - t7 * t9, MODE)
     t11 = fi_where(t1, 0.0, g1)
     t12 = t10 * t11
@@ -198,25 +208,25 @@ def complex_gabor_p2(z0, z1, omega, scale, g0, g1, u_z0, u_z1, u_omega, u_scale,
     t14 = t10 * t13
     t15 = t4 * t11 + t5 * t13
     t16 = t10 * t15
-    t17 = fi_where(t1, 0.0, -(t7 * t16))
+    t17 = t7 * t16
     t18 = t5 * t12 - t4 * t14
     t19 = fi_where(t1, 0.0, u_z0)
     t20 = omega * t19 + t2 * u_omega
     t21 = t4 * t20
     t22 = fi_where(t1, 0.0, u_z1)
     t23 = scale * u_scale
-    t24 = fi_where(t1, 0.0, 2.0 * z0 * u_z0 + 2.0 * z1 * u_z1)
-    t25 = -(omega * t22) - t6 * u_omega - 2.0 * t8 * t23 - t7 * t24 - 2.0 * t9 * t23
+    t24 = -2.0 * t2 * t19 + -2.0 * t6 * t22
+    t25 = -(omega * t22) - t6 * u_omega - 2.0 * t8 * t23 + t7 * t24 - 2.0 * t9 * t23
     t26 = t10 * t25
     t27 = t5 * t20
     t28 = t10 * (t15 * t25 - t13 * t21 + t11 * t27)
-    t29 = fi_where(t1, 0.0, -(2.0 * t16 * t23) - t7 * t28)
-    t30 = z1 * t29
-    t31 = z0 * t29
-    t32 = scale * (-(t16 * t24) - t9 * t28 - t8 * t28)
-    t33 = t30 + 2.0 * t17 * u_z1 + t30 + fi_where(t1, 0.0, -(t16 * u_omega) - omega * t28)
+    t29 = -(2.0 * t16 * t23) - t7 * t28
+    t30 = t6 * t29
+    t31 = t2 * t29
+    t32 = scale * (t16 * t24 - t9 * t28 - t8 * t28)
+    t33 = fi_where(t1, 0.0, t30 + -2.0 * t17 * t22 - t16 * u_omega + t30 - omega * t28)
     t34 = t5 * (t11 * t26 - t14 * t20) - t4 * (t13 * t26 + t12 * t20)
-    t35 = t31 + 2.0 * t17 * u_z0 + t31 + fi_where(t1, 0.0, t18 * u_omega + omega * t34)
+    t35 = fi_where(t1, 0.0, t31 + t18 * u_omega + -2.0 * t17 * t19 + t31 + omega * t34)
     return (
         t35,
         t33,
