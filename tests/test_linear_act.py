@@ -287,10 +287,12 @@ def check_shape(name, m, k, n, dtype, backend, device):
 @pytest.mark.parametrize("k", [1, 2, 3, 15, 16, 17, 31, 33, 256])
 @pytest.mark.parametrize("name", ["sine", "split"])
 def test_every_shape(name, k, backend, device):
+    sizes = (0, 1, 17, 127, 129)
+    # four branches cost the oracle eight times as much: every size, but not every pair
+    pairs = itertools.product(sizes, sizes[1:]) if name == "sine" else zip(sizes, (129, 127, 17, 1, 129))
     with using(backend):
-        for m, n in itertools.product((0, 1, 17, 127, 129), repeat=2):
-            if n:
-                check_shape(name, m, k, n, torch.float32, backend, device)
+        for m, n in pairs:
+            check_shape(name, m, k, n, torch.float32, backend, device)
     if name == "sine":
         for dtype in (torch.bfloat16, torch.float16):
             with using(backend):

@@ -277,7 +277,7 @@ class SourceFault:
 
 
 INTERPRETER = "tests/test_kernels_interpreter.py::"
-KERNEL = "kernels/linear_act.py"
+KERNEL = "fused_inr/kernels/linear_act.py"
 SLOW = {
     "k-tail mask": SourceFault(KERNEL, "mask_k = offs_k < K", "mask_k = offs_k < K - 1", INTERPRETER + "test_shapes"),
     "m-tail mask": SourceFault(
@@ -290,7 +290,7 @@ SLOW = {
         KERNEL, "mask_n = offs_n < N\n", "mask_n = offs_n < N - 1\n", INTERPRETER + "test_shapes"
     ),
     "sign of cos": SourceFault(
-        "kernels/generated/activations.py",
+        "fused_inr/kernels/generated/activations.py",
         "def sine_l1(z0, omega, g0, MODE: tl.constexpr):\n    return (omega",
         "def sine_l1(z0, omega, g0, MODE: tl.constexpr):\n    return (-omega",
         INTERPRETER + "test_every_activation",
@@ -310,11 +310,11 @@ def test_a_fault_in_a_kernel_is_caught(name, tmp_path):
     fault = SLOW[name]
     pytest.importorskip("triton")
     root = Path(__file__).resolve().parents[1]
-    for part in ("fused_inr", "kernels", "csrc", "tests", "bench", "pyproject.toml"):
-        if (root / part).is_dir():
-            shutil.copytree(root / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        elif (root / part).exists():
-            shutil.copy(root / part, tmp_path / part)
+    # laid out as installed: kernels/ is fused_inr.kernels, so that no other copy of it is found first
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for part, place in (("fused_inr", "fused_inr"), ("kernels", "fused_inr/kernels"), ("tests", "tests")):
+        shutil.copytree(root / part, tmp_path / place, ignore=ignore)
+    shutil.copy(root / "pyproject.toml", tmp_path)
     path = tmp_path / fault.file
     source = path.read_text()
     assert fault.old in source, f"{fault.file} reads otherwise now: plant this fault again"
