@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..cli.memory import PeakMemory
+from ..ops import backends
 
 #: With these glibc never gives memory back, so a process pays the page faults of its tensors once and not at every step
 #: ("warmed allocator"). The mmap limit of 0 sends large blocks to the heap as well.
@@ -148,6 +149,7 @@ def peak_memory(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    backends.empty_cache()  # what our engine keeps from the first call is part of what a call needs
     memory = PeakMemory(device)
     for _ in range(calls):
         call()
