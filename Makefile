@@ -19,7 +19,7 @@ CXX_FOUND := $(shell for c in "$(CXX)" c++ g++ clang++; do \
 INGREDIENTS := pyproject.toml constraints.txt $(wildcard setup.py) \
     $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) 2>/dev/null)
 INTERPRETER_TESTS = $(wildcard tests/test_*interpreter*.py)
-DEMO = fit --compare --size 144 --steps 120 --lr 5e-4 --out demo
+DEMO = fit --compare --size 144 --steps 120 --lr 2e-4 --out demo
 
 .PHONY: demo test bench gpu compat lint clean check-tools
 
