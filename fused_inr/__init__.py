@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLP",
     "SIREN",
+    "FourierFeatures",
     "FusedLinear",
     "GaussianLayer",
     "SincLayer",
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "activations",
     "backends",
+    "encodings",
     "functional",
     "init",
     "layers",
@@ -28,13 +30,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import activations, functional, init, layers, models
+    from . import activations, encodings, functional, init, layers, models
+    from .encodings import FourierFeatures
     from .layers import FusedLinear, GaussianLayer, SincLayer, SineLayer, SplitLayer
     from .models import MLP, SIREN, SplitNet
     from .ops import backends
 
-_SUBMODULES = {"activations", "backends", "functional", "init", "layers", "models"}
+_SUBMODULES = {"activations", "backends", "encodings", "functional", "init", "layers", "models"}
 _HOME = {
+    "FourierFeatures": "encodings",
     "FusedLinear": "layers",
     "GaussianLayer": "layers",
     "SincLayer": "layers",
