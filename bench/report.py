@@ -13,45 +13,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from ..cli import CliError
+from ..cli.arguments import Parser as Parser
+from ..cli.arguments import integer as integer
+from ..cli.arguments import positive as positive
 from ..cli.files import write_all
-
-
-class Parser(argparse.ArgumentParser):
-    """One line and exit code 2 for a bad argument."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def integer(least: int) -> Callable[[str], int]:
-    """Argument type: an integer of at least `least`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
-        return value
-
-    return parse
-
-
-def positive(text: str) -> float:
-    """Argument type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
 
 
 def one_or_more(accepted: Sequence[str]) -> Callable[[str], list[str]]:

@@ -6,50 +6,19 @@ Exit codes: 0 done; 2 a bad argument or file, nothing overwritten; 130 stopped b
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
 from .. import __version__
 from . import CliError
+from .arguments import Parser, integer, positive
 from .bench import BENCHES
 from .options import BACKENDS, INITS, PRECISIONS
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a bad argument; argparse would print the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fused-inr", description="Fused layers for implicit neural representations.")
+    parser = Parser(prog="fused-inr", description="Fused layers for implicit neural representations.")
     parser.add_argument("--version", action="version", version=f"fused_inr {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="fit | doctor | bench", required=True)
 
@@ -61,21 +30,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("picture", nargs="?", help="any picture that Pillow reads (default: a built-in one)")
     fit.add_argument("--out", default="fused-inr-fit", metavar="DIR", help="folder of the results (%(default)s)")
-    fit.add_argument("--size", type=_integer(0), metavar="N", help="shrink to N pixels on the longer side (256; 0: no)")
+    fit.add_argument("--size", type=integer(0), metavar="N", help="shrink to N pixels on the longer side (256; 0: no)")
     network = fit.add_argument_group("network")
     network.add_argument(
         "--activation",
         metavar="NAME[:p=v,..]",
         help="registered name or formula in z: sine:omega=20, gaussian:sigma=0.05, 'sin(w*z**2):w=2' (default: sine)",
     )
-    network.add_argument("--width", type=_integer(1), metavar="N", help="features of a hidden layer (256)")
-    network.add_argument("--depth", type=_integer(0), metavar="N", help="hidden-to-hidden layers (3)")
+    network.add_argument("--width", type=integer(1), metavar="N", help="features of a hidden layer (256)")
+    network.add_argument("--depth", type=integer(0), metavar="N", help="hidden-to-hidden layers (3)")
     network.add_argument("--init", choices=INITS, help="paper: as the activation's paper says (default)")
     steps = fit.add_argument_group("training (Adam, mean squared error)")
-    steps.add_argument("--steps", type=_integer(1), metavar="N", help="number of steps (500)")
-    steps.add_argument("--lr", type=_positive, metavar="X", help="learning rate (1e-4)")
-    steps.add_argument("--batch", type=_integer(0), metavar="N", help="rows of a step, drawn at random (0: all)")
-    steps.add_argument("--seed", type=_integer(0), metavar="N", help="of weights and batches (0)")
+    steps.add_argument("--steps", type=integer(1), metavar="N", help="number of steps (500)")
+    steps.add_argument("--lr", type=positive, metavar="X", help="learning rate (1e-4)")
+    steps.add_argument("--batch", type=integer(0), metavar="N", help="rows of a step, drawn at random (0: all)")
+    steps.add_argument("--seed", type=integer(0), metavar="N", help="of weights and batches (0)")
     steps.add_argument("--resume", action="store_true", help="go on with the fit in --out; only --steps may change")
     where = fit.add_argument_group("where and how")
     where.add_argument("--precision", choices=PRECISIONS, help="of products; accumulation stays float32 (float32)")
