@@ -61,11 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 all cells that were reached passed, 1 a cell or test failed, 130 stopped by Ctrl-C."""
     p = parser()
     options = p.parse_args(argv)
-    try:
-        device = torch.device(options.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        p.error(f"argument --device: {options.device!r} cannot be used here: {str(error).splitlines()[0]}")
+    device = report.usable_device(p, options.device)
     if device.type not in ("cuda", "cpu"):
         p.error(f"argument --device: expected cuda or cpu, got {options.device!r}")
     if options.worker:

@@ -83,11 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 every row was measured (whether or not it meets its demand), 1 a row failed."""
     p = parser()
     options = p.parse_args(argv)
-    try:
-        device = torch.device(options.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        p.error(f"argument --device: {options.device!r} cannot be used here: {str(error).splitlines()[0]}")
+    device = report.usable_device(p, options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.warmed and (device.type != "cpu" or not sys.platform.startswith("linux")):

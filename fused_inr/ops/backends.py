@@ -125,8 +125,6 @@ class Reference(Backend):
 
     def linear_act(self, x, weight, bias, params, constants, map, precision, save):
         z = self._preactivation(x, weight, bias)
-        if any(p is not None and p.dim() and z.dim() == 3 for p in params):
-            params = [p if p is None or not p.dim() else p.expand(z.shape[-1] // map.branches) for p in params]
         (y,) = reference_map(map, [z], params, constants, 0, False)
         y = y.to(x.dtype)
         if not save:

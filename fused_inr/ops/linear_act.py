@@ -477,9 +477,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activ
     if not track and (compiling or not (torch._C._are_functorch_transforms_active() or _forward_mode())):
         tensors = list(params)
         key, constants = activation.map.key, activation.constants
-        return _exactly(x.device, raw.linear_act, x, weight, bias, tensors, constants, key, backend, precision, False)[
-            0
-        ]
+        args = (x, weight, bias, tensors, constants, key, backend, precision, False)
+        return _exactly(x.device, raw.linear_act, *args)[0]
     # half types recompute: their float32 pre-activations would take twice the output's memory
     save = backends.implementation(backend).saves_preactivations and x.dtype.itemsize >= 4 and track
     save = save and activation.map.key != "identity"
