@@ -1,7 +1,7 @@
-// The elementwise primitives of the generated maps (`generated/activations.h`), for host vectors.
+// The elementwise primitives of the generated maps (`generated/activations.h`).
 //
-// Every one takes and returns V: a `Vec<T, Bytes>` on CPUs. Scalar overloads for a device belong under __CUDACC__ here,
-// with the same names.
+// Every one takes and returns V: a `Vec<T, Bytes>` on CPUs, a `Scalar<T>` on a CUDA device, where FI_ONE_LANE is 1 (set it
+// to run the device's functions on the host).
 //
 // Accuracy in float32 (tests/test_cpu_primitives.py): sin, cos, sincos within 2 ulp, also at the floats nearest to
 // k pi/2, for every finite argument (beyond `kTrigLimit` the C library serves, lane by lane, in double precision); all
@@ -9,13 +9,19 @@
 // subnormals as the C library. float64 is here for correctness: the C library, lane by lane.
 #pragma once
 
-#if defined(__CUDACC__)
-#define FI_INLINE static __device__ __forceinline__
+#if defined(__CUDACC__) && !defined(FI_ONE_LANE)
+#define FI_ONE_LANE 1
+#endif
+
+#if FI_ONE_LANE
+#include "cuda/scalar.h"
 #else
 #define FI_INLINE static inline __attribute__((always_inline))
 #include "cpu/vec.h"
 #define FI_COLD static __attribute__((noinline, cold, unused))
 #define FI_CALL static __attribute__((noinline, unused))
+#define FI_UNROLL _Pragma("GCC unroll 8")
+#endif
 
 namespace fused_inr {
 
@@ -56,6 +62,14 @@ FI_INLINE V infinity() {
   return V(__builtin_inf());
 }
 
+#if FI_ONE_LANE
+#define FI_LANES(name, expression)         \
+  template <class V>                       \
+  FI_INLINE V name##_double(V value) {     \
+    const double x = value.v;              \
+    return V(expression);                  \
+  }
+#else
 // Lane by lane through the C library; out of line, since it is called from hundreds of places.
 #define FI_LANES(name, expression)                                                 \
   FI_CALL void name##_lanes(double* p, int n) {                                    \
@@ -71,6 +85,7 @@ FI_INLINE V infinity() {
     name##_lanes(lane, V::size);                                                   \
     return V::load(lane);                                                          \
   }
+#endif
 FI_LANES(sin, ::sin(x))
 FI_LANES(cos, ::cos(x))
 FI_LANES(tan, ::tan(x))
@@ -85,6 +100,7 @@ FI_LANES(erf, ::erf(x))
 FI_LANES(atan, ::atan(x))
 #undef FI_LANES
 
+#if !FI_ONE_LANE
 FI_CALL void sincos_lanes(const double* x, double* s, double* c, int n) {
   for (int i = 0; i < n; ++i) {
     s[i] = ::sin(x[i]);
@@ -96,6 +112,7 @@ template <class T>
 FI_CALL void pow_lanes(const T* a, const T* b, T* y, int n) {
   for (int i = 0; i < n; ++i) y[i] = static_cast<T>(::pow(static_cast<double>(a[i]), static_cast<double>(b[i])));
 }
+#endif
 
 // -- sine and cosine
 
@@ -138,6 +155,7 @@ FI_INLINE V less_half_pi(V x, V n) {
 #endif
 }
 
+#if !FI_ONE_LANE
 FI_COLD void slow_sin(const float* x, float* y, int n) {
   for (int i = 0; i < n; ++i)
     if (!(::fabsf(x[i]) <= static_cast<float>(kTrigLimit))) y[i] = static_cast<float>(::sin(static_cast<double>(x[i])));
@@ -147,11 +165,14 @@ FI_COLD void slow_cos(const float* x, float* y, int n) {
     if (!(::fabsf(x[i]) <= static_cast<float>(kTrigLimit))) y[i] = static_cast<float>(::cos(static_cast<double>(x[i])));
 }
 
+#endif
+
 template <class V>
 FI_INLINE bool beyond_trig_limit(V x) {  // or NaN
   return __builtin_expect(any(~(absolute(x) <= V(kTrigLimit))), false);
 }
 
+#if !FI_ONE_LANE
 template <class V>
 FI_INLINE V with_slow_lanes(void (*slow)(const float*, float*, int), V x, V y) {
   alignas(64) float lanes[V::size], values[V::size];
@@ -160,6 +181,7 @@ FI_INLINE V with_slow_lanes(void (*slow)(const float*, float*, int), V x, V y) {
   slow(lanes, values, V::size);
   return V::load(values);
 }
+#endif
 
 // y with the sign of r where y has none: -0 + 0 is 0
 template <class V>
@@ -180,19 +202,33 @@ FI_INLINE V fi_sin(V x) {
   if constexpr (!is_float<V>) {
     return sin_double(x);
   } else {
+#if FI_ONE_LANE
+    int32_t turns = 0;
+    if (beyond_trig_limit(x)) x = far_remainder<1>(x, turns);
+    const V near = fma(x, V(0.31830988618379067), V(kRound));
+    return V::from_bits(sin_half_turn(less_pi(x, near - V(kRound))).bits() ^ ((near.bits() + turns) << 31));
+#else
     const V t = fma(x, V(0.31830988618379067), V(kRound));
     const V y = sin_half_turn(less_pi(x, t - V(kRound)));
     const V signed_y = V::from_bits(y.bits() ^ (t.bits() << 31));
     return beyond_trig_limit(x) ? with_slow_lanes(slow_sin, x, signed_y) : signed_y;
+#endif
   }
 }
 
 // sin and cos of x reduced to [-pi/4, pi/4], and the quadrant in the low bits of q
 template <class V>
 FI_INLINE void quadrant(V x, V& sine, V& cosine, typename V::Mask& q) {
+#if FI_ONE_LANE
+  int32_t turns = 0;
+  if (beyond_trig_limit(x)) x = far_remainder<2>(x, turns);
+#endif
   const V t = fma(x, V(0.63661977236758138), V(kRound));
   const V r = less_half_pi(x, t - V(kRound));
   q = t.bits();
+#if FI_ONE_LANE
+  q += turns;
+#endif
   const V u = r * r;
   sine = keep_sign(fma(r * u, polynomial(u, -0.166666672, 0.00833332911, -0.000198391514, 2.71660429e-06), r), r);
   cosine = fma(u * u, polynomial(u, 0.0416666418, -0.00138871849, 2.44181265e-05), fma(V(-0.5), u, V(1.0)));
@@ -207,20 +243,29 @@ FI_INLINE V cos_of_quadrant(V sine, V cosine, typename V::Mask q) {
 template <class V>
 FI_INLINE void fi_sincos(V x, V& s, V& c) {
   if constexpr (!is_float<V>) {
+#if FI_ONE_LANE
+    ::sincos(x.v, &s.v, &c.v);
+#else
     alignas(64) double lanes[V::size], sines[V::size], cosines[V::size];
     x.store(lanes);
     sincos_lanes(lanes, sines, cosines, V::size);
     s = V::load(sines);
     c = V::load(cosines);
+#endif
   } else {
     V sine, cosine;
     typename V::Mask q;
     quadrant(x, sine, cosine, q);
     const V ys = V::from_bits(select((q << 31) < 0, cosine, sine).bits() ^ ((q & 2) << 30));
     const V yc = cos_of_quadrant(sine, cosine, q);
+#if FI_ONE_LANE
+    s = ys;
+    c = yc;
+#else
     const bool slow = beyond_trig_limit(x);
     s = slow ? with_slow_lanes(slow_sin, x, ys) : ys;
     c = slow ? with_slow_lanes(slow_cos, x, yc) : yc;
+#endif
   }
 }
 template <class V>
@@ -238,7 +283,11 @@ FI_INLINE V fi_cos(V x) {
     typename V::Mask q;
     quadrant(x, sine, cosine, q);
     const V y = cos_of_quadrant(sine, cosine, q);
+#if FI_ONE_LANE
+    return y;
+#else
     return beyond_trig_limit(x) ? with_slow_lanes(slow_cos, x, y) : y;
+#endif
   }
 }
 
@@ -442,11 +491,15 @@ FI_INLINE V fi_sqrt(V x) {
 template <class V>
 FI_INLINE V fi_pow(V a, Other<V> b) {
   using T = typename V::scalar;
+#if FI_ONE_LANE
+  return V(static_cast<T>(::pow(static_cast<double>(a.v), static_cast<double>(b.v))));
+#else
   alignas(64) T base[V::size], exponent[V::size], value[V::size];
   a.store(base);
   b.store(exponent);
   pow_lanes(base, exponent, value, V::size);
   return V::load(value);
+#endif
 }
 
 template <class V>
@@ -528,16 +581,17 @@ FI_INLINE V sinc_series(V square) {
 template <int Order, class V>
 FI_INLINE V sinc_derivative(V x) {
   constexpr int terms = is_float<V> ? 8 + Order / 2 + (Order > 3) : 16 + Order / 2 + (Order > 3);
-  const auto small = absolute(x) < V(kSincLimit[Order]);
+  constexpr double boundary = kSincLimit[Order];
+  const auto small = absolute(x) < V(boundary);
   const V near = select(small, x, V(0.0));
   V series = sinc_series<Order, 0, terms>(near * near);
   if constexpr (Order % 2) series = series * near;
-  const V far = select(small, V(kSincLimit[Order]), x);
+  const V far = select(small, V(boundary), x);
   V s, c;
   fi_sincos(far, s, c);
   const V cycle[4] = {s, c, -s, -c};
   V value = s / far;
-#pragma GCC unroll 8
+  FI_UNROLL
   for (int n = 1; n <= Order; ++n) value = (cycle[n % 4] - V(static_cast<double>(n)) * value) / far;
   value = select(absolute(x) == infinity<V>(), V(0.0), value);
   return select(small, series, value);
@@ -558,4 +612,3 @@ FI_SINC(6)
 #undef FI_SINC
 
 }  // namespace fused_inr
-#endif  // host
