@@ -25,7 +25,7 @@ def call(dtype=torch.float32, device="cpu"):
 
 def test_table_names_every_backend_with_a_reason_where_it_cannot_run():
     table = fi.backends.available()
-    assert set(table) == {"triton", "cpu", "reference"}
+    assert set(table) == {"triton", "cuda", "cpu", "reference"}
     assert table["reference"] == (True, "")
     for usable, reason in table.values():
         assert usable == (reason == "")
@@ -42,7 +42,7 @@ def test_use_is_nested_and_restored_even_after_an_error():
 
 @pytest.mark.parametrize("name", ["cuda-graphs", "", None, 3])
 def test_use_refuses_unknown_names(name):
-    with pytest.raises(ValueError, match="'triton', 'cpu', 'reference'"), fi.backends.use(name):
+    with pytest.raises(ValueError, match="'triton', 'cuda', 'cpu', 'reference'"), fi.backends.use(name):
         pass
 
 

@@ -287,7 +287,7 @@ def forced(name, f):
 
 
 BACKENDS = [
-    (lambda: enter(fi.backends.use("gpu")), ValueError, "'gpu' is not one of 'triton', 'cpu', 'reference'"),
+    (lambda: enter(fi.backends.use("gpu")), ValueError, "'gpu' is not one of 'triton', 'cuda', 'cpu', 'reference'"),
     (lambda: enter(fi.backends.use("")), ValueError, "is not one of"),
     (lambda: enter(fi.backends.use(None)), ValueError, "None is not one of"),
     (lambda: enter(fi.backends.use(["cpu"])), (TypeError, ValueError), "is not one of"),

@@ -44,7 +44,7 @@ def test_every_public_name_imports():
 
 
 @pytest.mark.parametrize(
-    "module", ["activations", "functional", "layers", "models", "init", "backends", "encodings", "native"]
+    "module", ["activations", "functional", "layers", "models", "init", "backends", "encodings", "native", "native_cuda"]
 )
 def test_every_name_of_a_module_imports(module):
     found = importlib.import_module(f"fused_inr.{module}")
@@ -125,7 +125,8 @@ def test_wheel_holds_everything_in_one_package(installed):
         found = {p.relative_to(folder) for pattern in patterns for p in folder.rglob(pattern)}
         return {p for p in found if "__pycache__" not in p.parts and "results" not in p.parts}
 
-    assert files(ROOT / "csrc", "*.h", "*.cpp", "*.cu") == files(package / "_csrc", "*.h", "*.cpp", "*.cu")
+    sources = ("*.h", "*.cpp", "*.cu", "*.cuh")
+    assert files(ROOT / "csrc", *sources) == files(package / "_csrc", *sources)
     assert files(ROOT / "kernels", "*.py") == files(package / "kernels", "*.py")
     assert files(ROOT / "bench", "*.py") == files(package / "bench", "*.py")
     own = {p for p in files(package, "*.py") if p.parts[0] not in ("kernels", "bench", "_csrc")}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import FusedLinear, __version__, activations, backends, native
+from .. import FusedLinear, __version__, activations, backends, native, native_cuda
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,13 +41,13 @@ def examine() -> dict[str, Any]:
                 "threads": torch.get_num_threads(),
             },
             "devices": _devices(),
-            "native": _native(),
             "backends": {
                 name: {"available": usable, "reason": reason} for name, (usable, reason) in backends.available().items()
             },
+            "native": _native(),
             "layers": _layers(),
             "environment": {
-                k: os.environ[k] for k in ("TRITON_INTERPRET", "CXX", "OMP_NUM_THREADS") if k in os.environ
+                k: os.environ[k] for k in ("TRITON_INTERPRET", "CXX", "CUDACXX", "OMP_NUM_THREADS") if k in os.environ
             },
         }
 
@@ -88,7 +88,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _native() -> dict[str, Any]:
-    """Where the native engine comes from, and what would build it, or a formula."""
+    """Where the native engine and the CUDA backend come from, and what would build them, or a formula."""
     native.load()
     path, reason = native.status()
     found: dict[str, Any] = {"library": None if path is None else str(path), "reason": reason}
@@ -99,6 +99,13 @@ def _native() -> dict[str, Any]:
         found["compiler"] = f"{' '.join(command)}: {version}"
     except RuntimeError as error:
         found["compiler"] = f"none: {error}"
+    try:
+        command, version = native_cuda.nvcc()
+        found["nvcc"] = f"{' '.join(command)}: {version}"
+    except RuntimeError as error:
+        found["nvcc"] = f"none: {error}"
+    library, _ = native_cuda.status()
+    found["cuda_library"] = None if library is None else str(library)
     return found
 
 
@@ -137,6 +144,9 @@ def _text(found: dict[str, Any]) -> str:
     else:
         lines.append(f"  library      {engine['library']}, {engine['capability']}")
     lines.append(f"  compiler     {engine['compiler']}")
+    if engine["cuda_library"] is not None:
+        lines.append(f"  cuda library {engine['cuda_library']}")
+    lines.append(f"  nvcc         {engine['nvcc']}")
     lines.append("backends")
     for name, backend in found["backends"].items():
         lines.append(f"  {name:<12} {'available' if backend['available'] else 'not here: ' + backend['reason']}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16", "float64")
 INITS = ("paper", "default", "siren", "vi3nr")
-BACKENDS = ("auto", "triton", "cpu", "reference")
+BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 
 
 @dataclass(frozen=True)

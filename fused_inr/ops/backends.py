@@ -289,9 +289,66 @@ class Triton(Backend):
         return act_map.act_map(inputs, params, constants, map, level, learnable)
 
 
+# -- cuda: C++ without Triton
+
+
+class Cuda(Backend):
+    """CUDA C++ (csrc/cuda): the map in one elementwise kernel per direction, around PyTorch's own matrix products."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, str] = {}  # key of a run-time formula -> reason why it could not be compiled
+
+    def available(self):
+        from .. import native_cuda
+
+        return (True, "") if native_cuda.load() else (False, native_cuda.status()[1])
+
+    def serves(self, map, device, dtype):
+        if device.type != "cuda":
+            return f"the tensors are on {device}, this backend serves CUDA tensors"
+        if dtype not in _FLOATS:
+            return f"dtype {dtype} is not one of {_FLOATS}"
+        usable, reason = self.available()
+        if not usable:
+            return reason
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return self._operators().refusal(index) or ("" if map.generated else self._compile(map))
+
+    @staticmethod
+    def _operators():
+        return torch.ops.fused_inr_cuda
+
+    def _compile(self, map: ActivationMap) -> str:
+        if map.key not in self._compiled:
+            from .. import native_cuda
+
+            try:
+                native_cuda.compile_maps(map.key, map.cpp_source())
+                self._compiled[map.key] = ""
+            except Exception as error:  # no compiler, no space, a compiler's error: the reference serves
+                self._compiled[map.key] = f"the formula of {map.name!r} could not be compiled: {error}"
+        return self._compiled[map.key]
+
+    def _ready(self, map: ActivationMap):
+        if not map.generated and (reason := self._compile(map)):
+            raise RuntimeError(f"backend 'cuda': {reason}")
+        return self._operators()
+
+    def linear_act(self, x, weight, bias, params, constants, map, precision, save):
+        return self._ready(map).linear_act(x, weight, bias, params, constants, map.key, save)
+
+    def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
+        return self._ready(map).linear_act_backward(g, x, weight, bias, params, constants, z, map.key, needs)
+
+    def act_map(self, inputs, params, constants, map, level, learnable):
+        return self._ready(map).act_map(inputs, params, constants, map.key, level, learnable)
+
+
 # -- the table, and the choice
 
-TABLE: dict[str, Backend] = {b.name: b for b in (Triton(), Cpu(), Reference())}
+TABLE: dict[str, Backend] = {b.name: b for b in (Triton(), Cuda(), Cpu(), Reference())}
 _forced: str | None = None
 _records: list[Choice] | None = None
 _warned: set[str] = set()
@@ -432,17 +489,17 @@ def _automatic(map: ActivationMap, device: torch.device, dtype: torch.dtype) -> 
         if not reason:
             break
         rejected.append((name, reason))
-    meant = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+    meant = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device.type)
     if name == "reference" and meant and dtype in _FLOATS:
-        _say_once(meant, dict(rejected)[meant])
+        _say_once("; ".join(f"backend {m!r} cannot serve: {reason}" for m, reason in rejected if m in meant))
     return name, tuple(rejected)
 
 
-def _say_once(meant: str, reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
+def _say_once(reasons: str) -> None:
+    if reasons not in _warned:
+        _warned.add(reasons)
         warnings.warn(
-            f"fused_inr runs on the PyTorch reference, which is slower: backend {meant!r} cannot serve: {reason}",
+            f"fused_inr runs on the PyTorch reference, which is slower: {reasons}",
             RuntimeWarning,
             stacklevel=2,
         )
