@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -485,6 +486,230 @@ std::vector<Tensor> act_map(at::TensorList inputs, const OptionalTensors& params
   return results;
 }
 
+// -- a whole network
+
+// Tensors and activations of a call, checked and in a form that the engine takes.
+struct NetworkOperands {
+  const Engine* engine = current().load();
+  at::ScalarType compute;
+  Tensor x;
+  std::vector<Tensor> keep;
+  std::vector<Activation> activations;
+  std::vector<Params> params;
+  std::vector<NetworkLayer> layers;
+  bool has_bias = false;
+
+  NetworkOperands(const Tensor& x_, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& params_,
+                  at::ArrayRef<double> constants, const c10::List<std::string>& keys)
+      : compute(x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {
+    const size_t count = weights.size();
+    TORCH_CHECK_VALUE(count >= 1 && biases.size() == count && keys.size() == count,
+                      "weights, biases, activations: expected one for each layer, got ", count, ", ", biases.size(), ", ",
+                      keys.size());
+    storage_of(x_, "x");
+    TORCH_CHECK_VALUE(x_.dim() == 2, "x: expected [M, K], got ", x_.sizes());
+    x = with_unit_columns(x_);
+    layers.resize(count);
+    params.reserve(count);
+    int64_t channels = 1, channel = x_.size(1);
+    size_t first_param = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const std::string key = keys.get(i);
+      activations.push_back(activation_of(engine, key));
+      const Activation& a = activations.back();
+      TORCH_CHECK_VALUE(a.params <= kMaxParams, "activation '", key, "': more than ", kMaxParams, " parameters");
+      const Tensor& w = weights[i];
+      storage_of(w, "weights");
+      TORCH_CHECK_VALUE(w.dim() == 2 && w.size(1) == channels * channel && w.size(0) % a.branches == 0, "weights[", i,
+                        "]: expected [", a.branches, " * N, ", channels * channel, "], got ", w.sizes());
+      NetworkLayer& l = layers[i];
+      l.in_channels = channels;
+      l.in_channel = channel;
+      l.features = w.size(0) / a.branches;
+      l.branches = a.branches;
+      l.outputs = a.outputs;
+      l.params = a.params;
+      keep.push_back(with_unit_columns(w.to(compute)));
+      l.weight = rows_of(keep.back(), "weights");
+      const OptionalTensor bias = biases.get(i);
+      if (bias && bias->defined()) {
+        TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == w.size(0), "biases[", i, "]: expected [", w.size(0), "], got ",
+                          bias->sizes());
+        storage_of(*bias, "biases");
+        keep.push_back(bias->to(compute).contiguous());
+        l.bias = keep.back().data_ptr();
+        has_bias = true;
+      }
+      OptionalTensors own;
+      const size_t of_layer = static_cast<size_t>(a.params);
+      TORCH_CHECK_VALUE(params_.size() >= first_param + of_layer && constants.size() >= first_param + of_layer,
+                        "params, constants: expected those of every layer, got ", params_.size(), " and ", constants.size());
+      for (size_t j = 0; j < of_layer; ++j) own.push_back(params_.get(first_param + j));
+      params.emplace_back(own, constants.slice(first_param, of_layer), a, l.features, compute);
+      first_param += of_layer;
+      for (int j = 0; j < a.params; ++j) {
+        // a copy of Params would leave these behind: they point into the vector, which does not grow
+        l.param[j] = params.back().data[static_cast<size_t>(j)];
+        l.param_stride[j] = params.back().stride[static_cast<size_t>(j)];
+      }
+      l.value = key == "identity" ? nullptr : map_of(a, key, float64(), 0, false);
+      channels = a.outputs;
+      channel = l.features;
+    }
+  }
+  NetworkOperands(const NetworkOperands&) = delete;
+
+  bool float64() const { return compute == at::kDouble; }
+  int64_t rows() const { return x.size(0); }
+  int64_t out_features() const { return layers.back().outputs * layers.back().features; }
+  bool empty() const {
+    for (const NetworkLayer& l : layers)
+      if (l.features == 0) return true;
+    return rows() == 0;
+  }
+
+  // the maps of a backward, with parameters as inputs that have gradients where `learnable`
+  void differentiate(const c10::List<std::string>& keys, bool learnable) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      NetworkLayer& l = layers[i];
+      if (!l.value) continue;
+      l.jet = activations[i].map[float64()][jet_slot(learnable && l.params > 0)];
+      TORCH_CHECK_NOT_IMPLEMENTED(l.jet != nullptr, "activation '", keys.get(i), "': the native engine has no jet");
+    }
+  }
+
+  Network network() const {
+    Network n;
+    n.rows = rows();
+    n.layers = static_cast<int>(layers.size());
+    n.layer = layers.data();
+    n.x = rows_of(x, "x");
+    n.parallel = parallel;
+    n.threads = threads();
+    return n;
+  }
+};
+
+std::tuple<Tensor, Tensor> mlp(const Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                               const OptionalTensors& params, at::ArrayRef<double> constants,
+                               const c10::List<std::string>& activations, bool save) {
+  const NetworkOperands o(x, weights, biases, params, constants, activations);
+  Tensor y = o.empty() ? at::zeros({o.rows(), o.out_features()}, at::TensorOptions().dtype(x.scalar_type()))
+                       : fresh({o.rows(), o.out_features()}, x.scalar_type());
+  if (o.empty()) return {y, nothing(o.compute)};
+  NetworkForward f;
+  f.network = o.network();
+  f.y = rows_of(y, "y");
+  Tensor saved = nothing(o.compute);
+  if (save) {
+    saved = fresh({o.engine->network_saved[o.float64()](f.network)}, o.compute);
+    f.saved = saved.data_ptr();
+  }
+  o.engine->network_forward[o.float64()](f);
+  return {y, saved};
+}
+
+// Gradients of a network's operands: gx, then those of all weights, of all biases, of all parameters.
+struct NetworkGradients {
+  Tensor gx;
+  std::vector<Tensor> gw, gb, gp;
+
+  NetworkGradients(NetworkOperands& o, at::TensorList weights, const OptionalTensors& biases, const Tensor& x,
+                   std::array<bool, 4> needs, NetworkBackward* f) {
+    const auto sum = [&](std::vector<int64_t> shape) {
+      const auto options = at::TensorOptions().dtype(o.compute);
+      return o.empty() ? at::zeros(shape, options) : at::empty(shape, options);
+    };
+    gx = nothing(x.scalar_type());
+    if (needs[0]) {
+      gx = o.empty() ? at::zeros(x.sizes(), at::TensorOptions().dtype(x.scalar_type())) : fresh(x.sizes(), x.scalar_type());
+      f->gx = rows_of(gx, "gx");
+    }
+    for (size_t i = 0; i < o.layers.size(); ++i) {
+      NetworkLayer& l = o.layers[i];
+      gw.push_back(needs[1] ? sum(weights[i].sizes().vec()) : nothing(weights[i].scalar_type()));
+      if (needs[1]) l.gw = gw.back().data_ptr();
+      const bool bias_needed = needs[2] && l.bias;
+      gb.push_back(bias_needed ? sum({l.branches * l.features}) : nothing(o.compute));
+      if (bias_needed) l.gb = gb.back().data_ptr();
+      const bool learnable = needs[3] && l.params > 0;
+      gp.push_back(learnable ? sum({l.params, l.features}) : nothing(o.compute));
+      if (learnable) l.gp = gp.back().data_ptr();
+    }
+    f->network = o.network();
+    (void)biases;
+  }
+
+  std::vector<Tensor> all(at::TensorList weights, const OptionalTensors& biases, std::vector<Tensor> first) const {
+    first.push_back(gx);
+    for (size_t i = 0; i < gw.size(); ++i) first.push_back(gw[i].to(weights[i].scalar_type()));
+    for (size_t i = 0; i < gb.size(); ++i) {
+      const OptionalTensor bias = biases.get(i);
+      first.push_back(bias && bias->defined() ? gb[i].to(bias->scalar_type()) : gb[i]);
+    }
+    first.insert(first.end(), gp.begin(), gp.end());
+    return first;
+  }
+};
+
+std::vector<Tensor> mlp_backward(const Tensor& g_, const Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                                 const OptionalTensors& params, at::ArrayRef<double> constants,
+                                 const c10::List<std::string>& activations, const OptionalTensor& saved,
+                                 std::array<bool, 4> needs) {
+  NetworkOperands o(x, weights, biases, params, constants, activations);
+  const std::vector<int64_t> expected{o.rows(), o.out_features()};
+  TORCH_CHECK_VALUE(g_.sizes() == at::IntArrayRef(expected), "g: expected ", at::IntArrayRef(expected), ", got ", g_.sizes());
+  o.differentiate(activations, needs[3]);
+  NetworkBackward f;
+  const NetworkGradients gradients(o, weights, biases, x, needs, &f);
+  const Tensor g = with_unit_columns((g_.scalar_type() == at::kDouble) != o.float64() ? g_.to(o.compute) : g_);
+  f.g = rows_of(g, "g");
+  if (saved && saved->defined() && saved->numel() > 0) {
+    const int64_t count = o.engine->network_saved[o.float64()](f.network);
+    TORCH_CHECK_VALUE(saved->scalar_type() == o.compute && saved->is_contiguous() && saved->numel() == count,
+                      "saved: expected what mlp returned, ", count, " elements of ", o.compute, ", got ", saved->sizes());
+    f.saved = saved->data_ptr();
+  }
+  if (!o.empty() && (needs[0] || needs[1] || needs[2] || needs[3])) o.engine->network_backward[o.float64()](f);
+  return gradients.all(weights, biases, {});
+}
+
+std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const OptionalTensor& row_weights, at::TensorList weights,
+                             const OptionalTensors& biases, const OptionalTensors& params, at::ArrayRef<double> constants,
+                             const c10::List<std::string>& activations, c10::string_view loss,
+                             at::ArrayRef<double> loss_constants, double scale, std::array<bool, 4> needs) {
+  NetworkOperands o(x, weights, biases, params, constants, activations);
+  const std::vector<int64_t> expected{o.rows(), o.out_features()};
+  TORCH_CHECK_VALUE(target_.sizes() == at::IntArrayRef(expected), "target: expected ", at::IntArrayRef(expected), ", got ",
+                    target_.sizes());
+  o.differentiate(activations, needs[3]);
+  const Activation l = activation_of(o.engine, loss);
+  TORCH_CHECK_VALUE(l.branches == 2 && l.outputs == 1, "loss '", loss, "': expected a map of (prediction, target) to one number");
+  void* jet = l.map[o.float64()][jet_slot(false)];
+  TORCH_CHECK_NOT_IMPLEMENTED(jet != nullptr, "loss '", loss, "': the native engine has no jet");
+  const Params p(OptionalTensors(), loss_constants, l, 1, o.compute);
+
+  NetworkBackward f;
+  const NetworkGradients gradients(o, weights, biases, x, needs, &f);
+  const Tensor target = with_unit_columns((target_.scalar_type() == at::kDouble) != o.float64() ? target_.to(o.compute) : target_);
+  Tensor row_weight;
+  double value = 0;
+  f.loss.jet = jet;
+  f.loss.params = l.params;
+  for (int j = 0; j < l.params; ++j) f.loss.param[j] = p.data[static_cast<size_t>(j)];
+  f.loss.target = rows_of(target, "target");
+  if (row_weights && row_weights->defined()) {
+    TORCH_CHECK_VALUE(row_weights->dim() == 1 && row_weights->size(0) == o.rows(), "row_weights: expected [", o.rows(),
+                      "], got ", row_weights->sizes());
+    row_weight = row_weights->to(o.compute).contiguous();
+    f.loss.row_weight = row_weight.data_ptr();
+  }
+  f.loss.scale = scale;
+  f.loss.value = &value;
+  if (!o.empty()) o.engine->network_backward[o.float64()](f);
+  return gradients.all(weights, biases, {at::full({}, value, at::TensorOptions().dtype(o.compute))});
+}
+
 // One primitive, element by element: for tests of their accuracy.
 std::vector<Tensor> primitive(c10::string_view name, at::TensorList arguments) {
   TORCH_CHECK_VALUE(!arguments.empty(), "arguments: expected at least one tensor");
@@ -538,6 +763,15 @@ TORCH_LIBRARY(fused_inr_native, m) {
       "str activation, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, int level, bool learnable) -> Tensor[]");
+  m.def(
+      "mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, str[] activations, bool save) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "mlp_backward(Tensor g, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, "
+      "str[] activations, Tensor? saved, bool[4] needs) -> Tensor[]");
+  m.def(
+      "mlp_loss(Tensor x, Tensor target, Tensor? row_weights, Tensor[] weights, Tensor?[] biases, Tensor?[] params, "
+      "float[] constants, str[] activations, str loss, float[] loss_constants, float scale, bool[4] needs) -> Tensor[]");
   m.def("primitive(str name, Tensor[] arguments) -> Tensor[]");
   m.def("register_activation(str key, int branches, int outputs, int params, int[] tables) -> ()",
         [](const std::string& key, int64_t b, int64_t c, int64_t p, at::ArrayRef<int64_t> t) { register_activation(key, b, c, p, t); });
@@ -559,6 +793,9 @@ TORCH_LIBRARY_IMPL(fused_inr_native, CPU, m) {
   m.impl("linear_act", linear_act);
   m.impl("linear_act_backward", linear_act_backward);
   m.impl("act_map", act_map);
+  m.impl("mlp", mlp);
+  m.impl("mlp_backward", mlp_backward);
+  m.impl("mlp_loss", mlp_loss);
   m.impl("primitive", primitive);
 }
 

@@ -26,17 +26,18 @@ __all__ = [
     "functional",
     "init",
     "layers",
+    "losses",
     "models",
 ]
 
 if TYPE_CHECKING:
-    from . import activations, encodings, functional, init, layers, models
+    from . import activations, encodings, functional, init, layers, losses, models
     from .encodings import FourierFeatures
     from .layers import FusedLinear, GaussianLayer, SincLayer, SineLayer, SplitLayer
     from .models import MLP, SIREN, SplitNet
     from .ops import backends
 
-_SUBMODULES = {"activations", "backends", "encodings", "functional", "init", "layers", "models"}
+_SUBMODULES = {"activations", "backends", "encodings", "functional", "init", "layers", "losses", "models"}
 _HOME = {
     "FourierFeatures": "encodings",
     "FusedLinear": "layers",

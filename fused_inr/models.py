@@ -14,17 +14,40 @@ from torch import Tensor, nn
 
 from . import activations
 from ._checks import boolean, finite_float, one_of, positive_int
+from .functional import _autocast
 from .init.siren import siren_init_
 from .init.vi3nr import vi3nr_init_
 from .layers import ActivationLike, FusedLayer, FusedLinear, SineLayer, SplitLayer, alias
+from .ops import backends
+from .ops import mlp as _op
 
 __all__ = ["MLP", "SIREN", "SplitNet"]
 
 ModelInit = str | Callable[[nn.Module], object]
 
 
+_OUR_FORWARDS = (FusedLinear.forward, SineLayer.forward)  # of FusedLinear, of the layers that keep an nn.Linear
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+_FUSIONS = ("auto", "network", "layers")
+_SAVES = ("preactivations", "nothing")
+
+
 class _Network(nn.Module):
-    """Coordinates, encoding, layers. `first` and `hidden` make a layer from (in_features, out_features)."""
+    """Coordinates, encoding, layers. `first` and `hidden` make a layer from (in_features, out_features).
+
+    Attributes (also arguments of every model):
+        fusion: "auto" runs the whole network as one operation where that serves, else layer by layer;
+            "network" demands the first and raises where it cannot be had, "layers" is always the second.
+            `backends.explain(net, x)` tells which it is, and why.
+        save: what the whole network's forward stores for its backward: "preactivations" (the least arithmetic) or
+            "nothing" (recomputed tile by tile: memory does not grow with depth).
+    """
 
     def __init__(
         self,
@@ -40,8 +63,12 @@ class _Network(nn.Module):
         inits: dict[str, Callable[[nn.Module], object] | None],
         outermost_linear: bool,
         encoding: nn.Module | None,
+        fusion: str,
+        save: str,
     ):
         super().__init__()
+        self.fusion = one_of("fusion", fusion, _FUSIONS)
+        self.save = one_of("save", save, _SAVES)
         self.in_features = positive_int("in_features", in_features)
         self.hidden_features = positive_int("hidden_features", hidden_features)
         self.hidden_layers = positive_int("hidden_layers", hidden_layers, minimum=0)
@@ -83,10 +110,68 @@ class _Network(nn.Module):
         """coordinates [.., in_features] to [.., out_features]."""
         if self.encoding is not None:
             coordinates = self.encoding(coordinates)
+        if self.fusion == "layers":
+            return self.net(coordinates)
+        layers, backend, precision, reason = self._whole(coordinates)
+        if not reason:
+            x, layers = self._cast(coordinates, layers)
+            return _op.network(x, layers, backend, precision, self.save == "preactivations")
+        if self.fusion == "network":
+            raise RuntimeError(f"fusion='network': {reason}; fusion='auto' runs this call layer by layer")
+        backends.record_layers(reason)
         return self.net(coordinates)
 
+    def _whole(self, x: Tensor, direction: str = "forward") -> tuple[list[_op.Layer], str, str, str]:
+        """The layers as operands, backend and precision, and why the whole network is not (to be) one operation."""
+        layers: list[_op.Layer] = []
+        if not isinstance(x, Tensor):
+            return [], "", "", f"an input that is a {type(x).__name__}"
+        if _has_hooks(self.net) or nn.modules.module._has_any_global_hook():
+            return [], "", "", "there are hooks, which a whole network would not call"
+        for module in self.net:
+            if getattr(type(module), "forward", None) not in _OUR_FORWARDS:
+                return [], "", "", f"{type(module).__name__} is not one of the fused layers"
+            if _has_hooks(module):
+                return [], "", "", "a layer has hooks, which a whole network would not call"
+            layers.append((module.weight, module.bias, module.activation_with_parameters()))
+        if (
+            self.fusion == "auto"
+            and direction == "forward"
+            and x.requires_grad
+            and x.is_leaf
+            and torch.is_grad_enabled()
+        ):
+            return (
+                [],
+                "",
+                "",
+                (
+                    "the coordinates require a gradient, as where a loss takes derivatives of the network: "
+                    "layers differentiate twice without computing anything again"
+                ),
+            )
+        cast, operands = self._cast(x, layers)
+        backend, precision, reason = _op.why_not(cast, operands, direction=direction)
+        if not reason and self.fusion == "auto":
+            shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
+            reason = backends.implementation(backend).prefers_layers(shapes, [a.map for _, _, a in layers])
+        return layers, backend, precision, reason
+
+    @staticmethod
+    def _cast(x: Tensor, layers: list[_op.Layer]) -> tuple[Tensor, list[_op.Layer]]:
+        """To autocast's type, as each layer would do it for itself."""
+        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+            return x, layers
+        cast = [(*_autocast(x, weight, bias)[1:], activation) for weight, bias, activation in layers]
+        return _autocast(x, layers[0][0], None)[0], cast
+
     def extra_repr(self) -> str:
-        return f"init={self._init_name!r}"
+        parts = [f"init={self._init_name!r}"]
+        if self.fusion != "auto":
+            parts.append(f"fusion={self.fusion!r}")
+        if self.save != "preactivations":
+            parts.append(f"save={self.save!r}")
+        return ", ".join(parts)
 
 
 def _encoded_features(encoding: nn.Module | None, in_features: int) -> int:
@@ -131,6 +216,8 @@ class MLP(_Network):
         bias: whether the layers have biases.
         encoding: a module from coordinates [.., in_features] to [.., encoding.out_features], e.g. `FourierFeatures`.
         sigma_p, first_sigma_p: for init="vi3nr" (pre-activations before omega); by default `init.default_sigma_p`.
+        fusion: "auto" (the whole network as one operation where that serves, else layer by layer), "network", "layers".
+        save: "preactivations" or "nothing": what the forward of a whole network stores for its backward.
         device, dtype: of the layers' parameters (not of an encoding, which keeps its own).
 
     State dict keys: `net.0.weight`, `net.0.bias`, ... Raises TypeError or ValueError for arguments not as above.
@@ -150,6 +237,8 @@ class MLP(_Network):
         encoding: nn.Module | None = None,
         sigma_p: float | None = None,
         first_sigma_p: float | None = None,
+        fusion: str = "auto",
+        save: str = "preactivations",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -167,6 +256,8 @@ class MLP(_Network):
             inits={"default": None, "siren": siren_init_, "vi3nr": _vi3nr(sigma_p, first_sigma_p)},
             outermost_linear=outermost_linear,
             encoding=encoding,
+            fusion=fusion,
+            save=save,
         )
 
 
@@ -181,7 +272,7 @@ class SIREN(_Network):
         outermost_linear: whether the last layer is linear, or a sine too.
         bias: whether the layers have biases.
         init: "siren", "default", "vi3nr", or a function that is given the network.
-        encoding, sigma_p, first_sigma_p, device, dtype: see `MLP`.
+        encoding, sigma_p, first_sigma_p, fusion, save, device, dtype: see `MLP`.
         learnable: True makes every omega a parameter (`net.0.omega`), 0-D or with `per_feature` one a feature.
 
     State dict keys: `net.0.linear.weight`, ..., and `net.4.weight` for the last linear layer, as in the published
@@ -210,6 +301,8 @@ class SIREN(_Network):
         first_sigma_p: float | None = None,
         learnable: bool | str | Iterable[str] = (),
         per_feature: bool = False,
+        fusion: str = "auto",
+        save: str = "preactivations",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -247,6 +340,8 @@ class SIREN(_Network):
             inits={"siren": None, "default": None, "vi3nr": _vi3nr(sigma_p, first_sigma_p)},
             outermost_linear=outermost_linear,
             encoding=encoding,
+            fusion=fusion,
+            save=save,
         )
 
 
@@ -261,7 +356,7 @@ class SplitNet(_Network):
         bias: whether the layers have biases.
         init: "vi3nr" by default, with pre-activations of standard deviation 1 in every branch (what LSUV, the
             original's way, tunes them to) and zero biases; "default" (as `nn.Linear`), or a function.
-        encoding, sigma_p, first_sigma_p, device, dtype: see `MLP`. The published pictures use
+        encoding, sigma_p, first_sigma_p, fusion, save, device, dtype: see `MLP`. The published pictures use
             `FourierFeatures(2, 128, std=10.0)`, `outermost_linear=False` and omegas of 1.
         learnable: True or some of "m", "w1" .. "w4": parameters of each split layer; `per_feature`: one a feature.
 
@@ -285,6 +380,8 @@ class SplitNet(_Network):
         first_sigma_p: float | None = None,
         learnable: bool | str | Iterable[str] = (),
         per_feature: bool = False,
+        fusion: str = "auto",
+        save: str = "preactivations",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -310,4 +407,6 @@ class SplitNet(_Network):
             inits={"default": None, "vi3nr": _vi3nr(sigma_p, first_sigma_p)},
             outermost_linear=outermost_linear,
             encoding=encoding,
+            fusion=fusion,
+            save=save,
         )

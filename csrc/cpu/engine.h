@@ -14,13 +14,15 @@ enum class Storage : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 }
 template <class T>
 using Map = void (*)(int64_t n, const T* const* in, const int64_t* stride, T* const* out);
 
-constexpr int kSlots = 6;       // levels 0 to 3 with constant parameters, levels 1 and 2 with learnable ones
+constexpr int kSlots = 8;        // levels 0 to 3 with constant parameters, levels 1 and 2 with learnable ones, the two jets
 constexpr int kMaxStreams = 96;  // of one map, inputs or outputs
 
 inline int slot_of(int level, bool learnable) {
   if (learnable && level > 0) return level <= 2 ? 3 + level : -1;
   return level <= 3 ? level : -1;
 }
+
+inline int jet_slot(bool learnable) { return learnable ? 7 : 6; }
 
 struct Maps {  // of one scalar type
   const char* name;
@@ -88,11 +90,64 @@ struct MapRows {
   int threads = 1;
 };
 
+// -- a whole network: every layer of a tile of rows before the next tile
+
+constexpr int kMaxParams = 32;
+
+struct NetworkLayer {
+  int64_t in_channels = 1, in_channel = 0;  // its input: the outputs of the layer before, of so many features each
+  int64_t features = 0;                     // of one branch
+  int branches = 1, outputs = 1, params = 0;
+  Rows weight;                 // compute type
+  const void* bias = nullptr;  // compute type, [branches * features]
+  const void* param[kMaxParams] = {};
+  int64_t param_stride[kMaxParams] = {};
+  void* value = nullptr;  // the map; null: the identity
+  void* jet = nullptr;    // its jet, the learnable one where gp is wanted; null in a forward
+  void *gw = nullptr, *gb = nullptr, *gp = nullptr;  // compute type, as in Backward; null: not wanted
+};
+
+struct Network {
+  int64_t rows = 0;
+  int layers = 0;
+  const NetworkLayer* layer = nullptr;
+  Rows x;
+  Parallel parallel = nullptr;
+  int threads = 1;
+};
+
+struct NetworkForward {
+  Network network;
+  Rows y;
+  void* saved = nullptr;  // network_saved elements of the compute type; null: not wanted
+};
+
+struct NetworkLoss {
+  void* jet = nullptr;  // of (prediction, target), as an activation with two branches; null: no loss
+  int params = 0;
+  const void* param[kMaxParams] = {};
+  Rows target;
+  const void* row_weight = nullptr;  // [rows], or null: 1
+  double scale = 1;
+  double* value = nullptr;  // of the sum, scaled
+};
+
+struct NetworkBackward {
+  Network network;
+  Rows g;            // of y; not read where there is a loss
+  NetworkLoss loss;
+  const void* saved = nullptr;  // null: the forward is computed again, tile by tile
+  Rows gx;                      // data null: not wanted
+};
+
 struct Engine {
   const char* name;
   void (*forward[2])(const Forward&);
   void (*backward[2])(const Backward&);
   void (*map_rows[2])(const MapRows&);
+  int64_t (*network_saved[2])(const Network&);  // elements that a forward saves
+  void (*network_forward[2])(const NetworkForward&);
+  void (*network_backward[2])(const NetworkBackward&);
   const Maps* maps[2];  // float32, float64; the last row has no name
   const Primitive* primitives[2];
 };

@@ -1,10 +1,18 @@
-// Matrix products of one tile of rows, register-blocked. No threads and no memory of their own: the callers
-// (linear_act, later the whole network) keep a tile in the cache across several of these.
+// Matrix products over one tile of rows, register-blocked. No threads and no memory of their own: the callers
+// (linear_act, the whole network) keep a tile in the cache across several of these.
 //
-//   pack_rows, pack_transposed   a matrix into panels of kPanel columns, zero beyond its edge
-//   product                      C[m, n] = A[m, depth] B[depth, n] (+ bias), B packed
-//   outer_product                C[n, k] (+)= A[m, n]^T B[m, k]
+// A tile of m rows lies in panels: columns 0 .. kPanel-1 of all rows, then the next ones, [panel][row][kPanel]. A block of
+// rows is then one piece of memory, whatever the width; a panel of columns is at once what a product takes as its right side
+// and what an activation takes as one array. Columns come in channels (the branches of a layer, the outputs of an
+// activation) of `channel` columns each; a channel starts on a panel of its own, and the numbers beyond its last column are
+// never read by a product.
+//
+//   pack_rows, pack_transposed   a matrix into panels
+//   product                      C[m, n] = A[m, depth] B[depth, n] (+ bias), B packed, C in panels
+//   outer_product                C[n, k] (+)= A[m, n]^T B[m, k], both tiles in panels
 #pragma once
+
+#include <type_traits>
 
 #include "vec.h"
 
@@ -26,79 +34,172 @@ template <class V>
 constexpr int64_t kPanel = Block<V>::panel;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+FI_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FI_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// elements that a packed [depth, n] matrix takes
+// panels of `channels` channels of `channel` columns
 template <class V>
-constexpr int64_t packed_size(int64_t depth, int64_t n) {
-  return round_up(n, kPanel<V>) * depth;
+constexpr int64_t panels_of(int64_t channels, int64_t channel) {
+  return channels * ((channel + kPanel<V> - 1) / kPanel<V>);
 }
 
-// packed[j / panel][k][j % panel] = b[k, j], b row-major [depth, n]; panels first .. last
+// f(panel, first column, columns) for the panels `begin` .. `end`
+template <class V, class F>
+FI_INLINE void each_panel(int64_t channel, int64_t begin, int64_t end, F f) {
+  const int64_t per_channel = panels_of<V>(1, channel);
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t j = p % per_channel * kPanel<V>;
+    f(p, p / per_channel * channel + j, smaller(kPanel<V>, channel - j));
+  }
+}
+
+// packed[panel][k][j] = b[k, column of (panel, j)], b row-major [depth, channels * channel], 0 beyond a channel
 template <class V>
-void pack_rows(const typename V::scalar* b, int64_t ldb, int64_t depth, int64_t n, typename V::scalar* packed) {
+void pack_rows(const typename V::scalar* b, int64_t ldb, int64_t depth, int64_t channel, int64_t begin, int64_t end,
+               typename V::scalar* packed) {
   using T = typename V::scalar;
-  for (int64_t j = 0; j < n; j += kPanel<V>) {
-    const int64_t columns = n - j < kPanel<V> ? n - j : kPanel<V>;
-    for (int64_t k = 0; k < depth; ++k, packed += kPanel<V>) {
-      const T* row = b + k * ldb + j;
+  each_panel<V>(channel, begin, end, [&](int64_t panel, int64_t first, int64_t columns) {
+    T* to = packed + panel * depth * kPanel<V>;
+    for (int64_t k = 0; k < depth; ++k, to += kPanel<V>) {
+      const T* row = b + k * ldb + first;
       if (columns == kPanel<V>) {
-        for (int i = 0; i < Block<V>::vectors; ++i) V::load(row + i * V::size).store(packed + i * V::size);
+        for (int i = 0; i < Block<V>::vectors; ++i) V::load(row + i * V::size).store(to + i * V::size);
       } else {
-        for (int64_t i = 0; i < columns; ++i) packed[i] = row[i];
-        for (int64_t i = columns; i < kPanel<V>; ++i) packed[i] = T(0);
+        for (int64_t i = 0; i < columns; ++i) to[i] = row[i];
+        for (int64_t i = columns; i < kPanel<V>; ++i) to[i] = T(0);
       }
     }
-  }
+  });
 }
 
-// packed[j / panel][k][j % panel] = b[j, k], b row-major [n, depth]
+// packed[panel][k][j] = b[column of (panel, j), k], b row-major [channels * channel, depth], 0 beyond a channel
 template <class V>
-void pack_transposed(const typename V::scalar* b, int64_t ldb, int64_t depth, int64_t n, typename V::scalar* packed) {
+void pack_transposed(const typename V::scalar* b, int64_t ldb, int64_t depth, int64_t channel, int64_t begin, int64_t end,
+                     typename V::scalar* packed) {
   using T = typename V::scalar;
-  for (int64_t j = 0; j < n; j += kPanel<V>, packed += kPanel<V> * depth) {
+  each_panel<V>(channel, begin, end, [&](int64_t panel, int64_t first, int64_t columns) {
+    T* to = packed + panel * depth * kPanel<V>;
     for (int64_t i = 0; i < kPanel<V>; ++i) {
-      const T* row = b + (j + i) * ldb;
-      T* column = packed + i;
-      if (j + i < n) {
-        for (int64_t k = 0; k < depth; ++k) column[k * kPanel<V>] = row[k];
+      const T* row = b + (first + i) * ldb;
+      if (i < columns) {
+        for (int64_t k = 0; k < depth; ++k) to[k * kPanel<V> + i] = row[k];
       } else {
-        for (int64_t k = 0; k < depth; ++k) column[k * kPanel<V>] = T(0);
+        for (int64_t k = 0; k < depth; ++k) to[k * kPanel<V> + i] = T(0);
+      }
+    }
+  });
+}
+
+// Memory that will be wanted soon, fetched a few lines at a time between products.
+class Ahead {
+ public:
+  void add(const void* at, int64_t stride, int64_t bytes, int64_t rows) {
+    if (rows <= 0 || bytes <= 0 || count_ == kRegions) return;
+    // the lines that a row touches if it does not start with one
+    region_[count_++] = {static_cast<const char*>(at), stride, bytes + 63, rows};
+    lines_ += rows * ((bytes + 127) / 64);
+  }
+  // all of it within `steps` steps
+  void spread(int64_t steps) { per_step_ = lines_ ? (lines_ + steps - 1) / (steps > 0 ? steps : 1) : 0; }
+  void step() {
+    for (int64_t i = per_step_; i > 0 && current_ < count_; --i) {
+      const Region& r = region_[current_];
+      __builtin_prefetch(r.at + row_ * r.stride + offset_, 0, 2);
+      offset_ += 64;
+      if (offset_ >= r.bytes) {
+        offset_ = 0;
+        if (++row_ == r.rows) {
+          row_ = 0;
+          ++current_;
+        }
       }
     }
   }
-}
 
-// C[R, columns] (+)= A B for R rows and one panel. A's element (i, k) is a[i * a_row + k * a_step].
-template <class V, int R, bool Columns>
-__attribute__((noinline)) void block_product(int64_t depth, const typename V::scalar* a, int64_t lda,
-                                             const typename V::scalar* b, int64_t ldb, typename V::scalar* c,
-                                             int64_t ldc, int64_t columns, const typename V::scalar* bias,
-                                             bool accumulate) {
+ private:
+  static constexpr int kRegions = 12;
+  struct Region {
+    const char* at;
+    int64_t stride, bytes, rows;
+  };
+  Region region_[kRegions];
+  int64_t lines_ = 0, per_step_ = 0, row_ = 0, offset_ = 0;
+  int count_ = 0, current_ = 0;
+};
+
+// The left side of a product. kRows: rows in memory, `row` apart; kTile: a tile in panels, `panel` apart; kColumns: the
+// transpose of one panel of a tile.
+enum class Left { kRows, kTile, kColumns };
+
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t row = 0;      // kRows
+  int64_t panel = 0;    // kTile
+  int64_t channel = 0;  // kTile: columns a channel
+  int64_t used = 0;     // kTile: columns of the present channel that lie before `data`
+};
+
+// `count` steps of a block's depth
+template <class V, int R, Left Kind, class Count>
+FI_INLINE void steps(Count count, const typename V::scalar* a, int64_t lda, const typename V::scalar*& b,
+                     V (&sum)[R][Block<V>::vectors]) {
   using T = typename V::scalar;
   constexpr int N = Block<V>::vectors;
+  // two pointers reach all rows by scaled offsets, where one a row would run out of registers
+  const T* a0 = a;
+  const T* a1 = a + (R / 2) * lda;
+  for (int64_t k = 0; k < count; ++k) {
+    V row[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) row[j] = V::load(b + j * V::size);
+    b += kPanel<V>;
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const T value = Kind != Left::kRows ? a0[i * lda] : i < R / 2 ? a0[i * lda] : a1[(i - R / 2) * lda];
+      const V broadcast(typename V::Native(value - typename V::Native{}));
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sum[i][j] = fma(broadcast, row[j], sum[i][j]);
+    }
+    a0 += Kind == Left::kColumns ? kPanel<V> : 1;
+    a1 += 1;
+  }
+}
+
+// C[R, kPanel] (+)= A B (+ bias) for R rows and one panel; C's rows lie side by side.
+template <class V, int R, Left Kind>
+__attribute__((noinline)) void block_product(int64_t depth, const Operand<typename V::scalar>& left,
+                                             const typename V::scalar* b, typename V::scalar* c,
+                                             const typename V::scalar* bias, bool accumulate) {
+  using T = typename V::scalar;
+  constexpr int N = Block<V>::vectors;
+  constexpr int64_t P = kPanel<V>;
+  if (accumulate)
+    for (int i = 0; i < R; ++i) __builtin_prefetch(c + i * P, 1, 3);
   V sum[R][N];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) sum[i][j] = V(0.0);
-  // two pointers reach all rows by scaled offsets, where one a row would run out of registers
-  const T* a0 = a;
-  const T* a1 = a + (R / 2) * lda;
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
-    V row[N];
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) row[j] = V::load(b + j * V::size);
-    b += ldb;
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-      const T value = Columns ? a0[i] : i < R / 2 ? a0[i * lda] : a1[(i - R / 2) * lda];
-      const V broadcast(typename V::Native(value - typename V::Native{}));
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sum[i][j] = fma(broadcast, row[j], sum[i][j]);
+  const int64_t lda = Kind == Left::kRows ? left.row : Kind == Left::kTile ? P : 1;
+  const T* a = left.data;
+  int64_t unused = left.channel - left.used;
+  if (Kind != Left::kTile) {
+    steps<V, R, Kind>(depth, a, lda, b, sum);
+  } else {
+    for (;;) {
+      const int64_t part = smaller(smaller(P, unused), depth);
+      if (part == P) {
+        steps<V, R, Kind>(std::integral_constant<int64_t, P>(), a, lda, b, sum);
+      } else {
+        steps<V, R, Kind>(part, a, lda, b, sum);
+      }
+      depth -= part;
+      if (depth == 0) break;
+      a += left.panel;
+      unused -= part;
+      if (unused == 0) unused = left.channel;
     }
-    a0 += Columns ? R : 1;
-    a1 += 1;
   }
   // last, not first: the partial sums are smaller without it, and so are their rounding errors
   if (bias) {
@@ -107,93 +208,97 @@ __attribute__((noinline)) void block_product(int64_t depth, const typename V::sc
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) sum[i][j] += V::load(bias + j * V::size);
   }
-  if (columns == kPanel<V>) {
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
+  for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) {
-        T* to = c + i * ldc + j * V::size;
-        (accumulate ? sum[i][j] + V::load(to) : sum[i][j]).store(to);
-      }
-  } else {
-    alignas(64) T edge[R][kPanel<V>];
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sum[i][j].store(&edge[i][j * V::size]);
-    for (int i = 0; i < R; ++i)
-      for (int64_t j = 0; j < columns; ++j) c[i * ldc + j] = accumulate ? c[i * ldc + j] + edge[i][j] : edge[i][j];
-  }
+    for (int j = 0; j < N; ++j) {
+      T* to = c + i * P + j * V::size;
+      (accumulate ? sum[i][j] + V::load(to) : sum[i][j]).store(to);
+    }
 }
 
-// The same for any number of rows up to Block::rows; 14 = 8 + 4 + 2 keeps the instances few.
+// 14 = 8 + 4 + 2 keeps the instances few
 constexpr int rows_of_block(int full, int64_t left) {
   return left >= full ? full : left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-template <class V, bool Columns>
-FI_INLINE void block_rows(int rows, int64_t depth, const typename V::scalar* a, int64_t lda,
-                          const typename V::scalar* b, int64_t ldb, typename V::scalar* c, int64_t ldc,
-                          int64_t columns, const typename V::scalar* bias, bool accumulate) {
+template <class V, Left Kind>
+FI_INLINE void block_rows(int rows, int64_t depth, const Operand<typename V::scalar>& a, const typename V::scalar* b,
+                          typename V::scalar* c, const typename V::scalar* bias, bool accumulate) {
   constexpr int full = Block<V>::rows;
-  if (rows == full) return block_product<V, full, Columns>(depth, a, lda, b, ldb, c, ldc, columns, bias, accumulate);
+  if (rows == full) return block_product<V, full, Kind>(depth, a, b, c, bias, accumulate);
   if constexpr (full > 8)
-    if (rows == 8) return block_product<V, 8, Columns>(depth, a, lda, b, ldb, c, ldc, columns, bias, accumulate);
+    if (rows == 8) return block_product<V, 8, Kind>(depth, a, b, c, bias, accumulate);
   if constexpr (full > 4)
-    if (rows == 4) return block_product<V, 4, Columns>(depth, a, lda, b, ldb, c, ldc, columns, bias, accumulate);
-  if (rows == 2) return block_product<V, 2, Columns>(depth, a, lda, b, ldb, c, ldc, columns, bias, accumulate);
-  block_product<V, 1, Columns>(depth, a, lda, b, ldb, c, ldc, columns, bias, accumulate);
+    if (rows == 4) return block_product<V, 4, Kind>(depth, a, b, c, bias, accumulate);
+  if (rows == 2) return block_product<V, 2, Kind>(depth, a, b, c, bias, accumulate);
+  block_product<V, 1, Kind>(depth, a, b, c, bias, accumulate);
 }
 
-// C[m, n] = A[m, depth] B + bias. `bias` is padded to whole panels, or null for 0.
-template <class V>
-void product(int64_t m, int64_t n, int64_t depth, const typename V::scalar* a, int64_t lda,
-             const typename V::scalar* packed, typename V::scalar* c, int64_t ldc, const typename V::scalar* bias) {
+// C[m, panels begin .. end] (+)= A[m, depth] B (+ bias). B's panels lie `b_panel` apart, C's `c_panel`; c is that of `begin`.
+template <class V, Left Kind>
+void product(int64_t m, int64_t begin, int64_t end, int64_t depth, const Operand<typename V::scalar>& left,
+             const typename V::scalar* packed, int64_t b_panel, typename V::scalar* c, int64_t c_panel,
+             const typename V::scalar* bias, bool accumulate, Ahead* ahead) {
   using T = typename V::scalar;
+  Operand<T> a = left;
   int64_t k = 0;
   do {
-    const int64_t part = depth - k < Block<V>::depth * 3 / 2 ? depth - k : Block<V>::depth;
-    for (int64_t j = 0; j < n; j += kPanel<V>) {
-      const int64_t columns = n - j < kPanel<V> ? n - j : kPanel<V>;
-      const T* panel = packed + j * depth + k * kPanel<V>;
+    // a part of the depth that ends with a panel of A
+    int64_t part = 0, panels = 0, used = a.used;
+    if (Kind == Left::kTile) {
+      const int64_t whole = depth - k < Block<V>::depth * 3 / 2 ? depth - k : Block<V>::depth;
+      while (part < whole) {
+        const int64_t step = smaller(smaller(kPanel<V>, a.channel - used), depth - k - part);
+        part += step;
+        ++panels;
+        used = used + step == a.channel ? 0 : used + step;
+      }
+    } else {
+      part = depth - k < Block<V>::depth * 3 / 2 ? depth - k : Block<V>::depth;
+    }
+    for (int64_t j = begin; j < end; ++j) {
+      const T* panel = packed + j * b_panel + k * kPanel<V>;
+      T* to = c + (j - begin) * c_panel;
+      const T* added = k == 0 && bias ? bias + j * kPanel<V> : nullptr;
       for (int64_t i = 0; i < m;) {
         const int rows = rows_of_block(Block<V>::rows, m - i);
-        block_rows<V, false>(rows, part, a + i * lda + k, lda, panel, kPanel<V>, c + i * ldc + j, ldc, columns,
-                             k == 0 && bias ? bias + j : nullptr, k > 0);
+        Operand<T> block = a;
+        block.data += Kind == Left::kTile ? i * kPanel<V> : i * a.row;
+        block_rows<V, Kind>(rows, part, block, panel, to + i * kPanel<V>, added, accumulate || k > 0);
+        if (ahead) ahead->step();
         i += rows;
       }
     }
     k += part;
+    a.data += Kind == Left::kTile ? panels * a.panel : part;
+    a.used = used;
   } while (k < depth);
 }
 
-template <int R, class T>
-FI_INLINE void gather_columns(int64_t m, const T* from, int64_t lda, T* to) {
-  for (int64_t p = 0; p < m; ++p, to += R, from += lda) __builtin_memcpy(to, from, R * sizeof(T));
+template <class V>
+constexpr int64_t blocks_of(int64_t m) {
+  return (m + Block<V>::rows - 1) / Block<V>::rows;
 }
 
-// C[n, k] (+)= A[m, n]^T B[m, k], B packed over its columns; `column` has room for m * Block::rows.
+// C (+)= A[m, panels begin .. end]^T B[m, panels of k]: C[panel of k][column of A][kPanel]. A and B in panels, `a_panel` and
+// `b_panel` apart, A starting with the panel `begin`. `columns` is the number of all of A's columns.
 template <class V>
-void outer_product(int64_t m, int64_t n, int64_t k, const typename V::scalar* a, int64_t lda,
-                   const typename V::scalar* packed, typename V::scalar* c, int64_t ldc, bool accumulate,
-                   typename V::scalar* column) {
+void outer_product(int64_t m, int64_t channel, int64_t columns, int64_t begin, int64_t end, const typename V::scalar* a,
+                   int64_t a_panel, int64_t k_panels, const typename V::scalar* b, int64_t b_panel,
+                   typename V::scalar* c, bool accumulate, Ahead* ahead) {
   using T = typename V::scalar;
-  for (int64_t i = 0; i < n;) {
-    const int rows = rows_of_block(Block<V>::rows, n - i);
-    if (rows == Block<V>::rows) {
-      gather_columns<Block<V>::rows>(m, a + i, lda, column);
-    } else {
-      T* to = column;
-      const T* from = a + i;
-      for (int64_t p = 0; p < m; ++p, to += rows, from += lda)
-        for (int r = 0; r < rows; ++r) to[r] = from[r];
-    }
-    for (int64_t j = 0; j < k; j += kPanel<V>) {
-      const int64_t columns = k - j < kPanel<V> ? k - j : kPanel<V>;
-      block_rows<V, true>(rows, m, column, 0, packed + j * m, kPanel<V>, c + i * ldc + j, ldc, columns, nullptr,
-                          accumulate);
-    }
-    i += rows;
+  for (int64_t j = 0; j < k_panels; ++j) {
+    each_panel<V>(channel, begin, end, [&](int64_t panel, int64_t first, int64_t count) {
+      T* to = c + (j * columns + first) * kPanel<V>;
+      for (int64_t i = 0; i < count;) {
+        const int rows = rows_of_block(Block<V>::rows, count - i);
+        block_rows<V, Left::kColumns>(rows, m, Operand<T>{a + (panel - begin) * a_panel + i}, b + j * b_panel,
+                                      to + i * kPanel<V>, nullptr, accumulate);
+        i += rows;
+      }
+      if (ahead) ahead->step();
+    });
   }
 }
 

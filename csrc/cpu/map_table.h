@@ -23,11 +23,13 @@ constexpr int in2p(int B, int C, int P) { return in1(B, C, P) + B + P; }
   FI_MAP(name##_l2, in2(B, C, P), B + C)           \
   FI_MAP(name##_l3, in3(B, C, P), B + C + B)       \
   FI_MAP(name##_p1, in1(B, C, P), B + P)           \
-  FI_MAP(name##_p2, in2p(B, C, P), B + P + C)
+  FI_MAP(name##_p2, in2p(B, C, P), B + P + C)      \
+  FI_MAP(name##_j, in0(B, C, P), C + C * B)        \
+  FI_MAP(name##_jp, in0(B, C, P), C + C * (B + P))
 
 #define FI_ROW(name, B, C, P)                                                                 \
   {#name, B, C, P,                                                                            \
    {(void*)map_##name##_l0, (void*)map_##name##_l1, (void*)map_##name##_l2, (void*)map_##name##_l3, \
-    (void*)map_##name##_p1, (void*)map_##name##_p2}},
+    (void*)map_##name##_p1, (void*)map_##name##_p2, (void*)map_##name##_j, (void*)map_##name##_jp}},
 
 }  // namespace fused_inr

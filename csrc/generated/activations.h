@@ -168,6 +168,38 @@ FI_INLINE void complex_gabor_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void complex_gabor_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V omega = in[2];
+  const V scale = in[3];
+  const V t1 = fi_maximum(fi_ge(fi_abs(z0 * scale), fi_const<V>(40.0)), fi_ge(fi_abs(z1 * scale), fi_const<V>(40.0)));
+  const V t2 = fi_where(t1, fi_const<V>(0.0), z0);
+  const V t3 = omega * t2;
+  V t4, t5;
+  fi_sincos(t3, t4, t5);
+  const V t6 = fi_where(t1, fi_const<V>(0.0), z1);
+  const V t7 = scale * scale;
+  const V t8 = fi_exp(-(omega * t6) - t7 * t2 * t2 - t7 * t6 * t6);
+  const V t9 = fi_where(t1, fi_const<V>(0.0), fi_const<V>(1.0));
+  const V t10 = t8 * t9;
+  const V t11 = t8 * t5 * t9;
+  const V t12 = t7 * t11;
+  const V t13 = fi_where(t1, fi_const<V>(0.0), fi_const<V>(-2.0) * t6 * t12 - omega * t11);
+  const V t14 = fi_where(t1, fi_const<V>(0.0), fi_const<V>(-2.0) * t2 * t12 - omega * t4 * t10);
+  const V t15 = t8 * t4 * t9;
+  const V t16 = t7 * t15;
+  const V t17 = fi_where(t1, fi_const<V>(0.0), fi_const<V>(-2.0) * t6 * t16 - omega * t15);
+  const V t18 = fi_where(t1, fi_const<V>(0.0), fi_const<V>(-2.0) * t2 * t16 + omega * t5 * t10);
+  out[0] = fi_where(t1, fi_const<V>(0.0), t5 * t8);
+  out[1] = fi_where(t1, fi_const<V>(0.0), t8 * t4);
+  out[2] = t14;
+  out[3] = t13;
+  out[4] = t18;
+  out[5] = t17;
+}
+
+template <class V>
 FI_INLINE void complex_gabor_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V z1 = in[1];
@@ -254,6 +286,46 @@ FI_INLINE void complex_gabor_p2(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void complex_gabor_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V omega = in[2];
+  const V scale = in[3];
+  const V t1 = fi_maximum(fi_ge(fi_abs(z0 * scale), fi_const<V>(40.0)), fi_ge(fi_abs(z1 * scale), fi_const<V>(40.0)));
+  const V t2 = fi_where(t1, fi_const<V>(0.0), z0);
+  const V t3 = omega * t2;
+  V t4, t5;
+  fi_sincos(t3, t4, t5);
+  const V t6 = fi_where(t1, fi_const<V>(0.0), z1);
+  const V t7 = scale * scale;
+  const V t8 = t2 * t2;
+  const V t9 = t6 * t6;
+  const V t10 = fi_exp(-(omega * t6) - t7 * t8 - t7 * t9);
+  const V t11 = fi_where(t1, fi_const<V>(0.0), fi_const<V>(1.0));
+  const V t12 = t10 * t11;
+  const V t13 = t10 * t5 * t11;
+  const V t14 = t7 * t13;
+  const V t15 = fi_where(t1, fi_const<V>(0.0), fi_const<V>(-2.0) * t6 * t14 - omega * t13);
+  const V t16 = t4 * t12;
+  const V t17 = fi_where(t1, fi_const<V>(0.0), fi_const<V>(-2.0) * t2 * t14 - omega * t16);
+  const V t18 = t5 * t12;
+  const V t19 = t10 * t4 * t11;
+  const V t20 = t7 * t19;
+  const V t21 = fi_where(t1, fi_const<V>(0.0), fi_const<V>(-2.0) * t6 * t20 - omega * t19);
+  const V t22 = fi_where(t1, fi_const<V>(0.0), fi_const<V>(-2.0) * t2 * t20 + omega * t18);
+  out[0] = fi_where(t1, fi_const<V>(0.0), t5 * t10);
+  out[1] = fi_where(t1, fi_const<V>(0.0), t10 * t4);
+  out[2] = t17;
+  out[3] = t15;
+  out[4] = -(t6 * t13) - t2 * t16;
+  out[5] = fi_const<V>(2.0) * scale * (-(t9 * t13) - t8 * t13);
+  out[6] = t22;
+  out[7] = t21;
+  out[8] = t2 * t18 - t6 * t19;
+  out[9] = fi_const<V>(2.0) * scale * (-(t9 * t19) - t8 * t19);
+}
+
+template <class V>
 FI_INLINE void finer_l0(const V* in, V* out) {
   const V z0 = in[0];
   const V omega = in[1];
@@ -326,6 +398,19 @@ FI_INLINE void finer_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void finer_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V omega = in[1];
+  const V t1 = fi_const<V>(1.0) + fi_abs(z0);
+  const V t2 = z0 * omega;
+  const V t3 = t1 * t2;
+  V t4, t5;
+  fi_sincos(t3, t4, t5);
+  out[0] = t4;
+  out[1] = omega * t1 * t5 + t2 * t5 * fi_sign(z0);
+}
+
+template <class V>
 FI_INLINE void finer_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V omega = in[1];
@@ -361,6 +446,21 @@ FI_INLINE void finer_p2(const V* in, V* out) {
   out[0] = t7 * u_omega + omega * t13 + t8 * (t6 * t10 - t2 * t12);
   out[1] = t7 * u_z0 + z0 * t13;
   out[2] = t5 * t11;
+}
+
+template <class V>
+FI_INLINE void finer_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V omega = in[1];
+  const V t1 = fi_const<V>(1.0) + fi_abs(z0);
+  const V t2 = z0 * omega;
+  const V t3 = t1 * t2;
+  V t4, t5;
+  fi_sincos(t3, t4, t5);
+  const V t6 = t1 * t5;
+  out[0] = t4;
+  out[1] = omega * t6 + t2 * t5 * fi_sign(z0);
+  out[2] = z0 * t6;
 }
 
 template <class V>
@@ -415,6 +515,18 @@ FI_INLINE void finer_detached_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void finer_detached_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V omega = in[1];
+  const V t1 = (fi_const<V>(1.0) + fi_abs(z0));
+  const V t2 = t1 * z0 * omega;
+  V t3, t4;
+  fi_sincos(t2, t3, t4);
+  out[0] = t3;
+  out[1] = omega * t1 * t4;
+}
+
+template <class V>
 FI_INLINE void finer_detached_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V omega = in[1];
@@ -442,6 +554,20 @@ FI_INLINE void finer_detached_p2(const V* in, V* out) {
   out[0] = t5 * u_omega - omega * t7;
   out[1] = t5 * u_z0 - z0 * t7;
   out[2] = t4 * t6;
+}
+
+template <class V>
+FI_INLINE void finer_detached_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V omega = in[1];
+  const V t1 = (fi_const<V>(1.0) + fi_abs(z0));
+  const V t2 = t1 * z0 * omega;
+  V t3, t4;
+  fi_sincos(t2, t3, t4);
+  const V t5 = t1 * t4;
+  out[0] = t3;
+  out[1] = omega * t5;
+  out[2] = z0 * t5;
 }
 
 template <class V>
@@ -502,6 +628,18 @@ FI_INLINE void fourier_l3(const V* in, V* out) {
   out[1] = fi_const<V>(-39.47841760435743) * u_z0 * t5;
   out[2] = fi_const<V>(-39.47841760435743) * u_z0 * t4;
   out[3] = t9;
+}
+
+template <class V>
+FI_INLINE void fourier_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V t1 = fi_const<V>(6.283185307179586) * z0;
+  V t2, t3;
+  fi_sincos(t1, t2, t3);
+  out[0] = t3;
+  out[1] = t2;
+  out[2] = fi_const<V>(-6.283185307179586) * t2;
+  out[3] = fi_const<V>(6.283185307179586) * t3;
 }
 
 template <class V>
@@ -605,6 +743,23 @@ FI_INLINE void gabor_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void gabor_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V omega = in[2];
+  const V scale = in[3];
+  const V t1 = z0 * omega;
+  V t2, t3;
+  fi_sincos(t1, t2, t3);
+  const V t4 = fi_saturate(z1 * scale);
+  const V t5 = fi_exp(-(t4 * t4));
+  const V t6 = t3 * t5;
+  out[0] = t6;
+  out[1] = -(omega * t5 * t2);
+  out[2] = fi_const<V>(-2.0) * scale * t4 * t6;
+}
+
+template <class V>
 FI_INLINE void gabor_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V z1 = in[1];
@@ -658,6 +813,27 @@ FI_INLINE void gabor_p2(const V* in, V* out) {
   out[2] = z0 * t18 - t10 * u_z0;
   out[3] = fi_const<V>(-2.0) * t9 * u_z1 + z1 * t17;
   out[4] = t3 * t15 + t5 * t12;
+}
+
+template <class V>
+FI_INLINE void gabor_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V omega = in[2];
+  const V scale = in[3];
+  const V t1 = z0 * omega;
+  V t2, t3;
+  fi_sincos(t1, t2, t3);
+  const V t4 = fi_saturate(z1 * scale);
+  const V t5 = fi_exp(-(t4 * t4));
+  const V t6 = t3 * t5;
+  const V t7 = t4 * t6;
+  const V t8 = t5 * t2;
+  out[0] = t6;
+  out[1] = -(omega * t8);
+  out[2] = fi_const<V>(-2.0) * scale * t7;
+  out[3] = -(z0 * t8);
+  out[4] = fi_const<V>(-2.0) * z1 * t7;
 }
 
 template <class V>
@@ -720,6 +896,16 @@ FI_INLINE void gaussian_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void gaussian_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V sigma = in[1];
+  const V t1 = fi_saturate(z0 / sigma);
+  const V t2 = fi_exp(fi_const<V>(-0.5) * t1 * t1);
+  out[0] = t2;
+  out[1] = -(t1 * t2 * fi_const<V>(1.0) / sigma);
+}
+
+template <class V>
 FI_INLINE void gaussian_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V sigma = in[1];
@@ -754,6 +940,20 @@ FI_INLINE void gaussian_p2(const V* in, V* out) {
   out[0] = t6 * t12;
   out[1] = -((t1 * t8 - t5 * u_z0) * t6 * t6) - t7 * t12;
   out[2] = t3 * t10;
+}
+
+template <class V>
+FI_INLINE void gaussian_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V sigma = in[1];
+  const V t1 = z0 / sigma;
+  const V t2 = fi_saturate(t1);
+  const V t3 = fi_exp(fi_const<V>(-0.5) * t2 * t2);
+  const V t4 = t2 * t3;
+  const V t5 = fi_const<V>(1.0) / sigma;
+  out[0] = t3;
+  out[1] = -(t4 * t5);
+  out[2] = t4 * t1 * t5;
 }
 
 template <class V>
@@ -814,6 +1014,16 @@ FI_INLINE void gaussian_scale_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void gaussian_scale_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V scale = in[1];
+  const V t1 = fi_saturate(z0 * scale);
+  const V t2 = fi_exp(-(t1 * t1));
+  out[0] = t2;
+  out[1] = fi_const<V>(-2.0) * scale * t1 * t2;
+}
+
+template <class V>
 FI_INLINE void gaussian_scale_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V scale = in[1];
@@ -842,6 +1052,18 @@ FI_INLINE void gaussian_scale_p2(const V* in, V* out) {
   out[0] = fi_const<V>(-2.0) * t4 * u_scale + scale * t8;
   out[1] = fi_const<V>(-2.0) * t4 * u_z0 + z0 * t8;
   out[2] = t2 * t6;
+}
+
+template <class V>
+FI_INLINE void gaussian_scale_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V scale = in[1];
+  const V t1 = fi_saturate(z0 * scale);
+  const V t2 = fi_exp(-(t1 * t1));
+  const V t3 = t1 * t2;
+  out[0] = t2;
+  out[1] = fi_const<V>(-2.0) * scale * t3;
+  out[2] = fi_const<V>(-2.0) * z0 * t3;
 }
 
 template <class V>
@@ -904,6 +1126,17 @@ FI_INLINE void gelu_l3(const V* in, V* out) {
   out[0] = t16 + fi_const<V>(0.7071067811865476) * t17;
   out[1] = t9 + fi_const<V>(-0.5641895835477564) * z0 * t14;
   out[2] = t8 + fi_const<V>(-0.5641895835477564) * t2 * t13 + t4 * t10;
+}
+
+template <class V>
+FI_INLINE void gelu_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V t1 = fi_const<V>(0.7071067811865476) * z0;
+  const V t2 = fi_const<V>(1.0) + fi_erf(t1);
+  const V t3 = fi_saturate(t1);
+  const V t4 = fi_const<V>(0.5) * t2 + fi_const<V>(0.3989422804014327) * z0 * fi_exp(-(t3 * t3));
+  out[0] = fi_const<V>(0.5) * z0 * t2;
+  out[1] = t4;
 }
 
 template <class V>
@@ -981,6 +1214,19 @@ FI_INLINE void hosc_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void hosc_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V beta = in[1];
+  const V omega = in[2];
+  const V t1 = z0 * omega;
+  V t2, t3;
+  fi_sincos(t1, t2, t3);
+  const V t4 = fi_tanh(beta * t2);
+  out[0] = t4;
+  out[1] = omega * beta * (fi_const<V>(1.0) - t4 * t4) * t3;
+}
+
+template <class V>
 FI_INLINE void hosc_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V beta = in[1];
@@ -1026,6 +1272,23 @@ FI_INLINE void hosc_p2(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void hosc_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V beta = in[1];
+  const V omega = in[2];
+  const V t1 = z0 * omega;
+  V t2, t3;
+  fi_sincos(t1, t2, t3);
+  const V t4 = fi_tanh(beta * t2);
+  const V t5 = fi_const<V>(1.0) - t4 * t4;
+  const V t6 = beta * t5 * t3;
+  out[0] = t4;
+  out[1] = omega * t6;
+  out[2] = t2 * t5;
+  out[3] = z0 * t6;
+}
+
+template <class V>
 FI_INLINE void identity_l0(const V* in, V* out) {
   const V z0 = in[0];
   out[0] = z0;
@@ -1050,6 +1313,13 @@ FI_INLINE void identity_l3(const V* in, V* out) {
   out[0] = fi_const<V>(0.0);
   out[1] = fi_const<V>(0.0);
   out[2] = v_g;
+}
+
+template <class V>
+FI_INLINE void identity_j(const V* in, V* out) {
+  const V z0 = in[0];
+  out[0] = z0;
+  out[1] = fi_const<V>(1.0);
 }
 
 template <class V>
@@ -1121,6 +1391,23 @@ FI_INLINE void incode_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void incode_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V omega = in[1];
+  const V a = in[2];
+  const V b = in[3];
+  const V c = in[4];
+  const V d = in[5];
+  const V t1 = fi_exp(a);
+  const V t2 = fi_exp(b);
+  const V t3 = c + t2 * z0 * omega;
+  V t4, t5;
+  fi_sincos(t3, t4, t5);
+  out[0] = d + t1 * t4;
+  out[1] = omega * t2 * t1 * t5;
+}
+
+template <class V>
 FI_INLINE void incode_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V omega = in[1];
@@ -1184,6 +1471,32 @@ FI_INLINE void incode_p2(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void incode_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V omega = in[1];
+  const V a = in[2];
+  const V b = in[3];
+  const V c = in[4];
+  const V d = in[5];
+  const V t1 = fi_exp(a);
+  const V t2 = fi_exp(b);
+  const V t3 = z0 * omega;
+  const V t4 = c + t2 * t3;
+  V t5, t6;
+  fi_sincos(t4, t5, t6);
+  const V t7 = t1 * t5;
+  const V t8 = t1 * t6;
+  const V t9 = t2 * t8;
+  out[0] = d + t7;
+  out[1] = omega * t9;
+  out[2] = z0 * t9;
+  out[3] = t7;
+  out[4] = t2 * t3 * t8;
+  out[5] = t8;
+  out[6] = fi_const<V>(1.0);
+}
+
+template <class V>
 FI_INLINE void relu_l0(const V* in, V* out) {
   const V z0 = in[0];
   out[0] = fi_maximum(z0, fi_const<V>(0.0));
@@ -1211,6 +1524,13 @@ FI_INLINE void relu_l3(const V* in, V* out) {
   out[0] = fi_const<V>(0.0);
   out[1] = fi_const<V>(0.0);
   out[2] = fi_gt(z0, fi_const<V>(0.0)) * v_g;
+}
+
+template <class V>
+FI_INLINE void relu_j(const V* in, V* out) {
+  const V z0 = in[0];
+  out[0] = fi_maximum(z0, fi_const<V>(0.0));
+  out[1] = fi_gt(z0, fi_const<V>(0.0));
 }
 
 template <class V>
@@ -1258,6 +1578,14 @@ FI_INLINE void sigmoid_l3(const V* in, V* out) {
   out[0] = t3 * (t2 * t8 - t6 - (t6 + t1 * t8));
   out[1] = u_z0 * t7;
   out[2] = g0 * t7 + t3 * v_g;
+}
+
+template <class V>
+FI_INLINE void sigmoid_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V t1 = fi_sigmoid(z0);
+  out[0] = t1;
+  out[1] = t1 * (fi_const<V>(1.0) - t1);
 }
 
 template <class V>
@@ -1314,6 +1642,14 @@ FI_INLINE void silu_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void silu_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V t1 = fi_sigmoid(z0);
+  out[0] = z0 * t1;
+  out[1] = t1 + z0 * t1 * (fi_const<V>(1.0) - t1);
+}
+
+template <class V>
 FI_INLINE void sinc_l0(const V* in, V* out) {
   const V z0 = in[0];
   const V omega = in[1];
@@ -1359,6 +1695,15 @@ FI_INLINE void sinc_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void sinc_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V omega = in[1];
+  const V t1 = z0 * omega;
+  out[0] = fi_sinc0(t1);
+  out[1] = omega * fi_sinc1(t1);
+}
+
+template <class V>
 FI_INLINE void sinc_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V omega = in[1];
@@ -1383,6 +1728,17 @@ FI_INLINE void sinc_p2(const V* in, V* out) {
   out[0] = t3 * u_omega + omega * t5;
   out[1] = t3 * u_z0 + z0 * t5;
   out[2] = t2 * t4;
+}
+
+template <class V>
+FI_INLINE void sinc_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V omega = in[1];
+  const V t1 = z0 * omega;
+  const V t2 = fi_sinc1(t1);
+  out[0] = fi_sinc0(t1);
+  out[1] = omega * t2;
+  out[2] = z0 * t2;
 }
 
 template <class V>
@@ -1434,6 +1790,17 @@ FI_INLINE void sine_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void sine_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V omega = in[1];
+  const V t1 = z0 * omega;
+  V t2, t3;
+  fi_sincos(t1, t2, t3);
+  out[0] = t2;
+  out[1] = omega * t3;
+}
+
+template <class V>
 FI_INLINE void sine_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V omega = in[1];
@@ -1459,6 +1826,18 @@ FI_INLINE void sine_p2(const V* in, V* out) {
   out[0] = t4 * u_omega - omega * t6;
   out[1] = t4 * u_z0 - z0 * t6;
   out[2] = t3 * t5;
+}
+
+template <class V>
+FI_INLINE void sine_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V omega = in[1];
+  const V t1 = z0 * omega;
+  V t2, t3;
+  fi_sincos(t1, t2, t3);
+  out[0] = t2;
+  out[1] = omega * t3;
+  out[2] = z0 * t3;
 }
 
 template <class V>
@@ -1513,6 +1892,15 @@ FI_INLINE void softplus_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void softplus_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V beta = in[1];
+  const V t1 = z0 * beta;
+  out[0] = fi_softplus(t1) / beta;
+  out[1] = beta * fi_const<V>(1.0) / beta * fi_sigmoid(t1);
+}
+
+template <class V>
 FI_INLINE void softplus_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V beta = in[1];
@@ -1546,6 +1934,19 @@ FI_INLINE void softplus_p2(const V* in, V* out) {
   out[0] = t7 * u_beta + beta * t12;
   out[1] = t7 * u_z0 - (g0 * t9 - t2 * t10) * t3 * t3 + t4 * t11 + z0 * t12;
   out[2] = t3 * t9 - t4 * u_beta;
+}
+
+template <class V>
+FI_INLINE void softplus_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V beta = in[1];
+  const V t1 = z0 * beta;
+  const V t2 = fi_softplus(t1) / beta;
+  const V t3 = fi_const<V>(1.0) / beta;
+  const V t4 = t3 * fi_sigmoid(t1);
+  out[0] = t2;
+  out[1] = beta * t4;
+  out[2] = z0 * t4 - t2 * t3;
 }
 
 template <class V>
@@ -1747,6 +2148,36 @@ FI_INLINE void split_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void split_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V z2 = in[2];
+  const V z3 = in[3];
+  const V m = in[4];
+  const V w1 = in[5];
+  const V w2 = in[6];
+  const V w3 = in[7];
+  const V w4 = in[8];
+  const V t1 = z3 * w4;
+  V t2, t3;
+  fi_sincos(t1, t2, t3);
+  const V t4 = fi_sigmoid(z1 * w2);
+  const V t5 = z2 * w3;
+  V t6, t7;
+  fi_sincos(t5, t6, t7);
+  const V t8 = fi_tanh(z0 * w1);
+  const V t9 = m * t3;
+  const V t10 = t4 * t9;
+  const V t11 = t6 * t10;
+  const V t12 = t6 * t8;
+  out[0] = t8 * t11;
+  out[1] = w1 * t11 * (fi_const<V>(1.0) - t8 * t8);
+  out[2] = w2 * t9 * t12 * t4 * (fi_const<V>(1.0) - t4);
+  out[3] = w3 * t8 * t10 * t7;
+  out[4] = -(w4 * m * t4 * t12 * t2);
+}
+
+template <class V>
 FI_INLINE void split_p1(const V* in, V* out) {
   const V z0 = in[0];
   const V z1 = in[1];
@@ -1864,6 +2295,46 @@ FI_INLINE void split_p2(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void split_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V z2 = in[2];
+  const V z3 = in[3];
+  const V m = in[4];
+  const V w1 = in[5];
+  const V w2 = in[6];
+  const V w3 = in[7];
+  const V w4 = in[8];
+  const V t1 = z3 * w4;
+  V t2, t3;
+  fi_sincos(t1, t2, t3);
+  const V t4 = fi_sigmoid(z1 * w2);
+  const V t5 = z2 * w3;
+  V t6, t7;
+  fi_sincos(t5, t6, t7);
+  const V t8 = fi_tanh(z0 * w1);
+  const V t9 = m * t3;
+  const V t10 = t4 * t9;
+  const V t11 = t6 * t10;
+  const V t12 = t6 * t8;
+  const V t13 = t4 * t12;
+  const V t14 = t11 * (fi_const<V>(1.0) - t8 * t8);
+  const V t15 = t8 * t10 * t7;
+  const V t16 = t9 * t12 * t4 * (fi_const<V>(1.0) - t4);
+  const V t17 = m * t13 * t2;
+  out[0] = t8 * t11;
+  out[1] = w1 * t14;
+  out[2] = w2 * t16;
+  out[3] = w3 * t15;
+  out[4] = -(w4 * t17);
+  out[5] = t3 * t13;
+  out[6] = z0 * t14;
+  out[7] = z1 * t16;
+  out[8] = z2 * t15;
+  out[9] = -(z3 * t17);
+}
+
+template <class V>
 FI_INLINE void tanh_l0(const V* in, V* out) {
   const V z0 = in[0];
   out[0] = fi_tanh(z0);
@@ -1904,6 +2375,14 @@ FI_INLINE void tanh_l3(const V* in, V* out) {
   out[0] = t2 * (fi_const<V>(-2.0) * t3 * t4 - t6 - t6);
   out[1] = fi_const<V>(-2.0) * u_z0 * t5;
   out[2] = fi_const<V>(-2.0) * g0 * t5 + t2 * v_g;
+}
+
+template <class V>
+FI_INLINE void tanh_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V t1 = fi_tanh(z0);
+  out[0] = t1;
+  out[1] = fi_const<V>(1.0) - t1 * t1;
 }
 
 template <class V>
@@ -1981,6 +2460,276 @@ FI_INLINE void wavelet_l3(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void wavelet_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V t1 = fi_saturate(z0);
+  V t2, t3;
+  fi_sincos(t1, t2, t3);
+  const V t4 = fi_exp(-(t1 * t1));
+  const V t5 = t3 * t4;
+  out[0] = t5;
+  out[1] = fi_const<V>(-2.0) * t1 * t5 - t4 * t2;
+}
+
+template <class V>
+FI_INLINE void absolute_error_l0(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  out[0] = fi_abs(z0 - z1);
+}
+
+template <class V>
+FI_INLINE void absolute_error_l1(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V g0 = in[2];
+  const V t1 = g0 * fi_sign(z0 - z1);
+  out[0] = t1;
+  out[1] = -t1;
+}
+
+template <class V>
+FI_INLINE void absolute_error_l2(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V u_z0 = in[3];
+  const V u_z1 = in[4];
+  out[0] = fi_const<V>(0.0);
+  out[1] = fi_const<V>(0.0);
+  out[2] = fi_sign(z0 - z1) * (u_z0 - u_z1);
+}
+
+template <class V>
+FI_INLINE void absolute_error_l3(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V v_g = in[7];
+  const V t1 = fi_sign(z0 - z1) * v_g;
+  out[0] = fi_const<V>(0.0);
+  out[1] = fi_const<V>(0.0);
+  out[2] = fi_const<V>(0.0);
+  out[3] = t1;
+  out[4] = -t1;
+}
+
+template <class V>
+FI_INLINE void absolute_error_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V t1 = z0 - z1;
+  const V t2 = fi_sign(t1);
+  out[0] = fi_abs(t1);
+  out[1] = t2;
+  out[2] = -t2;
+}
+
+template <class V>
+FI_INLINE void huber_error_l0(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V delta = in[2];
+  const V t1 = z0 - z1;
+  const V t2 = fi_abs(t1);
+  const V t3 = fi_where(fi_ge(delta, t2), fi_const<V>(0.5) * t1 * t1, delta * (t2 + fi_const<V>(-0.5) * delta));
+  out[0] = t3;
+}
+
+template <class V>
+FI_INLINE void huber_error_l1(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V delta = in[2];
+  const V g0 = in[3];
+  const V t1 = z0 - z1;
+  const V t2 = fi_ge(delta, fi_abs(t1));
+  const V t3 = t1 * fi_where(t2, g0, fi_const<V>(0.0)) + delta * fi_where(t2, fi_const<V>(0.0), g0) * fi_sign(t1);
+  out[0] = t3;
+  out[1] = -t3;
+}
+
+template <class V>
+FI_INLINE void huber_error_l2(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V delta = in[2];
+  const V g0 = in[3];
+  const V u_z0 = in[4];
+  const V u_z1 = in[5];
+  const V t1 = z0 - z1;
+  const V t2 = fi_ge(delta, fi_abs(t1));
+  const V t3 = u_z0 - u_z1;
+  const V t4 = fi_where(t2, g0, fi_const<V>(0.0)) * t3;
+  const V t5 = fi_where(t2, fi_const<V>(0.0), delta * fi_sign(t1) * t3) + fi_where(t2, t1 * t3, fi_const<V>(0.0));
+  out[0] = t4;
+  out[1] = -t4;
+  out[2] = t5;
+}
+
+template <class V>
+FI_INLINE void huber_error_l3(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V delta = in[2];
+  const V g0 = in[3];
+  const V u_z0 = in[4];
+  const V u_z1 = in[5];
+  const V v_z0 = in[6];
+  const V v_z1 = in[7];
+  const V v_g = in[8];
+  const V t1 = z0 - z1;
+  const V t2 = fi_ge(delta, fi_abs(t1));
+  const V t3 = u_z0 - u_z1;
+  const V t4 = v_z0 - v_z1;
+  const V t5 = fi_where(t2, v_g, fi_const<V>(0.0));
+  const V t6 = t3 * t5;
+  const V t7 = t1 * t5 + fi_where(t2, g0, fi_const<V>(0.0)) * t4 + fi_sign(t1) * delta * fi_where(t2, fi_const<V>(0.0), v_g);
+  out[0] = t6;
+  out[1] = -t6;
+  out[2] = fi_where(t2, t3 * t4, fi_const<V>(0.0));
+  out[3] = t7;
+  out[4] = -t7;
+}
+
+template <class V>
+FI_INLINE void huber_error_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V delta = in[2];
+  const V t1 = z0 - z1;
+  const V t2 = fi_abs(t1);
+  const V t3 = fi_ge(delta, t2);
+  const V t4 = fi_where(t3, fi_const<V>(0.5) * t1 * t1, delta * (t2 + fi_const<V>(-0.5) * delta));
+  const V t5 = t1 * fi_where(t3, fi_const<V>(1.0), fi_const<V>(0.0)) + delta * fi_where(t3, fi_const<V>(0.0), fi_const<V>(1.0)) * fi_sign(t1);
+  out[0] = t4;
+  out[1] = t5;
+  out[2] = -t5;
+}
+
+template <class V>
+FI_INLINE void huber_error_p1(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V delta = in[2];
+  const V g0 = in[3];
+  const V t1 = z0 - z1;
+  const V t2 = fi_abs(t1);
+  const V t3 = fi_ge(delta, t2);
+  const V t4 = fi_where(t3, fi_const<V>(0.0), g0);
+  const V t5 = delta * t4;
+  const V t6 = t1 * fi_where(t3, g0, fi_const<V>(0.0)) + t5 * fi_sign(t1);
+  out[0] = t6;
+  out[1] = -t6;
+  out[2] = (t2 + fi_const<V>(-0.5) * delta) * t4 + fi_const<V>(-0.5) * t5;
+}
+
+template <class V>
+FI_INLINE void huber_error_p2(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V delta = in[2];
+  const V g0 = in[3];
+  const V u_z0 = in[4];
+  const V u_z1 = in[5];
+  const V u_delta = in[6];
+  const V t1 = z0 - z1;
+  const V t2 = fi_abs(t1);
+  const V t3 = fi_ge(delta, t2);
+  const V t4 = fi_where(t3, fi_const<V>(0.0), g0);
+  const V t5 = fi_sign(t1);
+  const V t6 = u_z0 - u_z1;
+  const V t7 = t5 * t6 + fi_const<V>(-0.5) * u_delta;
+  const V t8 = t4 * u_delta;
+  const V t9 = fi_where(t3, fi_const<V>(0.0), delta * t7 + (t2 + fi_const<V>(-0.5) * delta) * u_delta);
+  const V t10 = fi_where(t3, g0, fi_const<V>(0.0)) * t6 + t5 * t8;
+  out[0] = t10;
+  out[1] = -t10;
+  out[2] = t4 * t7 + fi_const<V>(-0.5) * t8;
+  out[3] = t9 + fi_where(t3, t1 * t6, fi_const<V>(0.0));
+}
+
+template <class V>
+FI_INLINE void huber_error_jp(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V delta = in[2];
+  const V t1 = z0 - z1;
+  const V t2 = fi_abs(t1);
+  const V t3 = t2 + fi_const<V>(-0.5) * delta;
+  const V t4 = fi_ge(delta, t2);
+  const V t5 = fi_where(t4, fi_const<V>(0.0), fi_const<V>(1.0));
+  const V t6 = delta * t5;
+  const V t7 = t1 * fi_where(t4, fi_const<V>(1.0), fi_const<V>(0.0)) + t6 * fi_sign(t1);
+  out[0] = fi_where(t4, fi_const<V>(0.5) * t1 * t1, delta * t3);
+  out[1] = t7;
+  out[2] = -t7;
+  out[3] = t3 * t5 + fi_const<V>(-0.5) * t6;
+}
+
+template <class V>
+FI_INLINE void squared_error_l0(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V t1 = z0 - z1;
+  out[0] = t1 * t1;
+}
+
+template <class V>
+FI_INLINE void squared_error_l1(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V g0 = in[2];
+  const V t1 = fi_const<V>(2.0) * (z0 - z1) * g0;
+  out[0] = t1;
+  out[1] = -t1;
+}
+
+template <class V>
+FI_INLINE void squared_error_l2(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V g0 = in[2];
+  const V u_z0 = in[3];
+  const V u_z1 = in[4];
+  const V t1 = u_z0 - u_z1;
+  const V t2 = fi_const<V>(2.0) * g0 * t1;
+  out[0] = t2;
+  out[1] = -t2;
+  out[2] = fi_const<V>(2.0) * (z0 - z1) * t1;
+}
+
+template <class V>
+FI_INLINE void squared_error_l3(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V g0 = in[2];
+  const V u_z0 = in[3];
+  const V u_z1 = in[4];
+  const V v_z0 = in[5];
+  const V v_z1 = in[6];
+  const V v_g = in[7];
+  const V t1 = u_z0 - u_z1;
+  const V t2 = v_z0 - v_z1;
+  const V t3 = fi_const<V>(2.0) * t1 * v_g;
+  const V t4 = fi_const<V>(2.0) * (z0 - z1) * v_g + fi_const<V>(2.0) * g0 * t2;
+  out[0] = t3;
+  out[1] = -t3;
+  out[2] = fi_const<V>(2.0) * t1 * t2;
+  out[3] = t4;
+  out[4] = -t4;
+}
+
+template <class V>
+FI_INLINE void squared_error_j(const V* in, V* out) {
+  const V z0 = in[0];
+  const V z1 = in[1];
+  const V t1 = z0 - z1;
+  const V t2 = fi_const<V>(2.0) * t1;
+  out[0] = t1 * t1;
+  out[1] = t2;
+  out[2] = -t2;
+}
+
+template <class V>
 FI_INLINE void fourier_p1(const V* in, V* out) {
   fourier_l1(in, out);
 }
@@ -1988,6 +2737,11 @@ FI_INLINE void fourier_p1(const V* in, V* out) {
 template <class V>
 FI_INLINE void fourier_p2(const V* in, V* out) {
   fourier_l2(in, out);
+}
+
+template <class V>
+FI_INLINE void fourier_jp(const V* in, V* out) {
+  fourier_j(in, out);
 }
 
 template <class V>
@@ -2001,6 +2755,11 @@ FI_INLINE void gelu_p2(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void gelu_jp(const V* in, V* out) {
+  gelu_j(in, out);
+}
+
+template <class V>
 FI_INLINE void identity_p1(const V* in, V* out) {
   identity_l1(in, out);
 }
@@ -2008,6 +2767,11 @@ FI_INLINE void identity_p1(const V* in, V* out) {
 template <class V>
 FI_INLINE void identity_p2(const V* in, V* out) {
   identity_l2(in, out);
+}
+
+template <class V>
+FI_INLINE void identity_jp(const V* in, V* out) {
+  identity_j(in, out);
 }
 
 template <class V>
@@ -2021,6 +2785,11 @@ FI_INLINE void relu_p2(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void relu_jp(const V* in, V* out) {
+  relu_j(in, out);
+}
+
+template <class V>
 FI_INLINE void sigmoid_p1(const V* in, V* out) {
   sigmoid_l1(in, out);
 }
@@ -2028,6 +2797,11 @@ FI_INLINE void sigmoid_p1(const V* in, V* out) {
 template <class V>
 FI_INLINE void sigmoid_p2(const V* in, V* out) {
   sigmoid_l2(in, out);
+}
+
+template <class V>
+FI_INLINE void sigmoid_jp(const V* in, V* out) {
+  sigmoid_j(in, out);
 }
 
 template <class V>
@@ -2041,6 +2815,11 @@ FI_INLINE void silu_p2(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void silu_jp(const V* in, V* out) {
+  silu_j(in, out);
+}
+
+template <class V>
 FI_INLINE void tanh_p1(const V* in, V* out) {
   tanh_l1(in, out);
 }
@@ -2051,6 +2830,11 @@ FI_INLINE void tanh_p2(const V* in, V* out) {
 }
 
 template <class V>
+FI_INLINE void tanh_jp(const V* in, V* out) {
+  tanh_j(in, out);
+}
+
+template <class V>
 FI_INLINE void wavelet_p1(const V* in, V* out) {
   wavelet_l1(in, out);
 }
@@ -2058,6 +2842,41 @@ FI_INLINE void wavelet_p1(const V* in, V* out) {
 template <class V>
 FI_INLINE void wavelet_p2(const V* in, V* out) {
   wavelet_l2(in, out);
+}
+
+template <class V>
+FI_INLINE void wavelet_jp(const V* in, V* out) {
+  wavelet_j(in, out);
+}
+
+template <class V>
+FI_INLINE void absolute_error_p1(const V* in, V* out) {
+  absolute_error_l1(in, out);
+}
+
+template <class V>
+FI_INLINE void absolute_error_p2(const V* in, V* out) {
+  absolute_error_l2(in, out);
+}
+
+template <class V>
+FI_INLINE void absolute_error_jp(const V* in, V* out) {
+  absolute_error_j(in, out);
+}
+
+template <class V>
+FI_INLINE void squared_error_p1(const V* in, V* out) {
+  squared_error_l1(in, out);
+}
+
+template <class V>
+FI_INLINE void squared_error_p2(const V* in, V* out) {
+  squared_error_l2(in, out);
+}
+
+template <class V>
+FI_INLINE void squared_error_jp(const V* in, V* out) {
+  squared_error_j(in, out);
 }
 
 }  // namespace fused_inr
@@ -2083,4 +2902,7 @@ FI_INLINE void wavelet_p2(const V* in, V* out) {
   X(softplus, 1, 1, 1) \
   X(split, 4, 1, 5) \
   X(tanh, 1, 1, 0) \
-  X(wavelet, 1, 1, 0)
+  X(wavelet, 1, 1, 0) \
+  X(absolute_error, 2, 1, 0) \
+  X(huber_error, 2, 1, 1) \
+  X(squared_error, 2, 1, 0)

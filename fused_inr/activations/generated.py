@@ -27,6 +27,9 @@ SHAPES = {
     "split": (4, 1, 5),
     "tanh": (1, 1, 0),
     "wavelet": (1, 1, 0),
+    "absolute_error": (2, 1, 0),
+    "huber_error": (2, 1, 1),
+    "squared_error": (2, 1, 0),
 }
 
 
@@ -151,6 +154,31 @@ def complex_gabor_l3(z0, z1, omega, scale, g0, g1, u_z0, u_z1, v_z0, v_z1, v_g0,
     )
 
 
+def complex_gabor_j(z0, z1, omega, scale):
+    t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
+    t2 = p.where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4 = p.cos(t3)
+    t5 = p.where(t1, 0.0, z1)
+    t6 = scale * scale
+    t7 = p.exp(-(omega * t5) - t6 * t2 * t2 - t6 * t5 * t5)
+    t8 = p.sin(t3)
+    t9 = p.where(t1, 0.0, 1.0)
+    t10 = t7 * t9
+    t11 = t7 * t4 * t9
+    t12 = t6 * t11
+    t13 = t7 * t8 * t9
+    t14 = t6 * t13
+    return (
+        p.where(t1, 0.0, t4 * t7),
+        p.where(t1, 0.0, t7 * t8),
+        p.where(t1, 0.0, -2.0 * t2 * t12 - omega * t8 * t10),
+        p.where(t1, 0.0, -2.0 * t5 * t12 - omega * t11),
+        p.where(t1, 0.0, -2.0 * t2 * t14 + omega * t4 * t10),
+        p.where(t1, 0.0, -2.0 * t5 * t14 - omega * t13),
+    )
+
+
 def complex_gabor_p1(z0, z1, omega, scale, g0, g1):
     t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
     t2 = p.where(t1, 0.0, z0)
@@ -221,6 +249,39 @@ def complex_gabor_p2(z0, z1, omega, scale, g0, g1, u_z0, u_z1, u_omega, u_scale)
     )
 
 
+def complex_gabor_jp(z0, z1, omega, scale):
+    t1 = p.maximum(p.ge(p.abs(z0 * scale), 40.0), p.ge(p.abs(z1 * scale), 40.0))
+    t2 = p.where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4 = p.cos(t3)
+    t5 = p.where(t1, 0.0, z1)
+    t6 = scale * scale
+    t7 = t2 * t2
+    t8 = t5 * t5
+    t9 = p.exp(-(omega * t5) - t6 * t7 - t6 * t8)
+    t10 = p.sin(t3)
+    t11 = p.where(t1, 0.0, 1.0)
+    t12 = t9 * t11
+    t13 = t9 * t4 * t11
+    t14 = t6 * t13
+    t15 = t10 * t12
+    t16 = t4 * t12
+    t17 = t9 * t10 * t11
+    t18 = t6 * t17
+    return (
+        p.where(t1, 0.0, t4 * t9),
+        p.where(t1, 0.0, t9 * t10),
+        p.where(t1, 0.0, -2.0 * t2 * t14 - omega * t15),
+        p.where(t1, 0.0, -2.0 * t5 * t14 - omega * t13),
+        -(t5 * t13) - t2 * t15,
+        2.0 * scale * (-(t8 * t13) - t7 * t13),
+        p.where(t1, 0.0, -2.0 * t2 * t18 + omega * t16),
+        p.where(t1, 0.0, -2.0 * t5 * t18 - omega * t17),
+        t2 * t16 - t5 * t17,
+        2.0 * scale * (-(t8 * t17) - t7 * t17),
+    )
+
+
 def finer_l0(z0, omega):
     return (p.sin((1.0 + p.abs(z0)) * z0 * omega),)
 
@@ -270,6 +331,14 @@ def finer_l3(z0, omega, g0, u_z0, v_z0, v_g):
     return t20, t10 * t16 + t5 * t18, omega * (t1 * t17 + t6 * t13) + t7 * (t2 * t17 + t6 * t14)
 
 
+def finer_j(z0, omega):
+    t1 = 1.0 + p.abs(z0)
+    t2 = z0 * omega
+    t3 = t1 * t2
+    t4 = p.cos(t3)
+    return p.sin(t3), omega * t1 * t4 + t2 * t4 * p.sign(z0)
+
+
 def finer_p1(z0, omega, g0):
     t1 = 1.0 + p.abs(z0)
     t2 = z0 * omega
@@ -292,6 +361,15 @@ def finer_p2(z0, omega, g0, u_z0, u_omega):
     t11 = p.sin(t3) * g0 * t10
     t12 = t5 * t8 - t1 * t11
     return t6 * u_omega + omega * t12 + t7 * (t5 * t9 - t2 * t11), t6 * u_z0 + z0 * t12, t4 * t10
+
+
+def finer_jp(z0, omega):
+    t1 = 1.0 + p.abs(z0)
+    t2 = z0 * omega
+    t3 = t1 * t2
+    t4 = p.cos(t3)
+    t5 = t1 * t4
+    return p.sin(t3), omega * t5 + t2 * t4 * p.sign(z0), z0 * t5
 
 
 def finer_detached_l0(z0, omega):
@@ -321,6 +399,12 @@ def finer_detached_l3(z0, omega, g0, u_z0, v_z0, v_g):
     return omega * t1 * (-(t3 * t5 * v_g) - t4 * g0 * t5 * t6), -(t5 * t7), omega * t1 * (t4 * v_g - g0 * t7)
 
 
+def finer_detached_j(z0, omega):
+    t1 = p.detach(1.0 + p.abs(z0))
+    t2 = t1 * z0 * omega
+    return p.sin(t2), omega * t1 * p.cos(t2)
+
+
 def finer_detached_p1(z0, omega, g0):
     t1 = p.detach(1.0 + p.abs(z0))
     t2 = t1 * g0 * p.cos(t1 * z0 * omega)
@@ -335,6 +419,13 @@ def finer_detached_p2(z0, omega, g0, u_z0, u_omega):
     t5 = t1 * (z0 * u_omega + omega * u_z0)
     t6 = t1 * p.sin(t2) * g0 * t5
     return t4 * u_omega - omega * t6, t4 * u_z0 - z0 * t6, t3 * t5
+
+
+def finer_detached_jp(z0, omega):
+    t1 = p.detach(1.0 + p.abs(z0))
+    t2 = t1 * z0 * omega
+    t3 = t1 * p.cos(t2)
+    return p.sin(t2), omega * t3, z0 * t3
 
 
 def fourier_l0(z0):
@@ -370,6 +461,13 @@ def fourier_l3(z0, g0, g1, u_z0, v_z0, v_g0, v_g1):
         -39.47841760435743 * u_z0 * t4,
         t6 + -39.47841760435743 * g0 * t5,
     )
+
+
+def fourier_j(z0):
+    t1 = 6.283185307179586 * z0
+    t2 = p.cos(t1)
+    t3 = p.sin(t1)
+    return t2, t3, -6.283185307179586 * t3, 6.283185307179586 * t2
 
 
 def gabor_l0(z0, z1, omega, scale):
@@ -442,6 +540,14 @@ def gabor_l3(z0, z1, omega, scale, g0, u_z0, u_z1, v_z0, v_z1, v_g):
     )
 
 
+def gabor_j(z0, z1, omega, scale):
+    t1 = z0 * omega
+    t2 = p.saturate(z1 * scale)
+    t3 = p.exp(-(t2 * t2))
+    t4 = p.cos(t1) * t3
+    return t4, -(omega * t3 * p.sin(t1)), -2.0 * scale * t2 * t4
+
+
 def gabor_p1(z0, z1, omega, scale, g0):
     t1 = z0 * omega
     t2 = p.saturate(z1 * scale)
@@ -477,6 +583,16 @@ def gabor_p2(z0, z1, omega, scale, g0, u_z0, u_z1, u_omega, u_scale):
         -2.0 * t8 * u_z1 + z1 * t17,
         t2 * t15 + t4 * t12,
     )
+
+
+def gabor_jp(z0, z1, omega, scale):
+    t1 = z0 * omega
+    t2 = p.saturate(z1 * scale)
+    t3 = p.exp(-(t2 * t2))
+    t4 = p.cos(t1) * t3
+    t5 = t2 * t4
+    t6 = t3 * p.sin(t1)
+    return t4, -(omega * t6), -2.0 * scale * t5, -(z0 * t6), -2.0 * z1 * t5
 
 
 def gaussian_l0(z0, sigma):
@@ -515,6 +631,12 @@ def gaussian_l3(z0, sigma, g0, u_z0, v_z0, v_g):
     return t3 * (t12 + t2 * t6 * t7 + t4 * t10 + t12), t5 * t9 - t2 * t11, t3 * (t1 * t10 - t2 * g0 * t7)
 
 
+def gaussian_j(z0, sigma):
+    t1 = p.saturate(z0 / sigma)
+    t2 = p.exp(-0.5 * t1 * t1)
+    return t2, -(t1 * t2 * 1.0 / sigma)
+
+
 def gaussian_p1(z0, sigma, g0):
     t1 = z0 / sigma
     t2 = p.saturate(t1)
@@ -537,6 +659,15 @@ def gaussian_p2(z0, sigma, g0, u_z0, u_sigma):
     t11 = -0.5 * t2 * t3 * g0 * t10
     t12 = t6 * t8 + t11 + t4 * t9 + t11
     return t6 * t12, -((t1 * t8 - t5 * u_z0) * t6 * t6) - t7 * t12, t3 * t10
+
+
+def gaussian_jp(z0, sigma):
+    t1 = z0 / sigma
+    t2 = p.saturate(t1)
+    t3 = p.exp(-0.5 * t2 * t2)
+    t4 = t2 * t3
+    t5 = 1.0 / sigma
+    return t3, -(t4 * t5), t4 * t1 * t5
 
 
 def gaussian_scale_l0(z0, scale):
@@ -577,6 +708,12 @@ def gaussian_scale_l3(z0, scale, g0, u_z0, v_z0, v_g):
     )
 
 
+def gaussian_scale_j(z0, scale):
+    t1 = p.saturate(z0 * scale)
+    t2 = p.exp(-(t1 * t1))
+    return t2, -2.0 * scale * t1 * t2
+
+
 def gaussian_scale_p1(z0, scale, g0):
     t1 = p.saturate(z0 * scale)
     t2 = t1 * p.exp(-(t1 * t1)) * g0
@@ -593,6 +730,13 @@ def gaussian_scale_p2(z0, scale, g0, u_z0, u_scale):
     t7 = t1 * t2 * g0 * t6
     t8 = t3 * t5 - t7 - t7
     return -2.0 * t4 * u_scale + scale * t8, -2.0 * t4 * u_z0 + z0 * t8, t2 * t6
+
+
+def gaussian_scale_jp(z0, scale):
+    t1 = p.saturate(z0 * scale)
+    t2 = p.exp(-(t1 * t1))
+    t3 = t1 * t2
+    return t2, -2.0 * scale * t3, -2.0 * z0 * t3
 
 
 def gelu_l0(z0):
@@ -637,6 +781,13 @@ def gelu_l3(z0, g0, u_z0, v_z0, v_g):
     t16 = -0.5641895835477564 * t4 * t6 * v_z0 - t14 - t14 + 0.5641895835477563 * t4 * u_z0 * v_g
     t17 = 0.3989422804014327 * t5 * v_g + -0.5641895835477564 * g0 * t11 + 0.7071067811865476 * t16
     return t17, t15, t12 + t4 * t8
+
+
+def gelu_j(z0):
+    t1 = 0.7071067811865476 * z0
+    t2 = 1.0 + p.erf(t1)
+    t3 = p.saturate(t1)
+    return 0.5 * z0 * t2, 0.5 * t2 + 0.3989422804014327 * z0 * p.exp(-(t3 * t3))
 
 
 def hosc_l0(z0, beta, omega):
@@ -684,6 +835,12 @@ def hosc_l3(z0, beta, omega, g0, u_z0, v_z0, v_g):
     return omega * t19, -2.0 * t8 * t14 - t4 * t17, omega * (t6 * t15 - t5 * t16)
 
 
+def hosc_j(z0, beta, omega):
+    t1 = z0 * omega
+    t2 = p.tanh(beta * p.sin(t1))
+    return t2, omega * beta * (1.0 - t2 * t2) * p.cos(t1)
+
+
 def hosc_p1(z0, beta, omega, g0):
     t1 = z0 * omega
     t2 = p.sin(t1)
@@ -710,6 +867,15 @@ def hosc_p2(z0, beta, omega, g0, u_z0, u_beta, u_omega):
     return t8 * u_omega + omega * t13, t5 * t10 + -2.0 * t2 * t12, t8 * u_z0 + z0 * t13, t4 * t11
 
 
+def hosc_jp(z0, beta, omega):
+    t1 = z0 * omega
+    t2 = p.sin(t1)
+    t3 = p.tanh(beta * t2)
+    t4 = 1.0 - t3 * t3
+    t5 = beta * t4 * p.cos(t1)
+    return t3, omega * t5, t2 * t4, z0 * t5
+
+
 def identity_l0(z0):
     return (z0,)
 
@@ -724,6 +890,10 @@ def identity_l2(z0, g0, u_z0):
 
 def identity_l3(z0, g0, u_z0, v_z0, v_g):
     return torch.zeros_like(z0) + 0.0, torch.zeros_like(z0) + 0.0, v_g
+
+
+def identity_j(z0):
+    return z0, torch.zeros_like(z0) + 1.0
 
 
 def incode_l0(z0, omega, a, b, c, d):
@@ -755,6 +925,13 @@ def incode_l3(z0, omega, a, b, c, d, g0, u_z0, v_z0, v_g):
     t9 = t1 * v_g
     t10 = t4 * t8
     return omega * t2 * (-(t4 * t7 * t9) - t6 * t5 * t7 * t8), -(t1 * t7 * t10), omega * t2 * (t6 * t9 - t5 * t10)
+
+
+def incode_j(z0, omega, a, b, c, d):
+    t1 = p.exp(a)
+    t2 = p.exp(b)
+    t3 = c + t2 * z0 * omega
+    return d + t1 * p.sin(t3), omega * t2 * t1 * p.cos(t3)
 
 
 def incode_p1(z0, omega, a, b, c, d, g0):
@@ -795,6 +972,17 @@ def incode_p2(z0, omega, a, b, c, d, g0, u_z0, u_omega, u_a, u_b, u_c, u_d):
     )
 
 
+def incode_jp(z0, omega, a, b, c, d):
+    t1 = p.exp(a)
+    t2 = p.exp(b)
+    t3 = z0 * omega
+    t4 = c + t2 * t3
+    t5 = t1 * p.sin(t4)
+    t6 = t1 * p.cos(t4)
+    t7 = t2 * t6
+    return d + t5, omega * t7, z0 * t7, t5, t2 * t3 * t6, t6, torch.zeros_like(z0) + 1.0
+
+
 def relu_l0(z0):
     return (p.maximum(z0, 0.0),)
 
@@ -809,6 +997,10 @@ def relu_l2(z0, g0, u_z0):
 
 def relu_l3(z0, g0, u_z0, v_z0, v_g):
     return torch.zeros_like(z0) + 0.0, torch.zeros_like(z0) + 0.0, p.gt(z0, 0.0) * v_g
+
+
+def relu_j(z0):
+    return p.maximum(z0, 0.0), p.gt(z0, 0.0)
 
 
 def sigmoid_l0(z0):
@@ -838,6 +1030,11 @@ def sigmoid_l3(z0, g0, u_z0, v_z0, v_g):
     t7 = t2 * t5 - t1 * t5
     t8 = (t2 * t4 - t1 * t4) * v_z0 + u_z0 * v_g
     return t3 * (t2 * t8 - t6 - (t6 + t1 * t8)), u_z0 * t7, g0 * t7 + t3 * v_g
+
+
+def sigmoid_j(z0):
+    t1 = p.sigmoid(z0)
+    return t1, t1 * (1.0 - t1)
 
 
 def silu_l0(z0):
@@ -875,6 +1072,11 @@ def silu_l3(z0, g0, u_z0, v_z0, v_g):
     return t13, u_z0 * t7 + t5 * v_z0 + z0 * t11, t1 * v_g + g0 * t7 + t2 * t10 + t4 * t8
 
 
+def silu_j(z0):
+    t1 = p.sigmoid(z0)
+    return z0 * t1, t1 + z0 * t1 * (1.0 - t1)
+
+
 def sinc_l0(z0, omega):
     return (p.sinc0(z0 * omega),)
 
@@ -898,6 +1100,11 @@ def sinc_l3(z0, omega, g0, u_z0, v_z0, v_g):
     return omega * (g0 * t2 * t4 * p.sinc3(t1) + t3 * t2 * v_g), t2 * t5, omega * (g0 * t5 + p.sinc1(t1) * v_g)
 
 
+def sinc_j(z0, omega):
+    t1 = z0 * omega
+    return p.sinc0(t1), omega * p.sinc1(t1)
+
+
 def sinc_p1(z0, omega, g0):
     t1 = g0 * p.sinc1(z0 * omega)
     return omega * t1, z0 * t1
@@ -910,6 +1117,12 @@ def sinc_p2(z0, omega, g0, u_z0, u_omega):
     t4 = z0 * u_omega + omega * u_z0
     t5 = g0 * t4 * p.sinc2(t1)
     return t3 * u_omega + omega * t5, t3 * u_z0 + z0 * t5, t2 * t4
+
+
+def sinc_jp(z0, omega):
+    t1 = z0 * omega
+    t2 = p.sinc1(t1)
+    return p.sinc0(t1), omega * t2, z0 * t2
 
 
 def sine_l0(z0, omega):
@@ -936,6 +1149,11 @@ def sine_l3(z0, omega, g0, u_z0, v_z0, v_g):
     return omega * (-(t2 * t4 * v_g) - t3 * g0 * t4 * t5), -(t4 * t6), omega * (t3 * v_g - g0 * t6)
 
 
+def sine_j(z0, omega):
+    t1 = z0 * omega
+    return p.sin(t1), omega * p.cos(t1)
+
+
 def sine_p1(z0, omega, g0):
     t1 = g0 * p.cos(z0 * omega)
     return omega * t1, z0 * t1
@@ -948,6 +1166,12 @@ def sine_p2(z0, omega, g0, u_z0, u_omega):
     t4 = z0 * u_omega + omega * u_z0
     t5 = p.sin(t1) * g0 * t4
     return t3 * u_omega - omega * t5, t3 * u_z0 - z0 * t5, t2 * t4
+
+
+def sine_jp(z0, omega):
+    t1 = z0 * omega
+    t2 = p.cos(t1)
+    return p.sin(t1), omega * t2, z0 * t2
 
 
 def softplus_l0(z0, beta):
@@ -979,6 +1203,11 @@ def softplus_l3(z0, beta, g0, u_z0, v_z0, v_g):
     return beta * t6 * (t5 * t10 - t3 * t10 + t4 * t8), t1 * t4 * t9, beta * (t2 * t9 + t3 * t8)
 
 
+def softplus_j(z0, beta):
+    t1 = z0 * beta
+    return p.softplus(t1) / beta, beta * 1.0 / beta * p.sigmoid(t1)
+
+
 def softplus_p1(z0, beta, g0):
     t1 = z0 * beta
     t2 = 1.0 / beta
@@ -1004,6 +1233,14 @@ def softplus_p2(z0, beta, g0, u_z0, u_beta):
         t7 * u_z0 - (g0 * t9 - t2 * t10) * t3 * t3 + t4 * t11 + z0 * t12,
         t3 * t9 - t4 * u_beta,
     )
+
+
+def softplus_jp(z0, beta):
+    t1 = z0 * beta
+    t2 = p.softplus(t1) / beta
+    t3 = 1.0 / beta
+    t4 = t3 * p.sigmoid(t1)
+    return t2, beta * t4, z0 * t4 - t2 * t3
 
 
 def split_l0(z0, z1, z2, z3, m, w1, w2, w3, w4):
@@ -1150,6 +1387,25 @@ def split_l3(z0, z1, z2, z3, m, w1, w2, w3, w4, g0, u_z0, u_z1, u_z2, u_z3, v_z0
     )
 
 
+def split_j(z0, z1, z2, z3, m, w1, w2, w3, w4):
+    t1 = z3 * w4
+    t2 = p.sigmoid(z1 * w2)
+    t3 = z2 * w3
+    t4 = p.sin(t3)
+    t5 = p.tanh(z0 * w1)
+    t6 = m * p.cos(t1)
+    t7 = t2 * t6
+    t8 = t4 * t7
+    t9 = t4 * t5
+    return (
+        t5 * t8,
+        w1 * t8 * (1.0 - t5 * t5),
+        w2 * t6 * t9 * t2 * (1.0 - t2),
+        w3 * t5 * t7 * p.cos(t3),
+        -(w4 * m * t2 * t9 * p.sin(t1)),
+    )
+
+
 def split_p1(z0, z1, z2, z3, m, w1, w2, w3, w4, g0):
     t1 = z3 * w4
     t2 = p.cos(t1)
@@ -1228,6 +1484,25 @@ def split_p2(z0, z1, z2, z3, m, w1, w2, w3, w4, g0, u_z0, u_z1, u_z2, u_z3, u_m,
     )
 
 
+def split_jp(z0, z1, z2, z3, m, w1, w2, w3, w4):
+    t1 = z3 * w4
+    t2 = p.cos(t1)
+    t3 = p.sigmoid(z1 * w2)
+    t4 = z2 * w3
+    t5 = p.sin(t4)
+    t6 = p.tanh(z0 * w1)
+    t7 = m * t2
+    t8 = t3 * t7
+    t9 = t5 * t8
+    t10 = t5 * t6
+    t11 = t3 * t10
+    t12 = t9 * (1.0 - t6 * t6)
+    t13 = t6 * t8 * p.cos(t4)
+    t14 = t7 * t10 * t3 * (1.0 - t3)
+    t15 = m * t11 * p.sin(t1)
+    return t6 * t9, w1 * t12, w2 * t14, w3 * t13, -(w4 * t15), t2 * t11, z0 * t12, z1 * t14, z2 * t13, -(z3 * t15)
+
+
 def tanh_l0(z0):
     return (p.tanh(z0),)
 
@@ -1251,6 +1526,11 @@ def tanh_l3(z0, g0, u_z0, v_z0, v_g):
     t5 = t1 * t4
     t6 = t1 * (-2.0 * t1 * t3 * v_z0 + u_z0 * v_g)
     return t2 * (-2.0 * t3 * t4 - t6 - t6), -2.0 * u_z0 * t5, -2.0 * g0 * t5 + t2 * v_g
+
+
+def tanh_j(z0):
+    t1 = p.tanh(z0)
+    return t1, 1.0 - t1 * t1
 
 
 def wavelet_l0(z0):
@@ -1307,3 +1587,139 @@ def wavelet_l3(z0, g0, u_z0, v_z0, v_g):
         2.0 * t9 * t11 - -2.0 * t7 * t13 + t2 * t21 - t3 * t19,
         t1 * t16 + -2.0 * t3 * t5 * v_z0 - t4 * t18 + t6 * t14,
     )
+
+
+def wavelet_j(z0):
+    t1 = p.saturate(z0)
+    t2 = p.exp(-(t1 * t1))
+    t3 = p.cos(t1) * t2
+    return t3, -2.0 * t1 * t3 - t2 * p.sin(t1)
+
+
+def absolute_error_l0(z0, z1):
+    return (p.abs(z0 - z1),)
+
+
+def absolute_error_l1(z0, z1, g0):
+    t1 = g0 * p.sign(z0 - z1)
+    return t1, -t1
+
+
+def absolute_error_l2(z0, z1, g0, u_z0, u_z1):
+    return torch.zeros_like(z0) + 0.0, torch.zeros_like(z0) + 0.0, p.sign(z0 - z1) * (u_z0 - u_z1)
+
+
+def absolute_error_l3(z0, z1, g0, u_z0, u_z1, v_z0, v_z1, v_g):
+    t1 = p.sign(z0 - z1) * v_g
+    return torch.zeros_like(z0) + 0.0, torch.zeros_like(z0) + 0.0, torch.zeros_like(z0) + 0.0, t1, -t1
+
+
+def absolute_error_j(z0, z1):
+    t1 = z0 - z1
+    t2 = p.sign(t1)
+    return p.abs(t1), t2, -t2
+
+
+def huber_error_l0(z0, z1, delta):
+    t1 = z0 - z1
+    t2 = p.abs(t1)
+    return (p.where(p.ge(delta, t2), 0.5 * t1 * t1, delta * (t2 + -0.5 * delta)),)
+
+
+def huber_error_l1(z0, z1, delta, g0):
+    t1 = z0 - z1
+    t2 = p.ge(delta, p.abs(t1))
+    t3 = t1 * p.where(t2, g0, 0.0) + delta * p.where(t2, 0.0, g0) * p.sign(t1)
+    return t3, -t3
+
+
+def huber_error_l2(z0, z1, delta, g0, u_z0, u_z1):
+    t1 = z0 - z1
+    t2 = p.ge(delta, p.abs(t1))
+    t3 = u_z0 - u_z1
+    t4 = p.where(t2, g0, 0.0) * t3
+    return t4, -t4, p.where(t2, 0.0, delta * p.sign(t1) * t3) + p.where(t2, t1 * t3, 0.0)
+
+
+def huber_error_l3(z0, z1, delta, g0, u_z0, u_z1, v_z0, v_z1, v_g):
+    t1 = z0 - z1
+    t2 = p.ge(delta, p.abs(t1))
+    t3 = u_z0 - u_z1
+    t4 = v_z0 - v_z1
+    t5 = p.where(t2, v_g, 0.0)
+    t6 = t3 * t5
+    t7 = t1 * t5 + p.where(t2, g0, 0.0) * t4 + p.sign(t1) * delta * p.where(t2, 0.0, v_g)
+    return t6, -t6, p.where(t2, t3 * t4, 0.0), t7, -t7
+
+
+def huber_error_j(z0, z1, delta):
+    t1 = z0 - z1
+    t2 = p.abs(t1)
+    t3 = p.ge(delta, t2)
+    t4 = t1 * p.where(t3, 1.0, 0.0) + delta * p.where(t3, 0.0, 1.0) * p.sign(t1)
+    return p.where(t3, 0.5 * t1 * t1, delta * (t2 + -0.5 * delta)), t4, -t4
+
+
+def huber_error_p1(z0, z1, delta, g0):
+    t1 = z0 - z1
+    t2 = p.abs(t1)
+    t3 = p.ge(delta, t2)
+    t4 = p.where(t3, 0.0, g0)
+    t5 = delta * t4
+    t6 = t1 * p.where(t3, g0, 0.0) + t5 * p.sign(t1)
+    return t6, -t6, (t2 + -0.5 * delta) * t4 + -0.5 * t5
+
+
+def huber_error_p2(z0, z1, delta, g0, u_z0, u_z1, u_delta):
+    t1 = z0 - z1
+    t2 = p.abs(t1)
+    t3 = p.ge(delta, t2)
+    t4 = p.where(t3, 0.0, g0)
+    t5 = p.sign(t1)
+    t6 = u_z0 - u_z1
+    t7 = t5 * t6 + -0.5 * u_delta
+    t8 = t4 * u_delta
+    t9 = p.where(t3, 0.0, delta * t7 + (t2 + -0.5 * delta) * u_delta) + p.where(t3, t1 * t6, 0.0)
+    t10 = p.where(t3, g0, 0.0) * t6 + t5 * t8
+    return t10, -t10, t4 * t7 + -0.5 * t8, t9
+
+
+def huber_error_jp(z0, z1, delta):
+    t1 = z0 - z1
+    t2 = p.abs(t1)
+    t3 = t2 + -0.5 * delta
+    t4 = p.ge(delta, t2)
+    t5 = p.where(t4, 0.0, 1.0)
+    t6 = delta * t5
+    t7 = t1 * p.where(t4, 1.0, 0.0) + t6 * p.sign(t1)
+    return p.where(t4, 0.5 * t1 * t1, delta * t3), t7, -t7, t3 * t5 + -0.5 * t6
+
+
+def squared_error_l0(z0, z1):
+    t1 = z0 - z1
+    return (t1 * t1,)
+
+
+def squared_error_l1(z0, z1, g0):
+    t1 = 2.0 * (z0 - z1) * g0
+    return t1, -t1
+
+
+def squared_error_l2(z0, z1, g0, u_z0, u_z1):
+    t1 = u_z0 - u_z1
+    t2 = 2.0 * g0 * t1
+    return t2, -t2, 2.0 * (z0 - z1) * t1
+
+
+def squared_error_l3(z0, z1, g0, u_z0, u_z1, v_z0, v_z1, v_g):
+    t1 = u_z0 - u_z1
+    t2 = v_z0 - v_z1
+    t3 = 2.0 * t1 * v_g
+    t4 = 2.0 * (z0 - z1) * v_g + 2.0 * g0 * t2
+    return t3, -t3, 2.0 * t1 * t2, t4, -t4
+
+
+def squared_error_j(z0, z1):
+    t1 = z0 - z1
+    t2 = 2.0 * t1
+    return t1 * t1, t2, -t2

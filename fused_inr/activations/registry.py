@@ -7,6 +7,7 @@ from collections.abc import Callable
 from .spec import Activation, ActivationMap, check_name
 
 _REGISTERED: dict[str, ActivationMap] = {}
+_LOSSES: dict[str, ActivationMap] = {}
 _DEFINED: dict[str, ActivationMap] = {}
 #: name -> function that makes an Activation, where the public arguments differ from the map's parameters
 _FACTORIES: dict[str, Callable[..., Activation]] = {}
@@ -22,6 +23,16 @@ def register(**parameters: float) -> Callable[[Callable], ActivationMap]:
         name = formula.__name__.removeprefix("_")
         _REGISTERED[name] = ActivationMap(name, formula, parameters)
         return _REGISTERED[name]
+
+    return decorate
+
+
+def loss(**parameters: float) -> Callable[[Callable], ActivationMap]:
+    """Decorator of the formula of an elementwise loss of (prediction, target)."""
+
+    def decorate(formula: Callable) -> ActivationMap:
+        _LOSSES[formula.__name__] = ActivationMap(formula.__name__, formula, parameters)
+        return _LOSSES[formula.__name__]
 
     return decorate
 
@@ -44,7 +55,7 @@ def names() -> tuple[str, ...]:
 
 def lookup(key: str) -> ActivationMap:
     """The map with this key (`ActivationMap.key`): what the raw operations receive."""
-    found = _REGISTERED.get(key) or _DEFINED.get(key)
+    found = _REGISTERED.get(key) or _DEFINED.get(key) or _LOSSES.get(key)
     if found is None:
         raise ValueError(f"activation: no map has the key {key!r} in this process; define it again here")
     return found
@@ -105,8 +116,8 @@ def define(name: str, formula: Callable, **parameters: float) -> Activation:
     CPUs it is compiled if there is a C++ compiler, else the PyTorch reference serves.
     """
     check_name(name)
-    if name in _REGISTERED:
-        raise ValueError(f"name: {name!r} is a registered activation; choose another name")
+    if name in _REGISTERED or name in _LOSSES:
+        raise ValueError(f"name: {name!r} is a registered activation or loss; choose another name")
     if not callable(formula):
         raise TypeError(f"formula: expected a function of sympy symbols, got {type(formula).__name__}")
     for parameter, value in parameters.items():
@@ -121,7 +132,7 @@ def define(name: str, formula: Callable, **parameters: float) -> Activation:
 
 def _unpickle_map(name: str, defaults: dict[str, float], branches: int, program) -> ActivationMap:
     if program is None:
-        return _REGISTERED[name]
+        return lookup(name)
     map = ActivationMap(name, None, defaults, branches=branches, generated=False)
     map._programs[0, False] = program
     return _DEFINED.setdefault(map.key, map)

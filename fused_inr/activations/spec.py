@@ -109,6 +109,15 @@ class ActivationMap:
                 self._programs[0, False] = self._trace(Program, Tape, from_sympy)
         return self._programs[level, learnable]
 
+    def jet(self, learnable: bool = False):
+        """The program of the value and its derivatives together (docs/architecture.md, section 1)."""
+        from .tape import Program
+
+        value = self.program(0)
+        if learnable:
+            value = Program(value.tape, value.inputs, value.outputs, value.parameters)
+        return value.jet()
+
     def _trace(self, Program, Tape, from_sympy):
         import sympy
 
@@ -155,6 +164,9 @@ class ActivationMap:
     def function_name(self, level: int, learnable: bool) -> str:
         return f"{self.key}_{'p' if learnable and level else 'l'}{level}"
 
+    def jet_name(self, learnable: bool) -> str:
+        return f"{self.key}_j{'p' if learnable else ''}"
+
     def torch_map(self, level: int, learnable: bool = False) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The map as a plain PyTorch function of its streams; see docs/architecture.md for their order."""
         cached = self._torch.get((level, learnable))
@@ -171,6 +183,16 @@ class ActivationMap:
                 cached = emit.execute(source, f"<fused_inr torch map {name}>", {"p": primitives, "torch": torch})[name]
             self._torch[level, learnable] = cached
         return cached
+
+    def torch_jet(self, learnable: bool = False) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """Value and derivatives together as a plain PyTorch function; see docs/architecture.md for their order."""
+        from . import emit, generated, primitives
+
+        name = self.jet_name(learnable)
+        if self.generated:
+            return getattr(generated, name if self.n_params else self.jet_name(False))
+        source = emit.torch_function(name, self.jet(learnable))
+        return emit.execute(source, f"<fused_inr torch map {name}>", {"p": primitives, "torch": torch})[name]
 
     def triton_map(self, level: int, learnable: bool = False):
         """The map as a `triton.jit` function (imports Triton)."""

@@ -261,20 +261,36 @@ class Program:
         tape = Tape(self.tape.nodes)
         count = len(tape.nodes)
         cotangent_groups = []
-        adjoint: dict[Arg, Arg] = {}
-
-        def accumulate(node: Arg, contribution: Arg) -> None:
-            adjoint[node] = tape.add(adjoint[node], contribution) if node in adjoint else contribution
-
+        seeds: list[tuple[Arg, Arg]] = []
         for name, nodes in self.outputs:
             base = name.removeprefix("d_")
             names = tuple(f"{letter}_{base}{i if len(nodes) > 1 or base == 'z' else ''}" for i in range(len(nodes)))
             if base == "y":
                 names = tuple(f"g{i}" for i in range(len(nodes)))
             cotangent_groups.append((f"{letter}_{base}" if base != "y" else "g", names))
-            for node, cotangent in zip(nodes, names, strict=True):
-                accumulate(node, tape.input(cotangent))
+            seeds.extend((node, tape.input(cotangent)) for node, cotangent in zip(nodes, names, strict=True))
+        outputs = self._reverse(tape, count, seeds)
+        return Program(tape, self.inputs + cotangent_groups, outputs, self.parameters, self.constants)
 
+    def jet(self) -> Program:
+        """The same inputs, to the outputs and then, output by output, its derivatives with respect to each group."""
+        tape = Tape(self.tape.nodes)
+        count = len(tape.nodes)
+        outputs = list(self.outputs)
+        for i, node in enumerate(self.output_nodes):
+            for group, nodes in self._reverse(tape, count, [(node, tape.const(1))]):
+                outputs.append((f"{group}_{i}", nodes))
+        return Program(tape, self.inputs, outputs, self.parameters, self.constants)
+
+    def _reverse(self, tape: Tape, count: int, seeds: Sequence[tuple[Arg, Arg]]) -> list[tuple[str, tuple[Arg, ...]]]:
+        """Reverse mode over the first `count` nodes of a tape: seeds are (output, its cotangent)."""
+        adjoint: dict[Arg, Arg] = {}
+
+        def accumulate(node: Arg, contribution: Arg) -> None:
+            adjoint[node] = tape.add(adjoint[node], contribution) if node in adjoint else contribution
+
+        for node, cotangent in seeds:
+            accumulate(node, cotangent)
         active = self._active(tape)
         for i in range(count - 1, -1, -1):
             if i not in adjoint or i not in active or tape.nodes[i].op in ("input", "const"):
@@ -289,7 +305,7 @@ class Program:
             if names and names[0] in self.constants:
                 continue
             outputs.append((f"d_{group}", tuple(adjoint.get(tape.input(n), tape.const(0)) for n in names)))
-        return Program(tape, self.inputs + cotangent_groups, outputs, self.parameters, self.constants)
+        return outputs
 
     def _active(self, tape: Tape) -> set[Arg]:
         """Nodes that depend on an input which has a gradient."""

@@ -25,6 +25,8 @@ from torch import Tensor
 from ..activations import Activation, ActivationMap, lookup
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: columns of the widest layer up to which the CPU engine is at its best with a whole network
+_WIDEST_TILE = 1024
 
 
 class Backend:
@@ -51,6 +53,34 @@ class Backend:
         raise NotImplementedError
 
     def act_map(self, inputs, params, constants, map, level, learnable) -> list[Tensor]:
+        raise NotImplementedError
+
+    # -- whole networks (docs/architecture.md, section 7)
+
+    def serves_network(self, x, shapes, maps, precision, direction, learnable) -> str:
+        """Why it cannot run a whole network whose layers it serves; empty when it can.
+
+        `direction` is "forward" (with its backward) or "loss" (one pass of both); `learnable`: some parameters of the
+        activations are tensors.
+        """
+        return f"backend {self.name!r} runs layer by layer"
+
+    def prefers_layers(self, shapes, maps) -> str:
+        """Why layers are the better way for a network that it could run whole; empty when they are not."""
+        return ""
+
+    def mlp(self, x, weights, biases, params, constants, maps, precision, save) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def mlp_backward(
+        self, g, x, weights, biases, params, constants, maps, saved, precision, needs
+    ) -> list[Tensor]:
+        raise NotImplementedError
+
+    def mlp_loss(
+        self, x, target, row_weights, weights, biases, params, constants, maps, loss, loss_constants, scale,
+        precision, needs,
+    ) -> list[Tensor]:  # fmt: skip
         raise NotImplementedError
 
 
@@ -154,6 +184,56 @@ class Reference(Backend):
         return [o.clone() if o.untyped_storage().data_ptr() in taken else o for o in outputs]
 
 
+    def serves_network(self, x, shapes, maps, precision, direction, learnable):
+        return ""
+
+    def prefers_layers(self, shapes, maps):
+        return "plain PyTorch gains nothing from a whole network"
+
+    def mlp(self, x, weights, biases, params, constants, maps, precision, save):
+        for weight, bias, own, values, map in _by_layer(weights, biases, params, constants, maps):
+            x = self.linear_act(x, weight, bias, own, values, map, precision, False)[0]
+        return x, x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+    def mlp_backward(self, g, x, weights, biases, params, constants, maps, saved, precision, needs):
+        layers = list(_by_layer(weights, biases, params, constants, maps))
+        inputs = [x]
+        for weight, bias, own, values, map in layers[:-1]:
+            inputs.append(self.linear_act(inputs[-1], weight, bias, own, values, map, precision, False)[0])
+        rest: list[list[Tensor]] = [[], [], []]
+        for i in range(len(layers) - 1, -1, -1):
+            weight, bias, own, values, map = layers[i]
+            wanted = [needs[0] or i > 0, needs[1], needs[2] and bias is not None, needs[3] and map.n_params > 0]
+            g, *grads = self.linear_act_backward(
+                g, inputs[i], weight, bias, own, values, None, map, precision, wanted
+            )
+            for group, grad in zip(rest, grads, strict=True):
+                group.insert(0, grad)
+        return [g, *rest[0], *rest[1], *rest[2]]
+
+    def mlp_loss(
+        self, x, target, row_weights, weights, biases, params, constants, maps, loss, loss_constants, scale,
+        precision, needs,
+    ):  # fmt: skip
+        y, _ = self.mlp(x, weights, biases, params, constants, maps, precision, False)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        value, g, _ = loss.torch_jet()(y.to(dtype), target.to(dtype), *loss_constants)
+        if row_weights is not None:
+            value, g = (t * row_weights.to(dtype).unsqueeze(-1) for t in (value, g))
+        # not in the type of y: a mean's gradient is below what half types hold
+        grads = self.mlp_backward(g * scale, x, weights, biases, params, constants, maps, None, precision, needs)
+        return [value.sum() * scale, *grads]
+
+
+def _by_layer(weights, biases, params, constants, maps):
+    """(weight, bias, parameters, constants, map) of each layer of a raw call."""
+    at = 0
+    for weight, bias, map in zip(weights, biases, maps, strict=True):
+        end = at + map.n_params
+        yield weight, bias, list(params[at:end]), list(constants[at:end]), map
+        at = end
+
+
 # -- cpu: the native engine
 
 
@@ -204,6 +284,37 @@ class Cpu(Backend):
 
     def act_map(self, inputs, params, constants, map, level, learnable):
         return self._ready(map).act_map(inputs, params, constants, map.key, level, learnable)
+
+    def serves_network(self, x, shapes, maps, precision, direction, learnable):
+        return ""
+
+    def prefers_layers(self, shapes, maps):
+        # a tile of rows and a layer's weights no longer fit the second-level cache together
+        widest = max(rows for rows, _ in shapes)
+        return "" if widest <= _WIDEST_TILE else f"layers of {widest} columns: a tile of them would hold few rows"
+
+    def _network(self, maps: Sequence[ActivationMap]):
+        for map in maps:
+            self._ready(map)
+        return torch.ops.fused_inr_native, [map.key for map in maps]
+
+    def mlp(self, x, weights, biases, params, constants, maps, precision, save):
+        ops, keys = self._network(maps)
+        return ops.mlp(x, weights, biases, params, constants, keys, save)
+
+    def mlp_backward(self, g, x, weights, biases, params, constants, maps, saved, precision, needs):
+        ops, keys = self._network(maps)
+        return ops.mlp_backward(g, x, weights, biases, params, constants, keys, saved, needs)
+
+    def mlp_loss(
+        self, x, target, row_weights, weights, biases, params, constants, maps, loss, loss_constants, scale,
+        precision, needs,
+    ):  # fmt: skip
+        ops, keys = self._network([*maps, loss])
+        return ops.mlp_loss(
+            x, target, row_weights, weights, biases, params, constants, keys[:-1], keys[-1], loss_constants, scale,
+            needs,
+        )  # fmt: skip
 
 
 # -- triton
@@ -289,6 +400,41 @@ class Triton(Backend):
         return act_map.act_map(inputs, params, constants, map, level, learnable)
 
 
+    def serves_network(self, x, shapes, maps, precision, direction, learnable):
+        if learnable:
+            return "backend 'triton' takes learnable parameters layer by layer"
+        from fused_inr.kernels import mlp
+
+        arch = None
+        if x.is_cuda:
+            major, minor = torch.cuda.get_device_capability(x.device)
+            arch = 10 * major + minor
+        directions = ("loss",) if direction == "loss" else ("forward", "backward")
+        reasons = (mlp.serves(shapes, maps, x.dtype, precision, arch, direction=d) for d in directions)
+        return next(filter(None, reasons), "")
+
+    def mlp(self, x, weights, biases, params, constants, maps, precision, save):
+        from fused_inr.kernels import mlp
+
+        return mlp.mlp(x, weights, biases, params, constants, maps, precision, save)
+
+    def mlp_backward(self, g, x, weights, biases, params, constants, maps, saved, precision, needs):
+        from fused_inr.kernels import mlp
+
+        return mlp.mlp_backward(g, x, weights, biases, params, constants, maps, saved, precision, needs)
+
+    def mlp_loss(
+        self, x, target, row_weights, weights, biases, params, constants, maps, loss, loss_constants, scale,
+        precision, needs,
+    ):  # fmt: skip
+        from fused_inr.kernels import mlp
+
+        return mlp.mlp_loss(
+            x, target, row_weights, weights, biases, params, constants, maps, loss, loss_constants, scale, precision,
+            needs,
+        )  # fmt: skip
+
+
 # -- cuda: C++ without Triton
 
 
@@ -365,6 +511,8 @@ class Choice:
 
     def __str__(self) -> str:
         reasons = "".join(f"\n    not {name}: {reason}" for name, reason in self.rejected)
+        if not self.backend:
+            return self.call
         return f"{self.call}: {self.backend} ({self.precision}){reasons}"
 
 
@@ -410,7 +558,7 @@ def precision_of(device: torch.device, dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def choose(activation: Activation, x: Tensor, weight: Tensor) -> tuple[str, str]:
+def choose(activation: Activation, x: Tensor, weight: Tensor, *, record: bool = True) -> tuple[str, str]:
     """Backend and precision for `linear_act(x, weight, ...)`.
 
     Raises:
@@ -421,10 +569,25 @@ def choose(activation: Activation, x: Tensor, weight: Tensor) -> tuple[str, str]
     name, rejected = _serving(_forced, activation.map.key, device, dtype)
     if not name:
         raise RuntimeError(f"backend {_forced!r} cannot run {activation!r} on {device} in {dtype}: {rejected[0][1]}")
-    if _records is not None:
+    if _records is not None and record:
         shape = f"[{', '.join(map(str, x.shape))}] x [{', '.join(map(str, weight.shape))}]"
         _records.append(Choice(f"linear_act {shape} {dtype} {activation!r}", name, precision, rejected))
     return name, precision
+
+
+def record_network(x: Tensor, layers, backend: str, precision: str, loss: str = "") -> None:
+    """For `explain`: a whole network that runs as one operation."""
+    if _records is not None:
+        widths = " -> ".join(str(weight.shape[0] // activation.branches) for weight, _, activation in layers)
+        names = ", ".join(dict.fromkeys(activation.name for _, _, activation in layers))
+        call = f"whole network [{', '.join(map(str, x.shape))}] -> {widths} {x.dtype} ({names})"
+        _records.append(Choice(f"{call}{' with ' + loss if loss else ''}", backend, precision, ()))
+
+
+def record_layers(reason: str) -> None:
+    """For `explain`: why a network runs layer by layer."""
+    if _records is not None:
+        _records.append(Choice(f"layer by layer: {reason}", "", "", ()))
 
 
 # -- memory of the native engine

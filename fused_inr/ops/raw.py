@@ -1,7 +1,7 @@
 """The raw operations: no autograd, one implementation a backend, registered so that PyTorch's transforms see them.
 
 `torch.ops.fused_inr.linear_act`, `.linear_act_backward`, `.act_map`; arguments and layouts: docs/architecture.md,
-sections 2 and 3.
+sections 2 and 3. `.mlp`, `.mlp_backward`, `.mlp_loss`: section 7.
 """
 
 from __future__ import annotations
@@ -26,6 +26,15 @@ _LIB.define(
 _LIB.define(
     "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, str backend, int level, "
     "bool learnable) -> Tensor[]"
+)
+_NETWORK = "Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, str[] activations"
+_LIB.define(f"mlp(Tensor x, {_NETWORK}, str backend, str precision, bool save) -> (Tensor, Tensor)")
+_LIB.define(
+    f"mlp_backward(Tensor g, Tensor x, {_NETWORK}, Tensor? saved, str backend, str precision, bool[] needs) -> Tensor[]"
+)
+_LIB.define(
+    f"mlp_loss(Tensor x, Tensor target, Tensor? row_weights, {_NETWORK}, str loss, float[] loss_constants, "
+    "float scale, str backend, str precision, bool[] needs) -> Tensor[]"
 )
 Params = Sequence[Tensor | None]
 
@@ -61,9 +70,38 @@ def _act_map(inputs, params, constants, activation, backend, level, learnable):
     return [t.reshape(*shape, t.shape[-1]) if k else t for t, k in zip(results, outputs, strict=True)]
 
 
+@torch.library.impl(_LIB, "mlp", "CompositeExplicitAutograd")
+def _mlp(x, weights, biases, params, constants, activations, backend, precision, save):
+    maps = [lookup(key) for key in activations]
+    return backends.implementation(backend).mlp(x, weights, biases, params, constants, maps, precision, save)
+
+
+@torch.library.impl(_LIB, "mlp_backward", "CompositeExplicitAutograd")
+def _mlp_backward(g, x, weights, biases, params, constants, activations, saved, backend, precision, needs):
+    maps = [lookup(key) for key in activations]
+    return backends.implementation(backend).mlp_backward(
+        g, x, weights, biases, params, constants, maps, saved, precision, needs
+    )
+
+
+@torch.library.impl(_LIB, "mlp_loss", "CompositeExplicitAutograd")
+def _mlp_loss(
+    x, target, row_weights, weights, biases, params, constants, activations, loss, loss_constants, scale, backend,
+    precision, needs,
+):  # fmt: skip
+    maps = [lookup(key) for key in activations]
+    return backends.implementation(backend).mlp_loss(
+        x, target, row_weights, weights, biases, params, constants, maps, lookup(loss), loss_constants, scale,
+        precision, needs,
+    )  # fmt: skip
+
+
 linear_act = torch.ops.fused_inr.linear_act.default
 linear_act_backward = torch.ops.fused_inr.linear_act_backward.default
 act_map = torch.ops.fused_inr.act_map.default
+mlp = torch.ops.fused_inr.mlp.default
+mlp_backward = torch.ops.fused_inr.mlp_backward.default
+mlp_loss = torch.ops.fused_inr.mlp_loss.default
 
 
 # -- shapes, for fake tensors
@@ -87,6 +125,41 @@ def _(g, x, weight, bias, params, constants, z, activation, backend, precision, 
     gb = weight.new_empty(weight.shape[:-1] if needs[2] else (0,), dtype=(weight if bias is None else bias).dtype)
     gp_shape = (*weight.shape[:-2], map.n_params, features) if needs[3] else (0,)
     return gx, gw, gb, x.new_empty(gp_shape, dtype=compute_dtype(x.dtype))
+
+
+@torch.library.register_fake("fused_inr::mlp", lib=_LIB)
+def _(x, weights, biases, params, constants, activations, backend, precision, save):
+    last = lookup(activations[-1])
+    y = x.new_empty((x.shape[0], last.outputs * (weights[-1].shape[0] // last.branches)))
+    size = torch.library.get_ctx().new_dynamic_size() if save else 0  # what a backend stores is its own affair
+    return y, x.new_empty((size,), dtype=compute_dtype(x.dtype))
+
+
+def _fake_gradients(x, weights, biases, activations, needs):
+    dtype = compute_dtype(x.dtype)
+    maps = [lookup(key) for key in activations]
+    grads = [x.new_empty(x.shape if needs[0] else (0,))]
+    grads += [w.new_empty(w.shape if needs[1] else (0,)) for w in weights]
+    for weight, bias in zip(weights, biases, strict=True):
+        grads.append(weight.new_empty(0, dtype=dtype) if bias is None or not needs[2] else torch.empty_like(bias))
+    for weight, map in zip(weights, maps, strict=True):
+        shape = (map.n_params, weight.shape[0] // map.branches) if needs[3] and map.n_params else (0,)
+        grads.append(x.new_empty(shape, dtype=dtype))
+    return grads
+
+
+@torch.library.register_fake("fused_inr::mlp_backward", lib=_LIB)
+def _(g, x, weights, biases, params, constants, activations, saved, backend, precision, needs):
+    return _fake_gradients(x, weights, biases, activations, needs)
+
+
+@torch.library.register_fake("fused_inr::mlp_loss", lib=_LIB)
+def _(
+    x, target, row_weights, weights, biases, params, constants, activations, loss, loss_constants, scale, backend,
+    precision, needs,
+):  # fmt: skip
+    value = x.new_empty((), dtype=compute_dtype(x.dtype))
+    return [value, *_fake_gradients(x, weights, biases, activations, needs)]
 
 
 def group_branches(activation: str, level: int, learnable: bool) -> tuple[list[int], list[int]]:

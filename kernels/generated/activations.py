@@ -168,6 +168,31 @@ def complex_gabor_l3(z0, z1, omega, scale, g0, g1, u_z0, u_z1, v_z0, v_z1, v_g0,
 
 
 @triton.jit
+def complex_gabor_j(z0, z1, omega, scale, MODE: tl.constexpr):
+    t1 = fi_maximum(fi_ge(fi_abs(z0 * scale, MODE), 40.0), fi_ge(fi_abs(z1 * scale, MODE), 40.0))
+    t2 = fi_where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4, t5 = fi_sincos(t3, MODE)
+    t6 = fi_where(t1, 0.0, z1)
+    t7 = scale * scale
+    t8 = fi_exp(-(omega * t6) - t7 * t2 * t2 - t7 * t6 * t6, MODE)
+    t9 = fi_where(t1, 0.0, 1.0)
+    t10 = t8 * t9
+    t11 = t8 * t5 * t9
+    t12 = t7 * t11
+    t13 = t8 * t4 * t9
+    t14 = t7 * t13
+    return (
+        fi_where(t1, 0.0, t5 * t8),
+        fi_where(t1, 0.0, t8 * t4),
+        fi_where(t1, 0.0, -2.0 * t2 * t12 - omega * t4 * t10),
+        fi_where(t1, 0.0, -2.0 * t6 * t12 - omega * t11),
+        fi_where(t1, 0.0, -2.0 * t2 * t14 + omega * t5 * t10),
+        fi_where(t1, 0.0, -2.0 * t6 * t14 - omega * t13),
+    )
+
+
+@triton.jit
 def complex_gabor_p1(z0, z1, omega, scale, g0, g1, MODE: tl.constexpr):
     t1 = fi_maximum(fi_ge(fi_abs(z0 * scale, MODE), 40.0), fi_ge(fi_abs(z1 * scale, MODE), 40.0))
     t2 = fi_where(t1, 0.0, z0)
@@ -238,6 +263,39 @@ def complex_gabor_p2(z0, z1, omega, scale, g0, g1, u_z0, u_z1, u_omega, u_scale,
 
 
 @triton.jit
+def complex_gabor_jp(z0, z1, omega, scale, MODE: tl.constexpr):
+    t1 = fi_maximum(fi_ge(fi_abs(z0 * scale, MODE), 40.0), fi_ge(fi_abs(z1 * scale, MODE), 40.0))
+    t2 = fi_where(t1, 0.0, z0)
+    t3 = omega * t2
+    t4, t5 = fi_sincos(t3, MODE)
+    t6 = fi_where(t1, 0.0, z1)
+    t7 = scale * scale
+    t8 = t2 * t2
+    t9 = t6 * t6
+    t10 = fi_exp(-(omega * t6) - t7 * t8 - t7 * t9, MODE)
+    t11 = fi_where(t1, 0.0, 1.0)
+    t12 = t10 * t11
+    t13 = t10 * t5 * t11
+    t14 = t7 * t13
+    t15 = t4 * t12
+    t16 = t5 * t12
+    t17 = t10 * t4 * t11
+    t18 = t7 * t17
+    return (
+        fi_where(t1, 0.0, t5 * t10),
+        fi_where(t1, 0.0, t10 * t4),
+        fi_where(t1, 0.0, -2.0 * t2 * t14 - omega * t15),
+        fi_where(t1, 0.0, -2.0 * t6 * t14 - omega * t13),
+        -(t6 * t13) - t2 * t15,
+        2.0 * scale * (-(t9 * t13) - t8 * t13),
+        fi_where(t1, 0.0, -2.0 * t2 * t18 + omega * t16),
+        fi_where(t1, 0.0, -2.0 * t6 * t18 - omega * t17),
+        t2 * t16 - t6 * t17,
+        2.0 * scale * (-(t9 * t17) - t8 * t17),
+    )
+
+
+@triton.jit
 def finer_l0(z0, omega, MODE: tl.constexpr):
     return (fi_sin((1.0 + fi_abs(z0, MODE)) * z0 * omega, MODE),)
 
@@ -290,6 +348,15 @@ def finer_l3(z0, omega, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 
 @triton.jit
+def finer_j(z0, omega, MODE: tl.constexpr):
+    t1 = 1.0 + fi_abs(z0, MODE)
+    t2 = z0 * omega
+    t3 = t1 * t2
+    t4, t5 = fi_sincos(t3, MODE)
+    return t4, omega * t1 * t5 + t2 * t5 * fi_sign(z0, MODE)
+
+
+@triton.jit
 def finer_p1(z0, omega, g0, MODE: tl.constexpr):
     t1 = 1.0 + fi_abs(z0, MODE)
     t2 = z0 * omega
@@ -313,6 +380,16 @@ def finer_p2(z0, omega, g0, u_z0, u_omega, MODE: tl.constexpr):
     t12 = t4 * g0 * t11
     t13 = t6 * t9 - t1 * t12
     return t7 * u_omega + omega * t13 + t8 * (t6 * t10 - t2 * t12), t7 * u_z0 + z0 * t13, t5 * t11
+
+
+@triton.jit
+def finer_jp(z0, omega, MODE: tl.constexpr):
+    t1 = 1.0 + fi_abs(z0, MODE)
+    t2 = z0 * omega
+    t3 = t1 * t2
+    t4, t5 = fi_sincos(t3, MODE)
+    t6 = t1 * t5
+    return t4, omega * t6 + t2 * t5 * fi_sign(z0, MODE), z0 * t6
 
 
 @triton.jit
@@ -347,6 +424,14 @@ def finer_detached_l3(z0, omega, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 
 @triton.jit
+def finer_detached_j(z0, omega, MODE: tl.constexpr):
+    t1 = (1.0 + fi_abs(z0, MODE))
+    t2 = t1 * z0 * omega
+    t3, t4 = fi_sincos(t2, MODE)
+    return t3, omega * t1 * t4
+
+
+@triton.jit
 def finer_detached_p1(z0, omega, g0, MODE: tl.constexpr):
     t1 = (1.0 + fi_abs(z0, MODE))
     t2 = t1 * g0 * fi_cos(t1 * z0 * omega, MODE)
@@ -362,6 +447,15 @@ def finer_detached_p2(z0, omega, g0, u_z0, u_omega, MODE: tl.constexpr):
     t6 = t1 * (z0 * u_omega + omega * u_z0)
     t7 = t1 * t3 * g0 * t6
     return t5 * u_omega - omega * t7, t5 * u_z0 - z0 * t7, t4 * t6
+
+
+@triton.jit
+def finer_detached_jp(z0, omega, MODE: tl.constexpr):
+    t1 = (1.0 + fi_abs(z0, MODE))
+    t2 = t1 * z0 * omega
+    t3, t4 = fi_sincos(t2, MODE)
+    t5 = t1 * t4
+    return t3, omega * t5, z0 * t5
 
 
 @triton.jit
@@ -401,6 +495,13 @@ def fourier_l3(z0, g0, g1, u_z0, v_z0, v_g0, v_g1, MODE: tl.constexpr):
         -39.47841760435743 * u_z0 * t4,
         t6 + -39.47841760435743 * g0 * t5,
     )
+
+
+@triton.jit
+def fourier_j(z0, MODE: tl.constexpr):
+    t1 = 6.283185307179586 * z0
+    t2, t3 = fi_sincos(t1, MODE)
+    return t3, t2, -6.283185307179586 * t2, 6.283185307179586 * t3
 
 
 @triton.jit
@@ -477,6 +578,16 @@ def gabor_l3(z0, z1, omega, scale, g0, u_z0, u_z1, v_z0, v_z1, v_g, MODE: tl.con
 
 
 @triton.jit
+def gabor_j(z0, z1, omega, scale, MODE: tl.constexpr):
+    t1 = z0 * omega
+    t2, t3 = fi_sincos(t1, MODE)
+    t4 = fi_saturate(z1 * scale, MODE)
+    t5 = fi_exp(-(t4 * t4), MODE)
+    t6 = t3 * t5
+    return t6, -(omega * t5 * t2), -2.0 * scale * t4 * t6
+
+
+@triton.jit
 def gabor_p1(z0, z1, omega, scale, g0, MODE: tl.constexpr):
     t1 = z0 * omega
     t2, t3 = fi_sincos(t1, MODE)
@@ -513,6 +624,18 @@ def gabor_p2(z0, z1, omega, scale, g0, u_z0, u_z1, u_omega, u_scale, MODE: tl.co
         -2.0 * t9 * u_z1 + z1 * t17,
         t3 * t15 + t5 * t12,
     )
+
+
+@triton.jit
+def gabor_jp(z0, z1, omega, scale, MODE: tl.constexpr):
+    t1 = z0 * omega
+    t2, t3 = fi_sincos(t1, MODE)
+    t4 = fi_saturate(z1 * scale, MODE)
+    t5 = fi_exp(-(t4 * t4), MODE)
+    t6 = t3 * t5
+    t7 = t4 * t6
+    t8 = t5 * t2
+    return t6, -(omega * t8), -2.0 * scale * t7, -(z0 * t8), -2.0 * z1 * t7
 
 
 @triton.jit
@@ -556,6 +679,13 @@ def gaussian_l3(z0, sigma, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 
 @triton.jit
+def gaussian_j(z0, sigma, MODE: tl.constexpr):
+    t1 = fi_saturate(z0 / sigma, MODE)
+    t2 = fi_exp(-0.5 * t1 * t1, MODE)
+    return t2, -(t1 * t2 * 1.0 / sigma)
+
+
+@triton.jit
 def gaussian_p1(z0, sigma, g0, MODE: tl.constexpr):
     t1 = z0 / sigma
     t2 = fi_saturate(t1, MODE)
@@ -579,6 +709,16 @@ def gaussian_p2(z0, sigma, g0, u_z0, u_sigma, MODE: tl.constexpr):
     t11 = -0.5 * t2 * t3 * g0 * t10
     t12 = t6 * t8 + t11 + t4 * t9 + t11
     return t6 * t12, -((t1 * t8 - t5 * u_z0) * t6 * t6) - t7 * t12, t3 * t10
+
+
+@triton.jit
+def gaussian_jp(z0, sigma, MODE: tl.constexpr):
+    t1 = z0 / sigma
+    t2 = fi_saturate(t1, MODE)
+    t3 = fi_exp(-0.5 * t2 * t2, MODE)
+    t4 = t2 * t3
+    t5 = 1.0 / sigma
+    return t3, -(t4 * t5), t4 * t1 * t5
 
 
 @triton.jit
@@ -624,6 +764,13 @@ def gaussian_scale_l3(z0, scale, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 
 @triton.jit
+def gaussian_scale_j(z0, scale, MODE: tl.constexpr):
+    t1 = fi_saturate(z0 * scale, MODE)
+    t2 = fi_exp(-(t1 * t1), MODE)
+    return t2, -2.0 * scale * t1 * t2
+
+
+@triton.jit
 def gaussian_scale_p1(z0, scale, g0, MODE: tl.constexpr):
     t1 = fi_saturate(z0 * scale, MODE)
     t2 = t1 * fi_exp(-(t1 * t1), MODE) * g0
@@ -641,6 +788,14 @@ def gaussian_scale_p2(z0, scale, g0, u_z0, u_scale, MODE: tl.constexpr):
     t7 = t1 * t2 * g0 * t6
     t8 = t3 * t5 - t7 - t7
     return -2.0 * t4 * u_scale + scale * t8, -2.0 * t4 * u_z0 + z0 * t8, t2 * t6
+
+
+@triton.jit
+def gaussian_scale_jp(z0, scale, MODE: tl.constexpr):
+    t1 = fi_saturate(z0 * scale, MODE)
+    t2 = fi_exp(-(t1 * t1), MODE)
+    t3 = t1 * t2
+    return t2, -2.0 * scale * t3, -2.0 * z0 * t3
 
 
 @triton.jit
@@ -692,6 +847,14 @@ def gelu_l3(z0, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 
 @triton.jit
+def gelu_j(z0, MODE: tl.constexpr):
+    t1 = 0.7071067811865476 * z0
+    t2 = 1.0 + fi_erf(t1, MODE)
+    t3 = fi_saturate(t1, MODE)
+    return 0.5 * z0 * t2, 0.5 * t2 + 0.3989422804014327 * z0 * fi_exp(-(t3 * t3), MODE)
+
+
+@triton.jit
 def hosc_l0(z0, beta, omega, MODE: tl.constexpr):
     return (fi_tanh(beta * fi_sin(z0 * omega, MODE), MODE),)
 
@@ -740,6 +903,14 @@ def hosc_l3(z0, beta, omega, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 
 @triton.jit
+def hosc_j(z0, beta, omega, MODE: tl.constexpr):
+    t1 = z0 * omega
+    t2, t3 = fi_sincos(t1, MODE)
+    t4 = fi_tanh(beta * t2, MODE)
+    return t4, omega * beta * (1.0 - t4 * t4) * t3
+
+
+@triton.jit
 def hosc_p1(z0, beta, omega, g0, MODE: tl.constexpr):
     t1 = z0 * omega
     t2, t3 = fi_sincos(t1, MODE)
@@ -767,6 +938,16 @@ def hosc_p2(z0, beta, omega, g0, u_z0, u_beta, u_omega, MODE: tl.constexpr):
 
 
 @triton.jit
+def hosc_jp(z0, beta, omega, MODE: tl.constexpr):
+    t1 = z0 * omega
+    t2, t3 = fi_sincos(t1, MODE)
+    t4 = fi_tanh(beta * t2, MODE)
+    t5 = 1.0 - t4 * t4
+    t6 = beta * t5 * t3
+    return t4, omega * t6, t2 * t5, z0 * t6
+
+
+@triton.jit
 def identity_l0(z0, MODE: tl.constexpr):
     return (z0,)
 
@@ -784,6 +965,11 @@ def identity_l2(z0, g0, u_z0, MODE: tl.constexpr):
 @triton.jit
 def identity_l3(z0, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
     return tl.zeros_like(z0) + 0.0, tl.zeros_like(z0) + 0.0, v_g
+
+
+@triton.jit
+def identity_j(z0, MODE: tl.constexpr):
+    return z0, tl.zeros_like(z0) + 1.0
 
 
 @triton.jit
@@ -819,6 +1005,15 @@ def incode_l3(z0, omega, a, b, c, d, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
     t9 = t1 * v_g
     t10 = t4 * t8
     return omega * t2 * (-(t4 * t7 * t9) - t5 * t6 * t7 * t8), -(t1 * t7 * t10), omega * t2 * (t5 * t9 - t6 * t10)
+
+
+@triton.jit
+def incode_j(z0, omega, a, b, c, d, MODE: tl.constexpr):
+    t1 = fi_exp(a, MODE)
+    t2 = fi_exp(b, MODE)
+    t3 = c + t2 * z0 * omega
+    t4, t5 = fi_sincos(t3, MODE)
+    return d + t1 * t4, omega * t2 * t1 * t5
 
 
 @triton.jit
@@ -862,6 +1057,19 @@ def incode_p2(z0, omega, a, b, c, d, g0, u_z0, u_omega, u_a, u_b, u_c, u_d, MODE
 
 
 @triton.jit
+def incode_jp(z0, omega, a, b, c, d, MODE: tl.constexpr):
+    t1 = fi_exp(a, MODE)
+    t2 = fi_exp(b, MODE)
+    t3 = z0 * omega
+    t4 = c + t2 * t3
+    t5, t6 = fi_sincos(t4, MODE)
+    t7 = t1 * t5
+    t8 = t1 * t6
+    t9 = t2 * t8
+    return d + t7, omega * t9, z0 * t9, t7, t2 * t3 * t8, t8, tl.zeros_like(z0) + 1.0
+
+
+@triton.jit
 def relu_l0(z0, MODE: tl.constexpr):
     return (fi_maximum(z0, 0.0),)
 
@@ -879,6 +1087,11 @@ def relu_l2(z0, g0, u_z0, MODE: tl.constexpr):
 @triton.jit
 def relu_l3(z0, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
     return tl.zeros_like(z0) + 0.0, tl.zeros_like(z0) + 0.0, fi_gt(z0, 0.0) * v_g
+
+
+@triton.jit
+def relu_j(z0, MODE: tl.constexpr):
+    return fi_maximum(z0, 0.0), fi_gt(z0, 0.0)
 
 
 @triton.jit
@@ -912,6 +1125,12 @@ def sigmoid_l3(z0, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
     t7 = t2 * t5 - t1 * t5
     t8 = (t2 * t4 - t1 * t4) * v_z0 + u_z0 * v_g
     return t3 * (t2 * t8 - t6 - (t6 + t1 * t8)), u_z0 * t7, g0 * t7 + t3 * v_g
+
+
+@triton.jit
+def sigmoid_j(z0, MODE: tl.constexpr):
+    t1 = fi_sigmoid(z0, MODE)
+    return t1, t1 * (1.0 - t1)
 
 
 @triton.jit
@@ -954,6 +1173,12 @@ def silu_l3(z0, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 
 @triton.jit
+def silu_j(z0, MODE: tl.constexpr):
+    t1 = fi_sigmoid(z0, MODE)
+    return z0 * t1, t1 + z0 * t1 * (1.0 - t1)
+
+
+@triton.jit
 def sinc_l0(z0, omega, MODE: tl.constexpr):
     return (fi_sinc0(z0 * omega, MODE),)
 
@@ -985,6 +1210,12 @@ def sinc_l3(z0, omega, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 
 @triton.jit
+def sinc_j(z0, omega, MODE: tl.constexpr):
+    t1 = z0 * omega
+    return fi_sinc0(t1, MODE), omega * fi_sinc1(t1, MODE)
+
+
+@triton.jit
 def sinc_p1(z0, omega, g0, MODE: tl.constexpr):
     t1 = g0 * fi_sinc1(z0 * omega, MODE)
     return omega * t1, z0 * t1
@@ -998,6 +1229,13 @@ def sinc_p2(z0, omega, g0, u_z0, u_omega, MODE: tl.constexpr):
     t4 = z0 * u_omega + omega * u_z0
     t5 = g0 * t4 * fi_sinc2(t1, MODE)
     return t3 * u_omega + omega * t5, t3 * u_z0 + z0 * t5, t2 * t4
+
+
+@triton.jit
+def sinc_jp(z0, omega, MODE: tl.constexpr):
+    t1 = z0 * omega
+    t2 = fi_sinc1(t1, MODE)
+    return fi_sinc0(t1, MODE), omega * t2, z0 * t2
 
 
 @triton.jit
@@ -1029,6 +1267,13 @@ def sine_l3(z0, omega, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 
 @triton.jit
+def sine_j(z0, omega, MODE: tl.constexpr):
+    t1 = z0 * omega
+    t2, t3 = fi_sincos(t1, MODE)
+    return t2, omega * t3
+
+
+@triton.jit
 def sine_p1(z0, omega, g0, MODE: tl.constexpr):
     t1 = g0 * fi_cos(z0 * omega, MODE)
     return omega * t1, z0 * t1
@@ -1042,6 +1287,13 @@ def sine_p2(z0, omega, g0, u_z0, u_omega, MODE: tl.constexpr):
     t5 = z0 * u_omega + omega * u_z0
     t6 = t2 * g0 * t5
     return t4 * u_omega - omega * t6, t4 * u_z0 - z0 * t6, t3 * t5
+
+
+@triton.jit
+def sine_jp(z0, omega, MODE: tl.constexpr):
+    t1 = z0 * omega
+    t2, t3 = fi_sincos(t1, MODE)
+    return t2, omega * t3, z0 * t3
 
 
 @triton.jit
@@ -1078,6 +1330,12 @@ def softplus_l3(z0, beta, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
 
 
 @triton.jit
+def softplus_j(z0, beta, MODE: tl.constexpr):
+    t1 = z0 * beta
+    return fi_softplus(t1, MODE) / beta, beta * 1.0 / beta * fi_sigmoid(t1, MODE)
+
+
+@triton.jit
 def softplus_p1(z0, beta, g0, MODE: tl.constexpr):
     t1 = z0 * beta
     t2 = 1.0 / beta
@@ -1104,6 +1362,15 @@ def softplus_p2(z0, beta, g0, u_z0, u_beta, MODE: tl.constexpr):
         t7 * u_z0 - (g0 * t9 - t2 * t10) * t3 * t3 + t4 * t11 + z0 * t12,
         t3 * t9 - t4 * u_beta,
     )
+
+
+@triton.jit
+def softplus_jp(z0, beta, MODE: tl.constexpr):
+    t1 = z0 * beta
+    t2 = fi_softplus(t1, MODE) / beta
+    t3 = 1.0 / beta
+    t4 = t3 * fi_sigmoid(t1, MODE)
+    return t2, beta * t4, z0 * t4 - t2 * t3
 
 
 @triton.jit
@@ -1273,6 +1540,27 @@ def split_l3(
 
 
 @triton.jit
+def split_j(z0, z1, z2, z3, m, w1, w2, w3, w4, MODE: tl.constexpr):
+    t1 = z3 * w4
+    t2, t3 = fi_sincos(t1, MODE)
+    t4 = fi_sigmoid(z1 * w2, MODE)
+    t5 = z2 * w3
+    t6, t7 = fi_sincos(t5, MODE)
+    t8 = fi_tanh(z0 * w1, MODE)
+    t9 = m * t3
+    t10 = t4 * t9
+    t11 = t6 * t10
+    t12 = t6 * t8
+    return (
+        t8 * t11,
+        w1 * t11 * (1.0 - t8 * t8),
+        w2 * t9 * t12 * t4 * (1.0 - t4),
+        w3 * t8 * t10 * t7,
+        -(w4 * m * t4 * t12 * t2),
+    )
+
+
+@triton.jit
 def split_p1(z0, z1, z2, z3, m, w1, w2, w3, w4, g0, MODE: tl.constexpr):
     t1 = z3 * w4
     t2, t3 = fi_sincos(t1, MODE)
@@ -1372,6 +1660,26 @@ def split_p2(
 
 
 @triton.jit
+def split_jp(z0, z1, z2, z3, m, w1, w2, w3, w4, MODE: tl.constexpr):
+    t1 = z3 * w4
+    t2, t3 = fi_sincos(t1, MODE)
+    t4 = fi_sigmoid(z1 * w2, MODE)
+    t5 = z2 * w3
+    t6, t7 = fi_sincos(t5, MODE)
+    t8 = fi_tanh(z0 * w1, MODE)
+    t9 = m * t3
+    t10 = t4 * t9
+    t11 = t6 * t10
+    t12 = t6 * t8
+    t13 = t4 * t12
+    t14 = t11 * (1.0 - t8 * t8)
+    t15 = t8 * t10 * t7
+    t16 = t9 * t12 * t4 * (1.0 - t4)
+    t17 = m * t13 * t2
+    return t8 * t11, w1 * t14, w2 * t16, w3 * t15, -(w4 * t17), t3 * t13, z0 * t14, z1 * t16, z2 * t15, -(z3 * t17)
+
+
+@triton.jit
 def tanh_l0(z0, MODE: tl.constexpr):
     return (fi_tanh(z0, MODE),)
 
@@ -1398,6 +1706,12 @@ def tanh_l3(z0, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
     t5 = t1 * t4
     t6 = t1 * (-2.0 * t1 * t3 * v_z0 + u_z0 * v_g)
     return t2 * (-2.0 * t3 * t4 - t6 - t6), -2.0 * u_z0 * t5, -2.0 * g0 * t5 + t2 * v_g
+
+
+@triton.jit
+def tanh_j(z0, MODE: tl.constexpr):
+    t1 = fi_tanh(z0, MODE)
+    return t1, 1.0 - t1 * t1
 
 
 @triton.jit
@@ -1457,3 +1771,160 @@ def wavelet_l3(z0, g0, u_z0, v_z0, v_g, MODE: tl.constexpr):
         2.0 * t9 * t11 - -2.0 * t7 * t13 + t3 * t21 - t4 * t19,
         t1 * t16 + -2.0 * t4 * t6 * v_z0 - t5 * t18 + t2 * t14,
     )
+
+
+@triton.jit
+def wavelet_j(z0, MODE: tl.constexpr):
+    t1 = fi_saturate(z0, MODE)
+    t2, t3 = fi_sincos(t1, MODE)
+    t4 = fi_exp(-(t1 * t1), MODE)
+    t5 = t3 * t4
+    return t5, -2.0 * t1 * t5 - t4 * t2
+
+
+@triton.jit
+def absolute_error_l0(z0, z1, MODE: tl.constexpr):
+    return (fi_abs(z0 - z1, MODE),)
+
+
+@triton.jit
+def absolute_error_l1(z0, z1, g0, MODE: tl.constexpr):
+    t1 = g0 * fi_sign(z0 - z1, MODE)
+    return t1, -t1
+
+
+@triton.jit
+def absolute_error_l2(z0, z1, g0, u_z0, u_z1, MODE: tl.constexpr):
+    return tl.zeros_like(z0) + 0.0, tl.zeros_like(z0) + 0.0, fi_sign(z0 - z1, MODE) * (u_z0 - u_z1)
+
+
+@triton.jit
+def absolute_error_l3(z0, z1, g0, u_z0, u_z1, v_z0, v_z1, v_g, MODE: tl.constexpr):
+    t1 = fi_sign(z0 - z1, MODE) * v_g
+    return tl.zeros_like(z0) + 0.0, tl.zeros_like(z0) + 0.0, tl.zeros_like(z0) + 0.0, t1, -t1
+
+
+@triton.jit
+def absolute_error_j(z0, z1, MODE: tl.constexpr):
+    t1 = z0 - z1
+    t2 = fi_sign(t1, MODE)
+    return fi_abs(t1, MODE), t2, -t2
+
+
+@triton.jit
+def huber_error_l0(z0, z1, delta, MODE: tl.constexpr):
+    t1 = z0 - z1
+    t2 = fi_abs(t1, MODE)
+    return (fi_where(fi_ge(delta, t2), 0.5 * t1 * t1, delta * (t2 + -0.5 * delta)),)
+
+
+@triton.jit
+def huber_error_l1(z0, z1, delta, g0, MODE: tl.constexpr):
+    t1 = z0 - z1
+    t2 = fi_ge(delta, fi_abs(t1, MODE))
+    t3 = t1 * fi_where(t2, g0, 0.0) + delta * fi_where(t2, 0.0, g0) * fi_sign(t1, MODE)
+    return t3, -t3
+
+
+@triton.jit
+def huber_error_l2(z0, z1, delta, g0, u_z0, u_z1, MODE: tl.constexpr):
+    t1 = z0 - z1
+    t2 = fi_ge(delta, fi_abs(t1, MODE))
+    t3 = u_z0 - u_z1
+    t4 = fi_where(t2, g0, 0.0) * t3
+    t5 = fi_where(t2, 0.0, delta * fi_sign(t1, MODE) * t3) + fi_where(t2, t1 * t3, 0.0)
+    return t4, -t4, t5
+
+
+@triton.jit
+def huber_error_l3(z0, z1, delta, g0, u_z0, u_z1, v_z0, v_z1, v_g, MODE: tl.constexpr):
+    t1 = z0 - z1
+    t2 = fi_ge(delta, fi_abs(t1, MODE))
+    t3 = u_z0 - u_z1
+    t4 = v_z0 - v_z1
+    t5 = fi_where(t2, v_g, 0.0)
+    t6 = t3 * t5
+    t7 = t1 * t5 + fi_where(t2, g0, 0.0) * t4 + fi_sign(t1, MODE) * delta * fi_where(t2, 0.0, v_g)
+    return t6, -t6, fi_where(t2, t3 * t4, 0.0), t7, -t7
+
+
+@triton.jit
+def huber_error_j(z0, z1, delta, MODE: tl.constexpr):
+    t1 = z0 - z1
+    t2 = fi_abs(t1, MODE)
+    t3 = fi_ge(delta, t2)
+    t4 = t1 * fi_where(t3, 1.0, 0.0) + delta * fi_where(t3, 0.0, 1.0) * fi_sign(t1, MODE)
+    return fi_where(t3, 0.5 * t1 * t1, delta * (t2 + -0.5 * delta)), t4, -t4
+
+
+@triton.jit
+def huber_error_p1(z0, z1, delta, g0, MODE: tl.constexpr):
+    t1 = z0 - z1
+    t2 = fi_abs(t1, MODE)
+    t3 = fi_ge(delta, t2)
+    t4 = fi_where(t3, 0.0, g0)
+    t5 = delta * t4
+    t6 = t1 * fi_where(t3, g0, 0.0) + t5 * fi_sign(t1, MODE)
+    return t6, -t6, (t2 + -0.5 * delta) * t4 + -0.5 * t5
+
+
+@triton.jit
+def huber_error_p2(z0, z1, delta, g0, u_z0, u_z1, u_delta, MODE: tl.constexpr):
+    t1 = z0 - z1
+    t2 = fi_abs(t1, MODE)
+    t3 = fi_ge(delta, t2)
+    t4 = fi_where(t3, 0.0, g0)
+    t5 = fi_sign(t1, MODE)
+    t6 = u_z0 - u_z1
+    t7 = t5 * t6 + -0.5 * u_delta
+    t8 = t4 * u_delta
+    t9 = fi_where(t3, 0.0, delta * t7 + (t2 + -0.5 * delta) * u_delta) + fi_where(t3, t1 * t6, 0.0)
+    t10 = fi_where(t3, g0, 0.0) * t6 + t5 * t8
+    return t10, -t10, t4 * t7 + -0.5 * t8, t9
+
+
+@triton.jit
+def huber_error_jp(z0, z1, delta, MODE: tl.constexpr):
+    t1 = z0 - z1
+    t2 = fi_abs(t1, MODE)
+    t3 = t2 + -0.5 * delta
+    t4 = fi_ge(delta, t2)
+    t5 = fi_where(t4, 0.0, 1.0)
+    t6 = delta * t5
+    t7 = t1 * fi_where(t4, 1.0, 0.0) + t6 * fi_sign(t1, MODE)
+    return fi_where(t4, 0.5 * t1 * t1, delta * t3), t7, -t7, t3 * t5 + -0.5 * t6
+
+
+@triton.jit
+def squared_error_l0(z0, z1, MODE: tl.constexpr):
+    t1 = z0 - z1
+    return (t1 * t1,)
+
+
+@triton.jit
+def squared_error_l1(z0, z1, g0, MODE: tl.constexpr):
+    t1 = 2.0 * (z0 - z1) * g0
+    return t1, -t1
+
+
+@triton.jit
+def squared_error_l2(z0, z1, g0, u_z0, u_z1, MODE: tl.constexpr):
+    t1 = u_z0 - u_z1
+    t2 = 2.0 * g0 * t1
+    return t2, -t2, 2.0 * (z0 - z1) * t1
+
+
+@triton.jit
+def squared_error_l3(z0, z1, g0, u_z0, u_z1, v_z0, v_z1, v_g, MODE: tl.constexpr):
+    t1 = u_z0 - u_z1
+    t2 = v_z0 - v_z1
+    t3 = 2.0 * t1 * v_g
+    t4 = 2.0 * (z0 - z1) * v_g + 2.0 * g0 * t2
+    return t3, -t3, 2.0 * t1 * t2, t4, -t4
+
+
+@triton.jit
+def squared_error_j(z0, z1, MODE: tl.constexpr):
+    t1 = z0 - z1
+    t2 = 2.0 * t1
+    return t1 * t1, t2, -t2

@@ -1,0 +1,562 @@
+// A whole network over tiles of rows, for one capability: a tile passes through all layers, and back, while it is in the
+// cache. What is stored for the backward is pre-activations or nothing; a loss makes one pass of both directions.
+//
+// Per tile, layer by layer (panels as in gemm.h):
+//   forward    z = y_before W^T + b, panel by panel, each at once through its map: y, or y and its derivatives J
+//   backward   gy = gz_after W_after, panel by panel, each at once times J: gz, its column sums; gw += gz^T y_before
+#include "tile.h"
+
+namespace fused_inr {
+namespace {
+
+// Of the widest layer's columns in a tile: with the weights of a layer it stays in the second-level cache.
+constexpr int64_t kTileBytes = 96 << 10;
+
+template <class T>
+int64_t in_panels(const NetworkLayer& l) {
+  return panels_of<Vector<T>>(l.in_channels, l.in_channel);
+}
+template <class T>
+int64_t z_panels(const NetworkLayer& l) {
+  return panels_of<Vector<T>>(l.branches, l.features);
+}
+template <class T>
+int64_t y_panels(const NetworkLayer& l) {
+  return panels_of<Vector<T>>(l.outputs, l.features);
+}
+
+// What all layers of a network need at most, in panels or streams of one panel.
+template <class T>
+struct Extent {
+  int64_t widest = 1;  // panels of any tile: inputs, pre-activations, outputs
+  int64_t saved = 0;   // panels of the pre-activations that a forward stores
+  int branches = 1, outputs = 1, params = 0, derivatives = 0;
+  bool expands = false;
+
+  explicit Extent(const Network& n) {
+    for (int i = 0; i < n.layers; ++i) {
+      const NetworkLayer& l = n.layer[i];
+      widest = larger(widest, larger(in_panels<T>(l), larger(z_panels<T>(l), y_panels<T>(l))));
+      if (l.value) saved += z_panels<T>(l);
+      branches = branches > l.branches ? branches : l.branches;
+      outputs = outputs > l.outputs ? outputs : l.outputs;
+      params = params > l.params ? params : l.params;
+      const int of_layer = l.outputs * (l.branches + l.params);
+      derivatives = derivatives > of_layer ? derivatives : of_layer;
+      expands = expands || fused_inr::expands<T>(l.params, l.param_stride);
+    }
+  }
+};
+
+template <class T>
+int64_t threads_for(const Network& n) {
+  double work = 0;
+  for (int i = 0; i < n.layers; ++i) {
+    const NetworkLayer& l = n.layer[i];
+    work += static_cast<double>(n.rows * l.branches * l.features) *
+            static_cast<double>(2 * l.in_channels * l.in_channel + 16);
+  }
+  return work < kSerialWork ? 1 : n.threads;
+}
+
+template <class T>
+int64_t rows_of_tile(const Network& n, const Extent<T>& extent) {
+  return tile_rows<T>(n.rows, extent.widest * kPanel<Vector<T>>, kTileBytes, n.threads);
+}
+
+// The saved tensor begins with the number of rows of its tiles.
+constexpr int64_t kSavedHeader = 16;
+
+template <class T>
+int64_t saved_elements(const Network& n) {
+  return kSavedHeader + n.rows * Extent<T>(n).saved * kPanel<Vector<T>>;
+}
+
+// -- weights, packed once a call
+
+template <class T>
+struct PackedLayer {
+  T *forward = nullptr, *input = nullptr, *bias = nullptr;
+};
+
+template <class T>
+void take_packed(Arena& arena, const Network& n, bool forward, bool input, bool first_input, PackedLayer<T>* packed) {
+  constexpr int64_t P = kPanel<Vector<T>>;
+  for (int i = 0; i < n.layers; ++i) {
+    const NetworkLayer& l = n.layer[i];
+    const int64_t depth = l.in_channels * l.in_channel;
+    PackedLayer<T> of_layer;
+    if (forward) of_layer.forward = arena.take<T>(z_panels<T>(l) * P * depth);
+    if (forward && l.bias) of_layer.bias = arena.take<T>(z_panels<T>(l) * P);
+    if (input && (i > 0 || first_input)) of_layer.input = arena.take<T>(in_panels<T>(l) * P * l.branches * l.features);
+    if (packed) packed[i] = of_layer;
+  }
+}
+
+template <class T>
+void pack(const Network& n, const PackedLayer<T>* packed, int64_t parts) {
+  using V = Vector<T>;
+  constexpr int64_t P = kPanel<V>;
+  double size = 0;
+  for (int i = 0; i < n.layers; ++i) {
+    const NetworkLayer& l = n.layer[i];
+    size += static_cast<double>(l.branches * l.features * l.in_channels * l.in_channel);
+  }
+  parts = size < 50000 ? 1 : parts;
+  run_parts(n.parallel, parts, [&](int64_t part) {
+    for (int i = 0; i < n.layers; ++i) {
+      const NetworkLayer& l = n.layer[i];
+      const int64_t depth = l.in_channels * l.in_channel, columns = l.branches * l.features;
+      const T* weight = static_cast<const T*>(l.weight.data);
+      if (packed[i].forward) {
+        const Range r = share(z_panels<T>(l), part, parts);
+        pack_transposed<V>(weight, l.weight.row_stride, depth, l.features, r.begin, r.end, packed[i].forward);
+      }
+      if (packed[i].input) {
+        const Range r = share(in_panels<T>(l), part, parts);
+        pack_rows<V>(weight, l.weight.row_stride, columns, l.in_channel, r.begin, r.end, packed[i].input);
+      }
+      if (packed[i].bias && part == 0) {
+        const T* bias = static_cast<const T*>(l.bias);
+        each_panel<V>(l.features, 0, z_panels<T>(l), [&](int64_t panel, int64_t first, int64_t count) {
+          for (int64_t j = 0; j < P; ++j) packed[i].bias[panel * P + j] = j < count ? bias[first + j] : T(0);
+        });
+      }
+    }
+  });
+}
+
+// -- one layer of a tile
+
+// z of the panel p of each branch, [branch][m][kPanel] `z_stride` apart
+template <class T>
+void preactivate(const NetworkLayer& l, const PackedLayer<T>& packed, int64_t m, int64_t p, const T* input, T* z,
+                 int64_t z_stride) {
+  using V = Vector<T>;
+  constexpr int64_t P = kPanel<V>;
+  const int64_t depth = l.in_channels * l.in_channel, panels = panels_of<V>(1, l.features);
+  for (int b = 0; b < l.branches; ++b)
+    product<V, Left::kTile>(m, b * panels + p, b * panels + p + 1, depth, Operand<T>{input, 0, m * P, l.in_channel},
+                            packed.forward, depth * P, z + b * z_stride, m * P, packed.bias, false, nullptr);
+}
+
+// a map of the panel p: streams z, parameters to out[0 .. outputs)
+template <class T>
+void apply(void* function, const NetworkLayer& l, int64_t m, int64_t p, const T* z, int64_t z_stride, T* params,
+           T* const* out) {
+  constexpr int64_t P = kPanel<Vector<T>>;
+  const T* in[kMaxStreams];
+  int64_t stride[kMaxStreams];
+  for (int b = 0; b < l.branches; ++b) {
+    in[b] = z + b * z_stride;
+    stride[b] = 1;
+  }
+  const int64_t first = p * P, count = smaller(P, l.features - first);
+  param_streams<T>(l.params, l.param, l.param_stride, first, count, m, params, in + l.branches, stride + l.branches);
+  reinterpret_cast<Map<T>>(function)(m * P, in, stride, out);
+}
+
+// -- forward
+
+template <class T>
+void forward_tile(const NetworkForward& f, const PackedLayer<T>* packed, int64_t row, int64_t m, T* const* buffer, T* z,
+                  T* params, T* saved, bool streamed) {
+  using V = Vector<T>;
+  constexpr int64_t P = kPanel<V>;
+  const Network& n = f.network;
+  T* in = buffer[0];
+  T* y = buffer[1];
+  read_rows<T>(n.x, 0, row, m, n.layer[0].in_channels, n.layer[0].in_channel, in);
+  for (int i = 0; i < n.layers; ++i) {
+    const NetworkLayer& l = n.layer[i];
+    const int64_t panels = panels_of<V>(1, l.features);
+    for (int64_t p = 0; p < panels; ++p) {
+      if (!l.value) {
+        preactivate<T>(l, packed[i], m, p, in, y + p * m * P, panels * m * P);
+        continue;
+      }
+      T* to = saved ? saved + p * m * P : z;
+      const int64_t stride = (saved ? panels : 1) * m * P;
+      preactivate<T>(l, packed[i], m, p, in, to, stride);
+      T* out[kMaxStreams];
+      for (int c = 0; c < l.outputs; ++c) out[c] = y + (c * panels + p) * m * P;
+      apply<T>(l.value, l, m, p, to, stride, params, out);
+    }
+    if (saved && l.value) saved += z_panels<T>(l) * m * P;
+    T* const next = in;
+    in = y;
+    y = next;
+  }
+  const NetworkLayer& last = n.layer[n.layers - 1];
+  write_rows<T>(f.y, 0, row, m, last.outputs, last.features, in, streamed);
+}
+
+template <class T>
+void network_forward(const NetworkForward& f) {
+  using V = Vector<T>;
+  constexpr int64_t P = kPanel<V>;
+  const Network& n = f.network;
+  if (n.rows == 0) return;
+  const Extent<T> extent(n);
+  const int64_t threads = threads_for<T>(n), tile = rows_of_tile<T>(n, extent), tiles = (n.rows + tile - 1) / tile;
+  const int64_t parts = smaller(threads, tiles);
+  T* const saved = static_cast<T*>(f.saved);
+  if (saved) saved[0] = static_cast<T>(tile);
+
+  Arena sizes;
+  take_packed<T>(sizes, n, true, false, false, nullptr);
+  sizes.take<PackedLayer<T>>(n.layers);
+  Arena shared(sizes.used());
+  PackedLayer<T>* packed = shared.take<PackedLayer<T>>(n.layers);
+  take_packed<T>(shared, n, true, false, false, packed);
+  pack<T>(n, packed, threads);
+
+  const NetworkLayer& last = n.layer[n.layers - 1];
+  const bool streamed = streams<T>(f.y, n.rows, last.outputs * last.features);
+  const int64_t panel = tile * P;
+  Queue queue;
+  run_parts(n.parallel, parts, [&](int64_t) {
+    Arena arena((2 * extent.widest + extent.branches + extent.params + 1) * panel * static_cast<int64_t>(sizeof(T)) + 512);
+    T* const buffer[] = {arena.take<T>(extent.widest * panel), arena.take<T>(extent.widest * panel)};
+    T* z = arena.take<T>(extent.branches * panel);
+    T* params = extent.expands ? arena.take<T>(extent.params * panel) : nullptr;
+    for (int64_t t; (t = queue.next()) < tiles;) {
+      const int64_t row = t * tile, m = smaller(tile, n.rows - row);
+      T* const of_tile = saved ? saved + kSavedHeader + row * extent.saved * P : nullptr;
+      forward_tile<T>(f, packed, row, m, buffer, z, params, of_tile, streamed);
+    }
+    finish_streams();
+  });
+}
+
+// -- backward, and one pass with a loss
+
+template <class T>
+struct LayerSums {
+  T* gw = nullptr;  // as outer_product leaves it
+  double *gb = nullptr, *gp = nullptr;
+};
+
+// One thread's memory for a tile.
+template <class T>
+struct TrainingScratch {
+  T *x, *gz[2], *z, *gy, *derivatives, *params, *target;
+  T** y;           // of each layer
+  T** derivative;  // of each layer, streams [output][branch (, parameter)]; null where they are not stored
+
+  TrainingScratch(Arena& arena, const NetworkBackward& f, const Extent<T>& extent, int64_t tile) {
+    const Network& n = f.network;
+    const int64_t panel = tile * kPanel<Vector<T>>;
+    y = arena.take<T*>(n.layers);
+    derivative = arena.take<T*>(n.layers);
+    x = arena.take<T>(in_panels<T>(n.layer[0]) * panel);
+    for (int i = 0; i < n.layers; ++i) {
+      const NetworkLayer& l = n.layer[i];
+      T* const of_layer = arena.take<T>(y_panels<T>(l) * panel);
+      const int64_t streams = l.outputs * (l.branches + (l.gp ? l.params : 0));
+      T* const of_derivative =
+          l.value && !f.saved ? arena.take<T>(streams * panels_of<Vector<T>>(1, l.features) * panel) : nullptr;
+      if (y) {
+        y[i] = of_layer;
+        derivative[i] = of_derivative;
+      }
+    }
+    gz[0] = arena.take<T>(extent.widest * panel);
+    gz[1] = arena.take<T>(extent.widest * panel);
+    z = arena.take<T>(extent.branches * panel);
+    gy = arena.take<T>(extent.outputs * panel);
+    derivatives = arena.take<T>(extent.derivatives * panel);
+    params = extent.expands ? arena.take<T>(extent.params * panel) : nullptr;
+    target = arena.take<T>(4 * panel);
+  }
+};
+
+template <class T>
+class TrainingTile {
+ public:
+  TrainingTile(const NetworkBackward& f, const PackedLayer<T>* packed, const TrainingScratch<T>& scratch, LayerSums<T>* sums,
+               double* loss)
+      : f_(f), n_(f.network), packed_(packed), s_(scratch), sums_(sums), loss_(loss) {}
+
+  void run(int64_t row, int64_t m, const T* saved, bool fresh, bool gx_streamed) {
+    row_ = row;
+    m_ = m;
+    const int last = n_.layers - 1;
+    read_rows<T>(n_.x, 0, row, m, n_.layer[0].in_channels, n_.layer[0].in_channel, s_.x);
+    if (!saved) forward();
+    saved_ = saved;  // of the layers in order; walked from its end
+    if (saved)
+      for (int i = 0; i < n_.layers; ++i)
+        if (n_.layer[i].value) saved_ += z_panels<T>(n_.layer[i]) * m * P;
+
+    T* gz = s_.gz[0];
+    T* next = s_.gz[1];
+    begin_layer(last);
+    const int64_t panels = panels_of<V>(1, n_.layer[last].features);
+    for (int64_t p = 0; p < panels; ++p) {
+      jet(last, p);
+      cotangent(last, p);
+      combine(last, p, gz);
+    }
+    for (int i = last; i >= 0; --i) {
+      const NetworkLayer& l = n_.layer[i];
+      const int64_t columns = l.branches * l.features;
+      const Operand<T> left{gz, 0, m * P, l.features};
+      if (i > 0) {
+        const NetworkLayer& before = n_.layer[i - 1];
+        const int64_t of_channel = panels_of<V>(1, before.features);
+        begin_layer(i - 1);
+        for (int64_t p = 0; p < of_channel; ++p) {
+          jet(i - 1, p);
+          for (int c = 0; c < before.outputs; ++c)
+            product<V, Left::kTile>(m, c * of_channel + p, c * of_channel + p + 1, columns, left, packed_[i].input,
+                                    columns * P, s_.gy + c * m * P, m * P, nullptr, false, nullptr);
+          combine(i - 1, p, next);
+        }
+      } else if (f_.gx.data) {
+        product<V, Left::kTile>(m, 0, in_panels<T>(l), columns, left, packed_[i].input, columns * P, next, m * P, nullptr,
+                                false, nullptr);
+        write_rows<T>(f_.gx, 0, row, m, l.in_channels, l.in_channel, next, gx_streamed);
+      }
+      if (sums_[i].gw)
+        outer_product<V>(m, l.features, columns, 0, z_panels<T>(l), gz, m * P, in_panels<T>(l), i > 0 ? s_.y[i - 1] : s_.x,
+                         m * P, sums_[i].gw, !fresh, nullptr);
+      T* const done = gz;
+      gz = next;
+      next = done;
+    }
+  }
+
+ private:
+  using V = Vector<T>;
+  static constexpr int64_t P = kPanel<V>;
+
+  static int streams_of(const NetworkLayer& l) { return l.outputs * (l.branches + (l.gp ? l.params : 0)); }
+
+  // value and derivatives of the panel p
+  void apply_jet(int i, int64_t p, const T* z, int64_t z_stride, T* derivative, int64_t derivative_stride) {
+    const NetworkLayer& l = n_.layer[i];
+    const int64_t panels = panels_of<V>(1, l.features);
+    T* out[kMaxStreams];
+    for (int c = 0; c < l.outputs; ++c) out[c] = s_.y[i] + (c * panels + p) * m_ * P;
+    for (int d = 0; d < streams_of(l); ++d) out[l.outputs + d] = derivative + d * derivative_stride;
+    apply<T>(l.jet, l, m_, p, z, z_stride, s_.params, out);
+  }
+
+  void forward() {
+    const T* in = s_.x;
+    for (int i = 0; i < n_.layers; ++i) {
+      const NetworkLayer& l = n_.layer[i];
+      const int64_t panels = panels_of<V>(1, l.features);
+      for (int64_t p = 0; p < panels; ++p) {
+        if (!l.value) {
+          preactivate<T>(l, packed_[i], m_, p, in, s_.y[i] + p * m_ * P, panels * m_ * P);
+          continue;
+        }
+        preactivate<T>(l, packed_[i], m_, p, in, s_.z, m_ * P);
+        apply_jet(i, p, s_.z, m_ * P, s_.derivative[i] + p * m_ * P, panels * m_ * P);
+      }
+      in = s_.y[i];
+    }
+  }
+
+  void begin_layer(int i) {
+    if (saved_ && n_.layer[i].value) saved_ -= z_panels<T>(n_.layer[i]) * m_ * P;
+  }
+
+  // y of the panel and its derivatives, from the stored pre-activations or where the forward left them
+  void jet(int i, int64_t p) {
+    const NetworkLayer& l = n_.layer[i];
+    const int64_t panels = panels_of<V>(1, l.features);
+    if (!l.value) return;
+    if (!saved_) {
+      derivative_ = s_.derivative[i] + p * m_ * P;
+      derivative_stride_ = panels * m_ * P;
+      return;
+    }
+    derivative_ = s_.derivatives;
+    derivative_stride_ = m_ * P;
+    apply_jet(i, p, saved_ + p * m_ * P, panels * m_ * P, s_.derivatives, m_ * P);
+  }
+
+  // the cotangent of the network's output, into gy
+  void cotangent(int i, int64_t p) {
+    const NetworkLayer& l = n_.layer[i];
+    const int64_t panels = panels_of<V>(1, l.features), first = p * P, count = smaller(P, l.features - first);
+    for (int c = 0; c < l.outputs; ++c) {
+      T* gy = s_.gy + c * m_ * P;
+      if (!f_.loss.jet) {
+        read_panel<T>(f_.g, 0, row_, m_, c * l.features + first, count, gy);
+        continue;
+      }
+      T *target = s_.target, *value = target + m_ * P, *of_target = value + m_ * P;
+      read_panel<T>(f_.loss.target, 0, row_, m_, c * l.features + first, count, target);
+      const T* in[2 + kMaxParams] = {s_.y[i] + (c * panels + p) * m_ * P, target};
+      int64_t stride[2 + kMaxParams] = {1, 1};
+      for (int q = 0; q < f_.loss.params; ++q) {
+        in[2 + q] = static_cast<const T*>(f_.loss.param[q]);
+        stride[2 + q] = 0;
+      }
+      T* const out[] = {value, gy, of_target};
+      reinterpret_cast<Map<T>>(f_.loss.jet)(m_ * P, in, stride, out);
+      const T* weight = static_cast<const T*>(f_.loss.row_weight);
+      double sum = 0;
+      for (int64_t r = 0; r < m_; ++r) {
+        const T by = static_cast<T>(f_.loss.scale) * (weight ? weight[row_ + r] : T(1));
+        T of_row = 0;
+        for (int64_t j = 0; j < count; ++j) of_row += value[r * P + j];
+        for (int64_t j = 0; j < P; ++j) gy[r * P + j] *= by;
+        sum += static_cast<double>(of_row) * (weight ? static_cast<double>(weight[row_ + r]) : 1.0);
+      }
+      *loss_ += sum;
+    }
+  }
+
+  // gz of the panel p of each branch, from gy and the derivatives; its column sums
+  void combine(int i, int64_t p, T* gz) {
+    const NetworkLayer& l = n_.layer[i];
+    const int64_t panels = panels_of<V>(1, l.features), first = p * P, count = smaller(P, l.features - first);
+    const int64_t size = m_ * P;
+    const int each = l.branches + (l.gp ? l.params : 0);
+    for (int b = 0; b < l.branches; ++b) {
+      T* to = gz + (b * panels + p) * size;
+      if (!l.value) {
+        __builtin_memcpy(to, s_.gy, static_cast<size_t>(size) * sizeof(T));
+      } else {
+        multiply(to, size, l.outputs, each, b);
+      }
+      if (sums_[i].gb) add_panel<T>(to, m_, count, sums_[i].gb + b * l.features + first);
+    }
+    if (sums_[i].gp)
+      for (int q = 0; q < l.params; ++q) {
+        multiply(s_.z, size, l.outputs, each, l.branches + q);
+        add_panel<T>(s_.z, m_, count, sums_[i].gp + q * l.features + first);
+      }
+  }
+
+  // to = sum over outputs c of gy_c times the derivative of output c with respect to input `of`
+  void multiply(T* to, int64_t size, int outputs, int each, int of) {
+    const T* derivative = derivative_ + of * derivative_stride_;
+    for (int64_t e = 0; e < size; e += V::size) (V::load(s_.gy + e) * V::load(derivative + e)).store(to + e);
+    for (int c = 1; c < outputs; ++c) {
+      derivative += each * derivative_stride_;
+      const T* gy = s_.gy + c * size;
+      for (int64_t e = 0; e < size; e += V::size)
+        fma(V::load(gy + e), V::load(derivative + e), V::load(to + e)).store(to + e);
+    }
+  }
+
+  const NetworkBackward& f_;
+  const Network& n_;
+  const PackedLayer<T>* packed_;
+  const TrainingScratch<T>& s_;
+  LayerSums<T>* sums_;
+  double* loss_;
+  const T* saved_ = nullptr;
+  const T* derivative_ = nullptr;
+  int64_t row_ = 0, m_ = 0, derivative_stride_ = 0;
+};
+
+template <class T>
+void network_backward(const NetworkBackward& f) {
+  using V = Vector<T>;
+  constexpr int64_t P = kPanel<V>;
+  const Network& n = f.network;
+  if (n.rows == 0) return;  // the caller has zeroed the sums
+  const Extent<T> extent(n);
+  const T* const saved = static_cast<const T*>(f.saved);
+  const int64_t tile = saved ? static_cast<int64_t>(saved[0]) : rows_of_tile<T>(n, extent);
+  const int64_t tiles = (n.rows + tile - 1) / tile, threads = threads_for<T>(n);
+
+  const auto take_sums = [&](Arena& arena, LayerSums<T>* sums) {
+    for (int i = 0; i < n.layers; ++i) {
+      const NetworkLayer& l = n.layer[i];
+      const int64_t columns = l.branches * l.features;
+      LayerSums<T> of_layer;
+      if (l.gw) of_layer.gw = arena.take<T>(columns * in_panels<T>(l) * P);
+      if (l.gb) of_layer.gb = arena.take<double>(columns);
+      if (l.gp) of_layer.gp = arena.take<double>(l.params * l.features);
+      if (sums) sums[i] = of_layer;
+    }
+  };
+  Arena sums_size;
+  take_sums(sums_size, nullptr);
+  const int64_t parts = sum_parts(tiles, threads, sums_size.used());
+  Arena sizes;
+  take_packed<T>(sizes, n, !saved, true, f.gx.data != nullptr, nullptr);
+  sizes.take<PackedLayer<T>>(n.layers);
+  for (int64_t p = 0; p < parts; ++p) take_sums(sizes, nullptr);
+  sizes.take<LayerSums<T>>(parts * n.layers);
+  sizes.take<double>(parts);
+  sizes.take<const T*>(parts);
+  Arena shared(sizes.used());
+  PackedLayer<T>* packed = shared.take<PackedLayer<T>>(n.layers);
+  take_packed<T>(shared, n, !saved, true, f.gx.data != nullptr, packed);
+  LayerSums<T>* sums = shared.take<LayerSums<T>>(parts * n.layers);
+  double* loss = shared.take<double>(parts);
+  const T** gw = shared.take<const T*>(parts);
+  for (int64_t p = 0; p < parts; ++p) take_sums(shared, sums + p * n.layers);
+  pack<T>(n, packed, threads);
+
+  Arena scratch_size;
+  TrainingScratch<T>(scratch_size, f, extent, tile);
+  const bool gx_streamed =
+      f.gx.data && streams<T>(f.gx, n.rows, n.layer[0].in_channels * n.layer[0].in_channel);
+  Queue queue;
+  run_parts(n.parallel, smaller(threads, parts), [&](int64_t) {
+    Arena arena(scratch_size.used());
+    const TrainingScratch<T> scratch(arena, f, extent, tile);
+    for (int64_t part; (part = queue.next()) < parts;) {
+      LayerSums<T>* own = sums + part * n.layers;
+      for (int i = 0; i < n.layers; ++i) {
+        const NetworkLayer& l = n.layer[i];
+        for (int64_t j = 0; own[i].gb && j < l.branches * l.features; ++j) own[i].gb[j] = 0;
+        for (int64_t j = 0; own[i].gp && j < l.params * l.features; ++j) own[i].gp[j] = 0;
+      }
+      loss[part] = 0;
+      TrainingTile<T> training(f, packed, scratch, own, loss + part);
+      const Range range = share(tiles, part, parts);
+      for (int64_t t = range.begin; t < range.end; ++t) {
+        const int64_t row = t * tile, m = smaller(tile, n.rows - row);
+        const T* of_tile = saved ? saved + kSavedHeader + row * extent.saved * P : nullptr;
+        training.run(row, m, of_tile, t == range.begin, gx_streamed);
+      }
+    }
+    finish_streams();
+  });
+
+  // the parts' sums, in the order of the parts
+  for (int i = 0; i < n.layers; ++i) {
+    const NetworkLayer& l = n.layer[i];
+    const int64_t columns = l.branches * l.features;
+    const auto add = [&](double* LayerSums<T>::*member, int64_t count, void* to) {
+      for (int64_t j = 0; j < count; ++j) {
+        double s = 0;
+        for (int64_t p = 0; p < parts; ++p) s += (sums[p * n.layers + i].*member)[j];
+        static_cast<T*>(to)[j] = static_cast<T>(s);
+      }
+    };
+    if (l.gb) add(&LayerSums<T>::gb, columns, l.gb);
+    if (l.gp) add(&LayerSums<T>::gp, l.params * l.features, l.gp);
+    if (l.gw) {
+      for (int64_t p = 0; p < parts; ++p) gw[p] = sums[p * n.layers + i].gw;
+      add_weight_gradients<T>(n.parallel, threads, columns, l.in_channel, l.in_channels, gw, parts, static_cast<T*>(l.gw));
+    }
+  }
+  if (f.loss.jet) {
+    double total = 0;
+    for (int64_t p = 0; p < parts; ++p) total += loss[p];
+    *f.loss.value = total * f.loss.scale;
+  }
+}
+
+}  // namespace
+
+#define FI_NETWORK(type)                                                                                             \
+  int64_t FI_JOIN(FI_EXPORTED(network_saved), type)(const Network& n) { return saved_elements<type>(n); }            \
+  void FI_JOIN(FI_EXPORTED(network_forward), type)(const NetworkForward& f) { network_forward<type>(f); }            \
+  void FI_JOIN(FI_EXPORTED(network_backward), type)(const NetworkBackward& f) { network_backward<type>(f); }
+FI_NETWORK(float)
+FI_NETWORK(double)
+
+}  // namespace fused_inr
