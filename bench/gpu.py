@@ -259,8 +259,10 @@ def _in_order(device: torch.device, full: bool) -> Iterator[dict[str, Any]]:
     else:
         rows, precisions = 512, ("ieee", "bf16")
     width, small = (256, 4096) if cuda else (32, 128)
-    plain, compiled = ["fused", "eager"], ["fused", "eager", *(["compile"] if cuda else [])]
-    graphs = [*plain, *(["fused graph", "eager graph"] if cuda else [])]
+    # "fused" is what is chosen (triton), "cuda" the CUDA C++ backend
+    plain = ["fused", "eager", *(["cuda"] if cuda else [])]
+    compiled = [*plain, *(["compile"] if cuda else [])]
+    graphs = [*plain, *(["fused graph", "cuda graph", "eager graph"] if cuda else [])]
 
     def accuracy(activation: str, precision: str, k: int = width, n: int = width, m: int = 8191) -> dict[str, Any]:
         name = f"accuracy {activation} {k}-{n} {precision}"
@@ -318,7 +320,8 @@ def _in_order(device: torch.device, full: bool) -> Iterator[dict[str, Any]]:
     if cuda:
         for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
             yield {"cell": f"compute-sanitizer {tool}", "group": "sanitizer", "tool": tool}
-        yield {"cell": "sine of all 2^32 float32", "group": "sweep", "run": "sweep"}
+        for backend in ("triton", "cuda"):
+            yield {"cell": f"sine of all 2^32 float32, {backend}", "group": "sweep", "run": "sweep", "backend": backend}
 
 
 # -- the worker
@@ -425,6 +428,7 @@ def layer_accuracy(activation: str, precision: str, device: torch.device, m: int
 
 def _bench(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Correct first, then milliseconds of each variant, interleaved, and each one's peak memory."""
+    from ..ops import backends
     from . import cases, timing
 
     case = cases.Case(**cell["case"])
@@ -445,7 +449,11 @@ def _bench(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
         for name in cell["variants"]:
             try:
                 variant, _, graph = name.partition(" ")
-                calls[name] = _captured(work.call(variant)) if graph else work.call(variant)
+                if name == "cuda":
+                    with backends.use("cuda"):
+                        result["cuda_check"] = work.check(rows_at_once=1 << 16)
+                call = _on_cuda(work.call("fused")) if variant == "cuda" else work.call(variant)
+                calls[name] = _captured(call) if graph else call
                 calls[name]()
             except Exception as error:
                 calls.pop(name, None)
@@ -460,6 +468,17 @@ def _bench(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if "fused" not in result["variants"]:
         result["error"] = f"fused: {result['failed']['fused']}"
     return result
+
+
+def _on_cuda(call: Callable[[], object]) -> Callable[[], object]:
+    """The fused step on the CUDA C++ backend."""
+    from ..ops import backends
+
+    def step() -> object:
+        with backends.use("cuda"):
+            return call()
+
+    return step
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -477,7 +496,7 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def _sweep(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """sin of every float32, by the kernel that serves float32 layers (accurate mode), against float64.
+    """sin of every float32, by a backend's kernel that serves float32 layers (accurate mode), against float64.
 
     ulp errors count where |sin| >= 2^-10, absolute ones everywhere.
     """
@@ -488,7 +507,7 @@ def _sweep(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
     for start in range(0, 1 << 32, step):
         bits = torch.arange(start, start + step, device=device, dtype=torch.int64)
         x = bits.to(torch.int32).view(torch.float32).view(-1, 1024)
-        (y,) = raw.act_map([x], [None], [1.0], "sine", "triton", 0, False)
+        (y,) = raw.act_map([x], [None], [1.0], "sine", cell["backend"], 0, False)
         exact = torch.sin(x.double())
         finite = torch.isfinite(x)
         if not bool((torch.isfinite(y) == finite).all()):
@@ -590,13 +609,19 @@ def _end(process: subprocess.Popen) -> None:
 
 def small_cases(device: torch.device) -> int:
     """What the sanitizer watches: each kind of kernel once, on sizes with tails."""
-    for activation in ("sine", "split"):
-        for precision in ("ieee", "tf32", "bf16") if device.type == "cuda" else ("ieee",):
-            for m, k, n in ((131, 33, 49), (131, 2, 49), (131, 49, 3)):
-                result = layer_accuracy(activation, precision, device, m, k, n)
-                if not result["passed"]:
-                    print(f"{activation} {precision} {m, k, n}: {result['of_bound']:.3g} of its bound", file=sys.stderr)
-                    return 1
+    from ..ops import backends
+
+    cuda = device.type == "cuda"
+    for backend in [name for name in ("triton", "cuda") if backends.TABLE[name].available()[0]] if cuda else ["cpu"]:
+        for activation in ("sine", "split"):
+            for precision in ("ieee", "tf32", "bf16") if cuda else ("ieee",):
+                for m, k, n in ((131, 33, 49), (131, 2, 49), (131, 49, 3)):
+                    with backends.use(backend):
+                        result = layer_accuracy(activation, precision, device, m, k, n)
+                    if not result["passed"]:
+                        what = f"{backend} {activation} {precision} {m, k, n}"
+                        print(f"{what}: {result['of_bound']:.3g} of its bound", file=sys.stderr)
+                        return 1
     return 0
 
 
@@ -650,13 +675,14 @@ def summary(content: dict[str, Any]) -> str:
             continue
         variants = result["variants"]
         fused = variants.get("fused") or next(iter(variants.values()))
-        rivals = (variants.get("eager"), variants.get("compile"), variants.get("fused graph"))
+        rivals = (variants.get("eager"), variants.get("compile"), variants.get("cuda"))
+        graphs = (variants.get("fused graph"), variants.get("cuda graph"))
         rows.append(
             (
                 result["work"],
                 number(fused["ms"]),
-                *(ratio(rival["ms"] / fused["ms"] if rival else None) for rival in rivals[:2]),
-                number(rivals[2]["ms"] if rivals[2] else None),
+                *(ratio(rival["ms"] / fused["ms"] if rival else None) for rival in rivals),
+                *(number(graph["ms"] if graph else None) for graph in graphs),
                 number(fused.get("launch_ms")),
                 *(f"{fused[share]:.0%}" if share in fused else "-" for share in ("of_rate", "of_bandwidth")),
                 number(result.get("floor_ms")),
@@ -669,7 +695,9 @@ def summary(content: dict[str, Any]) -> str:
         "ms",
         "vs eager",
         "vs compile",
+        "vs cuda",
         "graph ms",
+        "cuda's",
         "launch ms",
         "rate",
         "copy",

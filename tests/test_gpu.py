@@ -98,6 +98,100 @@ def test_shapes_with_tails(m, k, n, precision, poisoned):
     assert_within(layer_accuracy("sine", precision, CUDA, m, k, n))
 
 
+# -- the cuda backend: the same through C++, where there is an nvcc
+
+
+@pytest.fixture
+def on_cuda():
+    """Operations run on the CUDA C++ backend within the test; the first one compiles it."""
+    usable, reason = backends.TABLE["cuda"].available()
+    if not usable:
+        pytest.skip(f"backend 'cuda': {reason}")
+    with backends.use("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("precision", TYPES)
+@pytest.mark.parametrize("name", sorted(NAMES, key=lambda name: (name not in SOME, name)))
+def test_cuda_value_and_derivatives_within_the_bound(name, precision, poisoned, on_cuda):
+    for m, k, n in ((1001, 96, 80), (517, 3, 33), (1, 16, 17)) if name in SOME else ((1001, 96, 80),):
+        assert_within(layer_accuracy(name, precision, CUDA, m, k, n))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_cuda_has_the_same_bits_again_and_follows_a_captured_graph(dtype, on_cuda):
+    net = torch.nn.Sequential(layer(2, 64, "sine", dtype), layer(64, 64, "split", dtype), layer(64, 3, None, dtype))
+    x, g = torch.rand(20_011, 2, device=CUDA).to(dtype), torch.randn(20_011, 3, device=CUDA).to(dtype)
+    first = outputs_and_gradients(net, x, g)
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(first, outputs_and_gradients(net, x, g)))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        outputs_and_gradients(net, x, g)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs_and_gradients(net, x, g)
+    x.copy_(torch.rand(20_011, 2, device=CUDA))
+    graph.replay()
+    replayed = [t.clone() for t in captured]
+    assert all(torch.equal(a, b) for a, b in zip(replayed, outputs_and_gradients(net, x, g)))
+
+
+def test_cuda_launches_on_the_current_stream(on_cuda):
+    """What is queued on a stream comes first, though it takes its time."""
+    net = layer(256, 256, "sine")
+    x = torch.randn(3000, 256, device=CUDA)
+    expected = net(x).detach()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    late = torch.zeros_like(x)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(x)
+        got = net(late)
+    torch.cuda.synchronize()
+    assert torch.equal(got, expected)
+
+
+def test_cuda_is_where_the_tensors_are(on_cuda):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    net, x = layer(64, 32, "sine"), torch.randn(100, 64, device=CUDA)
+    with torch.cuda.device(0):
+        there = net.to("cuda:1")(x.to("cuda:1"))
+    assert there.device == torch.device("cuda:1")
+    torch.testing.assert_close(there.cpu(), net.to("cuda:0")(x).cpu())
+
+
+def test_cuda_ignores_autocast_inside(on_cuda):
+    net = layer(64, 32, "sine")
+    x = torch.randn(100, 64, device=CUDA)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = net(x)
+    assert y.dtype == torch.bfloat16
+    weight, bias = net.weight.bfloat16(), net.bias.bfloat16()
+    assert torch.equal(y, linear_act(x.bfloat16(), weight, bias, net.activation))
+
+
+def test_cuda_second_and_third_order(on_cuda):
+    test_third_order()
+    Work(Case("network", "eikonal", width=64, rows=4099, precision="ieee"), CUDA).check(1 << 16)
+
+
+def test_cuda_formula_at_run_time(on_cuda):
+    import sympy
+
+    formula = activations.define("test_gpu_chirp", lambda z, a: sympy.sin(a * z**2), a=1.5)
+    z = torch.randn(100, 32, device=CUDA)
+    y = linear_act(z, torch.eye(32, device=CUDA), None, formula)
+    torch.testing.assert_close(y, torch.sin(1.5 * z**2))
+
+
+# -- shapes and layouts
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0, 64, 32), (0, 2, 32)])
 def test_no_rows(shape, dtype):
@@ -376,10 +470,12 @@ def test_vmap_over_weights_and_rows():
         assert bounds.of_bound(together[i], exact["y"], bound["y"])["of_bound"] <= 1
 
 
-def test_float64_runs_on_the_reference_and_triton_says_why_not():
+@pytest.mark.filterwarnings("ignore:fused_inr runs on the PyTorch reference")
+def test_float64_runs_on_the_cuda_backend_or_the_reference_and_triton_says_why_not():
     net = layer(8, 8, "sine", torch.float64)
     x = torch.ones(4, 8, device=CUDA, dtype=torch.float64)
     assert net(x).dtype == torch.float64
+    assert (": cuda (" if backends.TABLE["cuda"].available()[0] else ": reference (") in backends.explain(net, x)
     with backends.use("triton"), pytest.raises(RuntimeError, match="float64"):
         net(x)
 
@@ -401,7 +497,8 @@ def test_values_that_are_not_finite_stay_in_their_rows(name):
     assert gx[clean].isfinite().all()
 
 
-def test_float32_sine_at_every_exponent():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_float32_sine_at_every_exponent(backend):
     """The accurate sine of the kernels: 2 ulp, absolute 2^-23 near zeros; also at the floats nearest multiples of
     pi/2."""
     exponents = torch.arange(-30, 31, device=CUDA, dtype=torch.float64)
@@ -410,7 +507,10 @@ def test_float32_sine_at_every_exponent():
     near = (torch.arange(1, 100_001, device=CUDA, dtype=torch.float64) * (math.pi / 2)).float()
     x = torch.cat((x, -x, near, -near))
     x = x[: len(x) // 64 * 64].view(-1, 64)
-    (y,) = raw.act_map([x], [None], [1.0], "sine", "triton", 0, False)
+    usable, reason = backends.TABLE[backend].available()
+    if not usable:
+        pytest.skip(f"backend {backend!r}: {reason}")
+    (y,) = raw.act_map([x], [None], [1.0], "sine", backend, 0, False)
     exact = torch.sin(x.double())
     ulp = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(2.0**-126))) - 23)
     error = (y.double() - exact).abs()
