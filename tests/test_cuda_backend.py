@@ -44,8 +44,8 @@ needs_compiler = pytest.mark.skipif(bool(reason_without(native.compiler)), reaso
 
 # -- nvcc: three architectures, no spills
 
-# the shortest, the one with most streams, and the one with most branches and outputs together
-SAMPLE = {"float": ("sine", "split", "complex_gabor"), "double": ("split",)}
+# the usual one, and the one with most streams, which needs most registers
+SAMPLE = {"float": ("sine", "split"), "double": ("split",)}
 
 
 def resources(scalar: str, chosen: tuple[str, ...], folder: Path) -> dict[tuple[str, str], dict[str, int]]:
@@ -228,30 +228,41 @@ def test_every_level_of_every_activation(name, features, on_host):
                     assert error <= tolerance("eager") * eager_error + floor, (level, learnable, error / scale)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+def slow_unless(quick: bool, *values):
+    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
+
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [slow_unless(n == "sine" or (n, d) == ("gabor", torch.bfloat16), n, d) for n in NAMES for d in TYPES],
+)
 def test_rounding_stays_within_the_bound(name, dtype, on_host):
     shared.test_rounding_stays_within_the_bound(name, dtype, "cuda", CPU)
 
 
-@pytest.mark.parametrize("k", [1, 3, 17])
-@pytest.mark.parametrize("name", ["sine", "split"])
+@pytest.mark.parametrize(
+    ("name", "k"), [slow_unless((n, k) == ("sine", 3), n, k) for n in ("sine", "split") for k in (1, 3, 17)]
+)
 def test_every_shape(name, k, on_host):
     shared.test_every_shape(name, k, "cuda", CPU)
 
 
-@pytest.mark.parametrize("per_feature", [False, True])
-@pytest.mark.parametrize("name", [name for name in shared.SMOOTH if lookup(name).n_params])
+@pytest.mark.parametrize(
+    ("name", "per_feature"),
+    [slow_unless(n == "sine", n, p) for n in shared.SMOOTH if lookup(n).n_params for p in (False, True)],
+)
 def test_learnable_parameters(name, per_feature, on_host):
     shared.test_learnable_parameters(name, per_feature, "cuda")
 
 
 def test_layouts_batches_and_large_arguments(on_host):
-    for name in ("sine", "split"):
-        for layout in shared.LAYOUTS:
-            shared.test_first_and_second_derivatives(name, layout, "cuda")
-        for is_shared in (False, True):
-            shared.test_a_batch_of_weights(name, is_shared, "cuda")
+    for layout in shared.LAYOUTS:
+        shared.test_first_and_second_derivatives("sine", layout, "cuda")
+    for name, is_shared in (("sine", False), ("gabor", True)):
+        shared.test_a_batch_of_weights(name, is_shared, "cuda")
         shared.test_a_batch_of_weights_is_the_stack_of_layers(name, "cuda")
     shared.test_large_arguments_of_the_sine("cuda", CPU)
     shared.test_no_features_and_no_inputs("sine", "cuda", CPU)
