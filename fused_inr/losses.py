@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import activations
 from ._checks import finite_float, one_of
 from .activations import Activation
-from .activations.registry import lookup
+from .models import _Network
 from .ops import backends
 from .ops import mlp as _op
 
@@ -120,9 +120,9 @@ def define(name: str, formula: Callable, **parameters: float) -> ElementwiseLoss
     return ElementwiseLoss(form)
 
 
-_squared = lookup("squared_error")()
-_absolute = lookup("absolute_error")()
-_huber = lookup("huber_error")
+_squared = activations.lookup("squared_error")()
+_absolute = activations.lookup("absolute_error")()
+_huber = activations.lookup("huber_error")
 
 
 def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -136,11 +136,9 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
         raise ValueError(f"target: expected {list(x.shape[:-1])} rows as x has, got shape {list(target.shape)}")
     if weight is not None and weight.shape != x.shape[:-1]:
         raise ValueError(f"weight: expected one number a row, shape {list(x.shape[:-1])}, got {list(weight.shape)}")
-    encoding = getattr(net, "encoding", None)
-    if not hasattr(net, "_whole") or net.fusion == "layers":
+    if not isinstance(net, _Network) or net.fusion == "layers":
         return _composed(form, net(x), target, weight, reduction)
-
-    encoded = x if encoding is None else encoding(x)
+    encoded = x if net.encoding is None else net.encoding(x)
     layers, backend, precision, reason = net._whole(encoded, "loss")
     needed = torch.is_grad_enabled() and (encoded.requires_grad or any(p.requires_grad for p in net.net.parameters()))
     if not reason:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +130,12 @@ class _Network(nn.Module):
         if _has_hooks(self.net) or nn.modules.module._has_any_global_hook():
             return [], "", "", "there are hooks, which a whole network would not call"
         for module in self.net:
-            if getattr(type(module), "forward", None) not in _OUR_FORWARDS:
+            if not isinstance(module, FusedLayer) or type(module).forward not in _OUR_FORWARDS:
                 return [], "", "", f"{type(module).__name__} is not one of the fused layers"
             if _has_hooks(module):
                 return [], "", "", "a layer has hooks, which a whole network would not call"
-            layers.append((module.weight, module.bias, module.activation_with_parameters()))
+            weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+            layers.append((weight, bias, module.activation_with_parameters()))
         if (
             self.fusion == "auto"
             and direction == "forward"
@@ -150,8 +152,8 @@ class _Network(nn.Module):
                     "layers differentiate twice without computing anything again"
                 ),
             )
-        cast, operands = self._cast(x, layers)
-        backend, precision, reason = _op.why_not(cast, operands, direction=direction)
+        given, operands = self._cast(x, layers)
+        backend, precision, reason = _op.why_not(given, operands, direction=direction)
         if not reason and self.fusion == "auto":
             shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
             reason = backends.implementation(backend).prefers_layers(shapes, [a.map for _, _, a in layers])
@@ -162,8 +164,8 @@ class _Network(nn.Module):
         """To autocast's type, as each layer would do it for itself."""
         if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return x, layers
-        cast = [(*_autocast(x, weight, bias)[1:], activation) for weight, bias, activation in layers]
-        return _autocast(x, layers[0][0], None)[0], cast
+        operands = [(*_autocast(x, weight, bias)[1:], activation) for weight, bias, activation in layers]
+        return _autocast(x, layers[0][0], None)[0], operands
 
     def extra_repr(self) -> str:
         parts = [f"init={self._init_name!r}"]

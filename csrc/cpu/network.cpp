@@ -25,6 +25,9 @@ int64_t y_panels(const NetworkLayer& l) {
   return panels_of<Vector<T>>(l.outputs, l.features);
 }
 
+// Whether a forward stores the layer's z: not that of a last linear layer, which nothing reads again.
+bool stores(const Network& n, int i) { return n.layer[i].value || i + 1 < n.layers; }
+
 // What all layers of a network need at most, in panels or streams of one panel.
 template <class T>
 struct Extent {
@@ -37,7 +40,7 @@ struct Extent {
     for (int i = 0; i < n.layers; ++i) {
       const NetworkLayer& l = n.layer[i];
       widest = larger(widest, larger(in_panels<T>(l), larger(z_panels<T>(l), y_panels<T>(l))));
-      if (l.value) saved += z_panels<T>(l);
+      if (stores(n, i)) saved += z_panels<T>(l);
       branches = branches > l.branches ? branches : l.branches;
       outputs = outputs > l.outputs ? outputs : l.outputs;
       params = params > l.params ? params : l.params;
@@ -164,28 +167,33 @@ void forward_tile(const NetworkForward& f, const PackedLayer<T>* packed, int64_t
   using V = Vector<T>;
   constexpr int64_t P = kPanel<V>;
   const Network& n = f.network;
-  T* in = buffer[0];
+  read_rows<T>(n.x, 0, row, m, n.layer[0].in_channels, n.layer[0].in_channel, buffer[0]);
+  const T* in = buffer[0];
   T* y = buffer[1];
-  read_rows<T>(n.x, 0, row, m, n.layer[0].in_channels, n.layer[0].in_channel, in);
   for (int i = 0; i < n.layers; ++i) {
     const NetworkLayer& l = n.layer[i];
     const int64_t panels = panels_of<V>(1, l.features);
+    T* const stored = saved && stores(n, i) ? saved : nullptr;
+    if (stored) saved += z_panels<T>(l) * m * P;
+    T* const linear = stored ? stored : y;  // of the identity: its output
     for (int64_t p = 0; p < panels; ++p) {
       if (!l.value) {
-        preactivate<T>(l, packed[i], m, p, in, y + p * m * P, panels * m * P);
+        preactivate<T>(l, packed[i], m, p, in, linear + p * m * P, panels * m * P);
         continue;
       }
-      T* to = saved ? saved + p * m * P : z;
-      const int64_t stride = (saved ? panels : 1) * m * P;
+      T* const to = stored ? stored + p * m * P : z;
+      const int64_t stride = (stored ? panels : 1) * m * P;
       preactivate<T>(l, packed[i], m, p, in, to, stride);
       T* out[kMaxStreams];
       for (int c = 0; c < l.outputs; ++c) out[c] = y + (c * panels + p) * m * P;
       apply<T>(l.value, l, m, p, to, stride, params, out);
     }
-    if (saved && l.value) saved += z_panels<T>(l) * m * P;
-    T* const next = in;
+    if (!l.value && stored) {
+      in = stored;
+      continue;
+    }
     in = y;
-    y = next;
+    y = in == buffer[0] ? buffer[1] : buffer[0];
   }
   const NetworkLayer& last = n.layer[n.layers - 1];
   write_rows<T>(f.y, 0, row, m, last.outputs, last.features, in, streamed);
@@ -287,7 +295,7 @@ class TrainingTile {
     saved_ = saved;  // of the layers in order; walked from its end
     if (saved)
       for (int i = 0; i < n_.layers; ++i)
-        if (n_.layer[i].value) saved_ += z_panels<T>(n_.layer[i]) * m * P;
+        if (stores(n_, i)) saved_ += z_panels<T>(n_.layer[i]) * m * P;
 
     T* gz = s_.gz[0];
     T* next = s_.gz[1];
@@ -302,6 +310,7 @@ class TrainingTile {
       const NetworkLayer& l = n_.layer[i];
       const int64_t columns = l.branches * l.features;
       const Operand<T> left{gz, 0, m * P, l.features};
+      const T* input = s_.x;
       if (i > 0) {
         const NetworkLayer& before = n_.layer[i - 1];
         const int64_t of_channel = panels_of<V>(1, before.features);
@@ -313,14 +322,15 @@ class TrainingTile {
                                     columns * P, s_.gy + c * m * P, m * P, nullptr, false, nullptr);
           combine(i - 1, p, next);
         }
+        input = saved && !before.value ? saved_ : s_.y[i - 1];  // the identity's z is its output
       } else if (f_.gx.data) {
         product<V, Left::kTile>(m, 0, in_panels<T>(l), columns, left, packed_[i].input, columns * P, next, m * P, nullptr,
                                 false, nullptr);
         write_rows<T>(f_.gx, 0, row, m, l.in_channels, l.in_channel, next, gx_streamed);
       }
       if (sums_[i].gw)
-        outer_product<V>(m, l.features, columns, 0, z_panels<T>(l), gz, m * P, in_panels<T>(l), i > 0 ? s_.y[i - 1] : s_.x,
-                         m * P, sums_[i].gw, !fresh, nullptr);
+        outer_product<V>(m, l.features, columns, 0, z_panels<T>(l), gz, m * P, in_panels<T>(l), input, m * P,
+                         sums_[i].gw, !fresh, nullptr);
       T* const done = gz;
       gz = next;
       next = done;
@@ -361,7 +371,7 @@ class TrainingTile {
   }
 
   void begin_layer(int i) {
-    if (saved_ && n_.layer[i].value) saved_ -= z_panels<T>(n_.layer[i]) * m_ * P;
+    if (saved_ && stores(n_, i)) saved_ -= z_panels<T>(n_.layer[i]) * m_ * P;
   }
 
   // y of the panel and its derivatives, from the stored pre-activations or where the forward left them

@@ -4,7 +4,7 @@
 Learnable parameters: `sine(omega=30.0, learnable="omega", per_feature=True)`.
 """
 
-from . import losses as _losses
+from . import losses as losses
 from .finer import finer, finer_detached
 from .fourier import fourier
 from .gabor import complex_gabor, gabor

@@ -1,7 +1,7 @@
 """A whole network as one differentiable operation: every layer of a tile of rows before the next tile.
 
-`network` and `network_loss` run it; `why_not` tells why a call is better, or can only be, a sequence of layers. The first
-derivative is fused; where a derivative must itself be differentiated, the layers compute it (`linear_act`).
+`network` and `network_loss` run it; `why_not` tells why a call can only be a sequence of layers. The first derivative
+is fused; where a derivative must itself be differentiated, the layers compute it (`linear_act`).
 """
 
 from __future__ import annotations
