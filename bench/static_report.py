@@ -37,6 +37,7 @@ COLUMNS = (
     ("ffma", "ffma", 6),
     ("mufu", "mufu", 5),
     ("frnd", "frnd", 4),
+    ("stg", "stg", 4),
 )
 
 
@@ -95,7 +96,9 @@ def run(
     Args:
         archs: of "sm80", "sm86" (99 KB of shared memory; also 8.9 and 12.x), "sm90", "sm100".
         activations: names of generated maps, or ["all"].
-        kernels: of "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map", "sum"; empty: all.
+        kernels: of "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map", "sum" and, of whole networks,
+            "mlp_forward", "mlp_stream", "mlp_save", "mlp_backward", "mlp_recompute", "mlp_loss", "mlp_one_pass"; empty:
+            all.
         scope: "default": every configuration and type; "quick": one width, two types; "full": unaligned operands, odd
             widths and learnable parameters as well.
         every: compile every n-th job only (a sample that is the same each time).
@@ -181,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm80", "sm90", "sm100"], help="architectures")
     parser.add_argument("--activation", nargs="+", default=["sine", "gabor", "split"], help='or "all"')
     kernels = "forward input_grad gz gz_from_z weight_grad act_map sum"
+    kernels += " mlp_forward mlp_stream mlp_save mlp_backward mlp_recompute mlp_loss mlp_one_pass"
     parser.add_argument("--kernel", nargs="+", default=[], choices=kernels.split(), help="only these kernels")
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument("--quick", action="store_const", dest="scope", const="quick", help="one width, two types")

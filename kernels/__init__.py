@@ -4,8 +4,9 @@
 | --- | --- |
 | `linear_act.py` | `linear_act`, `linear_act_backward`: the raw operations on plain tensors |
 | `act_map.py` | `act_map`: a generated map of any level, elementwise |
+| `mlp.py` | `mlp`, `mlp_backward`, `mlp_loss`: whole networks, forward and training pass |
 | `primitives.py`, `maps.py`, `generated/` | the functions that the kernels take as a constexpr argument |
-| `tune.py` | block sizes |
+| `tune.py`, `mlp_tune.py` | block sizes |
 | `aot.py` | compiles all of it without a GPU |
 
 Importing this package needs no Triton; its modules do.

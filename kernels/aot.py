@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import act_map, linear_act, maps, tune
+from . import act_map, linear_act, maps, mlp, mlp_tune, tune
 
 ROWS = 65536
 _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -32,7 +32,10 @@ _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation: "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map" or "sum", with shapes."""
+    """One compilation: "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map" or "sum", with shapes; or
+    of a whole network with K inputs, four layers of N features and three outputs: "mlp_forward", "mlp_stream" (no
+    weights stay on chip), "mlp_save" (that keeps the pre-activations), "mlp_backward" (from those), "mlp_recompute"
+    (without), "mlp_loss", "mlp_one_pass" (in registers)."""
 
     arch: str
     kernel: str
@@ -163,6 +166,8 @@ def build(job: Job) -> tuple[_Arguments, dict]:
         return arguments, config.options()
     if job.kernel == "act_map":
         return _build_act_map(job, B, C, P)
+    if job.kernel in MLP:
+        return _build_mlp(job, B, C, P)
     forward = job.kernel in ("forward", "input_grad")
     kernel = linear_act.forward_kernel if forward else linear_act.gz_kernel
     op = "forward" if forward else "gz"
@@ -206,6 +211,105 @@ def build(job: Job) -> tuple[_Arguments, dict]:
 
 def _blocks(config: tune.Config) -> dict[str, int]:
     return {k: v for k, v in config.options().items() if k.startswith("BLOCK")}
+
+
+#: Jobs of the whole-network kernels; what `mlp_tune.pick` calls their operation.
+MLP = {
+    "mlp_forward": "forward",
+    "mlp_stream": "forward",
+    "mlp_save": "save",
+    "mlp_backward": "train",
+    "mlp_recompute": "train",
+    "mlp_loss": "train",
+    "mlp_one_pass": "one_pass",
+}
+MLP_HIDDEN, MLP_OUTPUTS = 3, 3
+
+
+def mlp_config(job: Job) -> mlp_tune.Config:
+    B, C, _ = _shape(job.activation)
+    width = mlp_tune.width(job.N, job.arch)
+    config = mlp_tune.pick(job.arch, MLP[job.kernel], job.dtype, job.precision, B, C, width)
+    if config is None:
+        raise ValueError(f"{job.kernel}: no configuration for width {job.N}, {job.activation}, {job.dtype}")
+    return config
+
+
+def _build_mlp(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
+    f32, op = torch.float32, MLP[job.kernel]
+    config = mlp_config(job)
+    W = mlp_tune.width(job.N, job.arch)
+    net = mlp.Network(job.K, MLP_OUTPUTS, MLP_HIDDEN + 1, job.N, B, C, P, W)
+    kernels = {"train": mlp.train_kernel, "one_pass": mlp.one_pass_kernel}
+    arguments = _Arguments(kernels.get(op, mlp.forward_kernel), job.aligned)
+    narrow = job.dtype == f32 and job.K <= tune.NARROW_K_LIMIT
+    for name in ("x_ptr", "first_ptr", "hidden_ptr", "last_ptr"):
+        arguments.pointer(name, job.dtype)
+    arguments.pointer("bias_ptr", f32)
+    arguments.tuple("params", ["fp32"] * (0 if job.learnable else 2 * P))
+    arguments.pointer("table_ptr", f32 if job.learnable else None)
+    arguments.tuple("last_params", [])
+    arguments.integers(M=ROWS, K=job.K, OUT=MLP_OUTPUTS, stride_xm=job.K if job.aligned else job.K + 1)
+    arguments.constant(
+        MAP=maps.get(job.activation, 0), LAST=linear_act.identity, MODE=1, B=B, C=C, P=P,
+        SETS=1 if job.learnable else 2, TABLE=job.learnable, N=job.N, NARROW=narrow,
+        PRECISION=linear_act.dot_precision(job.dtype, job.precision), UPCAST=False, ACC=tl.float32,
+        DTYPE=mlp.TYPES[job.dtype], OUT_PAD=net.outputs_pad, BLOCK_M=config.block_m, BLOCK_T=W // config.tiles,
+        BLOCK_K=job.K if narrow else min(32, net.inputs_pad),
+    )  # fmt: skip
+    if op != "one_pass":
+        arguments.pointer("z_ptr", None if job.kernel in ("mlp_forward", "mlp_stream") else f32)
+        arguments.integers(L=MLP_HIDDEN + 1, K_PAD=net.inputs_pad)
+        arguments.constant(STAGES=config.stages, T=config.tiles)
+    if op in ("forward", "save"):
+        arguments.pointer("y_ptr", job.dtype)
+        arguments.integers(stride_ym=MLP_OUTPUTS)
+        resident = MLP_HIDDEN if config.resident >= MLP_HIDDEN and job.kernel != "mlp_stream" else 0
+        arguments.constant(SAVE_Z=job.kernel == "mlp_save", RESIDENT=resident)
+        return arguments, config.options()
+    loss = job.kernel in ("mlp_loss", "mlp_one_pass")
+    sums = op == "one_pass" or mlp.by_sums(net, config).sums
+    for name in ("back_ptr", "gx_ptr"):
+        arguments.pointer(name, job.dtype)
+    arguments.pointer("g_ptr", None if loss else job.dtype)
+    arguments.pointer("target_ptr", job.dtype if loss else None)
+    arguments.pointer("row_weight_ptr", f32 if loss else None)
+    for name in ("gfirst_ptr", "glast_ptr", "gbias_ptr"):
+        arguments.pointer(name, f32)
+    arguments.pointer("ghidden_ptr", f32 if sums else None)
+    arguments.pointer("loss_ptr", f32 if loss else None)
+    arguments.tuple("loss_params", [])
+    arguments.signature["scale"] = "fp32"
+    arguments.integers(stride_gm=MLP_OUTPUTS, stride_tm=MLP_OUTPUTS, stride_sum=1024)
+    squared = (Squared.triton_map(0), Squared.triton_map(1)) if loss else (linear_act.identity,) * 2
+    arguments.constant(
+        MAP_GRAD=maps.get(job.activation, 1, job.learnable), LAST_GRAD=maps.get("identity", 1), LOSS=squared[0],
+        LOSS_GRAD=squared[1], HAS_LOSS=loss, HAS_WEIGHTS=loss, NEED_X=True, NEED_W=True, NEED_B=True,
+        K_MAJOR=job.dtype == f32,
+    )  # fmt: skip
+    if op == "one_pass":
+        arguments.constant(HIDDEN=MLP_HIDDEN, K_PAD=net.inputs_pad)
+        return arguments, config.options()
+    arguments.pointer("gparams_ptr", f32 if job.learnable else None)
+    for name in ("gz_ptr", "h_ptr"):
+        arguments.pointer(name, None if sums else job.dtype)
+    arguments.integers(ROWS_Z=ROWS, ROWS_OUT=ROWS, ACCUMULATE=0)
+    arguments.constant(
+        GP=P if job.learnable else 0, RECOMPUTE=job.kernel != "mlp_backward", SUMS=sums, RELOAD=config.reload,
+        BLOCK_X=min(32, net.inputs_pad),
+    )  # fmt: skip
+    return arguments, config.options()
+
+
+class Squared:
+    """(prediction - target)^2, for the report."""
+
+    @staticmethod
+    def triton_map(level: int):
+        more, value = [("", "e * e"), (", g0", "2.0 * g0 * e")][level]
+        result = f"({value},)" if level == 0 else f"({value}, -({value}))"
+        head = f"@triton.jit\ndef report_loss_l{level}(z0, z1{more}, MODE: tl.constexpr):\n"
+        return maps.from_source(f"report_loss_l{level}", f"{head}    e = z0 - z1\n    return {result}\n")
 
 
 def _build_act_map(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
@@ -289,6 +393,7 @@ def inspect(compiled) -> dict[str, object]:
         "ffma2": ops["FFMA2"],
         "mufu": ops["MUFU"],
         "frnd": ops["FRND"],
+        "stg": ops["STG"],
         "instructions": sum(ops.values()),
     }
 
@@ -306,12 +411,18 @@ def problems(job: Job, row: dict) -> list[str]:
     if row["trap"]:
         found.append("the PTX traps")
     product = job.kernel in ("forward", "input_grad", "gz", "weight_grad")
-    dot = product and tune.kind(job.N, job.K) == tune.DOT
+    dot = product and tune.kind(job.N, job.K) == tune.DOT or job.kernel in MLP
     ieee = job.dtype == torch.float32 and job.precision == "ieee"
     if dot and not ieee and not row["tensor"]:
         found.append("no tensor-core instruction")
     if dot and ieee and not row["ffma"] + row["ffma2"]:
         found.append("no multiply-add")
+    if job.kernel in ("mlp_forward", "mlp_stream"):
+        stores = row["block_m"] * 16 // (32 * row["num_warps"])  # of the output alone, one by one
+        if row["stg"] > max(1, stores):
+            found.append(f"{row['stg']} stores, where the output takes {max(1, stores)}: activations leave the chip")
+    if job.kernel in MLP and job.arch == "sm90" and row["block_m"] >= 64 and "HGMMA" not in row["tensor_op"]:
+        found.append(f"{row['tensor_op']} where sm_90 has HGMMA")
     return found
 
 
@@ -354,10 +465,9 @@ def jobs(
     shapes += [] if quick else [(3, 256)]
     shapes += [(256, 3), (1, 256)] if full else []
     products = shapes + ([] if quick else [(256, 64), (64, 256)])
+    types = ((torch.float32, "tf32"), (torch.bfloat16, "ieee")) if quick else tune.TYPES
     for arch in archs:
-        for dtype, precision in tune.TYPES:
-            if quick and (dtype, precision) not in ((torch.float32, "tf32"), (torch.bfloat16, "ieee")):
-                continue
+        for dtype, precision in types:
             for aligned in (True, False) if full else (True,):
                 base = {"arch": arch, "dtype": dtype, "precision": precision, "aligned": aligned}
                 for name in activations:
@@ -371,6 +481,22 @@ def jobs(
                 for N, K in products:
                     add(kernel="weight_grad", activation="-", N=N, K=K, **base)
                     add(kernel="input_grad", activation="identity", N=K, K=N, **base)
+        for what in mlp_tune.shipped(arch, types, tuple(_shape(name)[:2] for name in activations)):
+            name = next(n for n in activations if _shape(n)[:2] == what.kind)
+            base = {"arch": arch, "dtype": what.dtype, "precision": what.precision, "activation": name}
+            for kernel in (k for k, op in MLP.items() if op == what.op):
+                for K in (2, 35) if full and what.op != "one_pass" else (2,):
+                    for learnable in (False, True) if full and kernel == "mlp_backward" else (False,):
+                        if not (learnable and not _shape(name)[2]):
+                            add(kernel=kernel, N=what.width, K=K, learnable=learnable, **base)
+            if full:
+                add(
+                    kernel=next(k for k, op in MLP.items() if op == what.op),
+                    N=what.width - 1,
+                    K=3,
+                    aligned=False,
+                    **base,
+                )
         for aligned in (True, False) if full else (True,):
             base = {"arch": arch, "dtype": torch.float32, "precision": "ieee", "aligned": aligned, "N": 256, "K": 256}
             add(kernel="sum", activation="-", **base)

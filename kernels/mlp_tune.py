@@ -1,0 +1,205 @@
+"""Configurations of the whole-network kernels: data, one predicate of validity, and `pick`, a look-up.
+
+The table holds what `fused-inr bench static` has compiled for every architecture without a spill. What is not in it is
+not served: the layers then run one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import tune
+
+#: Persistent programs: one for each multiprocessor of an H200. A constant, so that the order of sums is one as well.
+PROGRAMS = 132
+
+#: What the programs' sums of weight gradients may take before a chunk of rows at a time is cheaper, in bytes; and what
+#: the scratch of a chunk takes. Both stay in the L2 cache (50 MB on an H200).
+SUMS_BYTES = 32 << 20
+CHUNK_BYTES = 32 << 20
+
+#: Inputs and outputs of a network: beyond, the first or last layer is large enough to run by itself.
+MAX_INPUTS, MAX_OUTPUTS = 512, 64
+
+#: Branches and outputs of the maps with configurations.
+KINDS = ((1, 1), (2, 1), (2, 2), (4, 1))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows of a tile, feature tiles of the width, warps; stages of the weights' pipeline over the layers; hidden
+    products whose weights may stay on chip; weight gradients as sums per program, or through a chunk's scratch;
+    pre-activations read a second time instead of kept."""
+
+    block_m: int
+    tiles: int
+    num_warps: int
+    stages: int = 1
+    resident: int = 0
+    sums: bool = True
+    reload: bool = False
+    programs: int = PROGRAMS
+
+    def options(self) -> dict[str, int | bool]:
+        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def width(N: int, arch: str) -> int:
+    """N as the kernels hold it: a power of two, at least 32 (16 in the interpreter)."""
+    return max(16 if arch == "interpreter" else 32, tune._power_of_two(N))
+
+
+def valid(config: Config, arch: str, op: str, B: int, C: int, WIDTH: int, itemsize: int) -> bool:
+    """Whether a configuration can be right: powers of two, tensor-core minima, weights that stay on chip and the
+    operands of one product within shared memory, tensor memory (sm_100), a thread's registers."""
+    c = config
+    block_t = WIDTH // c.tiles
+    if any(v < 1 or v & (v - 1) for v in (c.block_m, c.tiles, c.num_warps)) or c.num_warps > 16 or c.stages < 1:
+        return False
+    if min(c.block_m, block_t) < 16 or c.tiles * block_t != WIDTH:
+        return False
+    operands = block_t * itemsize * (c.block_m + block_t * c.stages)
+    resident = c.resident * B * C * WIDTH * WIDTH * itemsize
+    if arch in tune.SHARED_LIMIT and operands + resident > tune.SHARED_LIMIT[arch]:
+        return False
+    if arch == "sm100" and c.block_m >= 64 and B * block_t > 512:
+        return False
+    return B * c.block_m * WIDTH // (32 * c.num_warps) <= 128
+
+
+_TABLE: dict[tuple[str, str, str, int, int, int], Config] = {
+    ("sm80", "forward", "half", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
+    ("sm90", "forward", "half", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
+    ("sm100", "forward", "half", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
+    ("sm80", "forward", "half", 1, 1, 64): Config(128, 1, 4, stages=2, resident=3),
+    ("sm90", "forward", "half", 1, 1, 64): Config(128, 1, 4, stages=2, resident=3),
+    ("sm100", "forward", "half", 1, 1, 64): Config(64, 1, 4, stages=2, resident=3),
+    ("sm80", "forward", "half", 1, 1, 128): Config(64, 1, 4, stages=2),
+    ("sm90", "forward", "half", 1, 1, 128): Config(64, 1, 4, stages=2, resident=3),
+    ("sm100", "forward", "half", 1, 1, 128): Config(64, 1, 4, stages=2),
+    ("sm80", "forward", "half", 1, 1, 256): Config(32, 1, 8),
+    ("sm90", "forward", "half", 1, 1, 256): Config(64, 1, 8),
+    ("sm100", "forward", "half", 1, 1, 256): Config(64, 1, 8),
+    ("sm80", "forward", "tf32", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
+    ("sm90", "forward", "tf32", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
+    ("sm100", "forward", "tf32", 1, 1, 32): Config(64, 1, 4, stages=2, resident=3),
+    ("sm80", "forward", "tf32", 1, 1, 64): Config(64, 1, 4, stages=2, resident=3),
+    ("sm90", "forward", "tf32", 1, 1, 64): Config(64, 1, 4, stages=2, resident=3),
+    ("sm100", "forward", "tf32", 1, 1, 64): Config(128, 1, 8, stages=2, resident=3),
+    ("sm80", "forward", "tf32", 1, 1, 128): Config(128, 1, 8),
+    ("sm90", "forward", "tf32", 1, 1, 128): Config(64, 1, 8, stages=2),
+    ("sm100", "forward", "tf32", 1, 1, 128): Config(64, 1, 4, stages=2),
+    ("sm100", "forward", "tf32", 1, 1, 256): Config(64, 2, 8),
+    ("sm80", "forward", "half", 2, 1, 32): Config(128, 1, 4, stages=2, resident=3),
+    ("sm90", "forward", "half", 2, 1, 32): Config(128, 1, 4, stages=2, resident=3),
+    ("sm100", "forward", "half", 2, 1, 32): Config(128, 1, 4, stages=2, resident=3),
+    ("sm80", "forward", "half", 2, 1, 64): Config(64, 1, 4, stages=2),
+    ("sm90", "forward", "half", 2, 1, 64): Config(64, 1, 4, stages=2, resident=3),
+    ("sm100", "forward", "half", 2, 1, 64): Config(64, 1, 4, stages=2),
+    ("sm80", "forward", "half", 2, 1, 128): Config(64, 1, 8, stages=2),
+    ("sm90", "forward", "half", 2, 1, 128): Config(64, 1, 8, stages=2),
+    ("sm100", "forward", "half", 2, 1, 128): Config(64, 1, 8, stages=2),
+    ("sm80", "forward", "tf32", 2, 1, 32): Config(128, 1, 4, stages=2, resident=3),
+    ("sm90", "forward", "tf32", 2, 1, 32): Config(128, 1, 4, stages=2, resident=3),
+    ("sm100", "forward", "tf32", 2, 1, 32): Config(64, 1, 4, stages=2, resident=3),
+    ("sm80", "forward", "tf32", 2, 1, 64): Config(64, 1, 4, stages=2),
+    ("sm90", "forward", "tf32", 2, 1, 64): Config(64, 1, 4, stages=2, resident=3),
+    ("sm100", "forward", "tf32", 2, 1, 64): Config(64, 1, 4, stages=2),
+    ("sm80", "forward", "tf32", 2, 1, 128): Config(64, 1, 8),
+    ("sm90", "forward", "tf32", 2, 1, 128): Config(32, 1, 8, stages=2),
+    ("sm100", "forward", "tf32", 2, 1, 128): Config(32, 1, 8, stages=2),
+    ("sm80", "forward", "half", 2, 2, 32): Config(64, 1, 4, stages=2, resident=3),
+    ("sm90", "forward", "half", 2, 2, 32): Config(64, 1, 4, stages=2, resident=3),
+    ("sm100", "forward", "half", 2, 2, 32): Config(64, 1, 4, stages=2, resident=3),
+    ("sm80", "forward", "half", 2, 2, 64): Config(64, 1, 8, stages=2),
+    ("sm90", "forward", "half", 2, 2, 64): Config(64, 1, 8, stages=2, resident=3),
+    ("sm100", "forward", "half", 2, 2, 64): Config(64, 1, 8, stages=2),
+    ("sm80", "forward", "half", 2, 2, 128): Config(32, 1, 8, stages=2),
+    ("sm90", "forward", "half", 2, 2, 128): Config(32, 1, 8, stages=2),
+    ("sm100", "forward", "half", 2, 2, 128): Config(32, 1, 8, stages=2),
+    ("sm80", "forward", "half", 4, 1, 32): Config(64, 1, 8, stages=2),
+    ("sm90", "forward", "half", 4, 1, 32): Config(64, 1, 8, stages=2, resident=3),
+    ("sm100", "forward", "half", 4, 1, 32): Config(64, 1, 8, stages=2),
+    ("sm80", "forward", "half", 4, 1, 64): Config(32, 1, 8, stages=2),
+    ("sm90", "forward", "half", 4, 1, 64): Config(32, 1, 8, stages=2, resident=3),
+    ("sm100", "forward", "half", 4, 1, 64): Config(32, 1, 8, stages=2),
+    ("sm100", "save", "half", 2, 1, 32): Config(64, 1, 4),
+    ("sm80", "save", "tf32", 2, 1, 32): Config(64, 1, 4),
+    ("sm90", "save", "tf32", 2, 1, 32): Config(64, 1, 4),
+    ("sm90", "save", "tf32", 2, 1, 64): Config(64, 1, 8),
+    ("sm100", "save", "tf32", 2, 1, 64): Config(64, 1, 8),
+    ("sm90", "save", "half", 4, 1, 64): Config(32, 1, 8),
+    ("sm80", "train", "half", 1, 1, 32): Config(128, 1, 8),
+    ("sm90", "train", "half", 1, 1, 32): Config(128, 1, 8),
+    ("sm100", "train", "half", 1, 1, 32): Config(128, 1, 8),
+    ("sm80", "train", "half", 1, 1, 64): Config(64, 1, 8),
+    ("sm90", "train", "half", 1, 1, 64): Config(128, 1, 8),
+    ("sm100", "train", "half", 1, 1, 64): Config(128, 1, 8),
+    ("sm80", "train", "half", 1, 1, 128): Config(32, 1, 8, sums=False),
+    ("sm90", "train", "half", 1, 1, 128): Config(64, 1, 8),
+    ("sm100", "train", "half", 1, 1, 128): Config(64, 1, 8, stages=2),
+    ("sm80", "train", "tf32", 1, 1, 32): Config(128, 1, 8),
+    ("sm90", "train", "tf32", 1, 1, 32): Config(128, 1, 8),
+    ("sm100", "train", "tf32", 1, 1, 32): Config(128, 1, 8),
+    ("sm80", "train", "tf32", 1, 1, 64): Config(64, 1, 8),
+    ("sm90", "train", "tf32", 1, 1, 64): Config(128, 1, 8, reload=True),
+    ("sm100", "train", "tf32", 1, 1, 64): Config(128, 1, 8),
+    ("sm90", "train", "tf32", 1, 1, 128): Config(64, 1, 8),
+    ("sm100", "train", "tf32", 1, 1, 128): Config(32, 1, 8, stages=2, sums=False),
+    ("sm80", "train", "half", 2, 1, 32): Config(64, 1, 8),
+    ("sm90", "train", "half", 2, 1, 32): Config(128, 1, 8, reload=True),
+    ("sm100", "train", "half", 2, 1, 32): Config(128, 1, 8, stages=2),
+    ("sm80", "train", "half", 2, 1, 64): Config(32, 1, 8),
+    ("sm90", "train", "half", 2, 1, 64): Config(64, 1, 8, reload=True),
+    ("sm100", "train", "half", 2, 1, 64): Config(64, 1, 8),
+    ("sm80", "train", "tf32", 2, 1, 32): Config(32, 1, 8),
+    ("sm90", "train", "tf32", 2, 1, 32): Config(64, 1, 8),
+    ("sm80", "train", "tf32", 2, 1, 64): Config(32, 1, 8),
+    ("sm90", "train", "tf32", 2, 1, 64): Config(64, 1, 8),
+    ("sm90", "train", "half", 2, 2, 32): Config(64, 1, 8),
+    ("sm80", "train", "half", 4, 1, 32): Config(32, 1, 8, reload=True),
+    ("sm90", "train", "half", 4, 1, 32): Config(32, 1, 8),
+    ("sm100", "train", "half", 4, 1, 32): Config(32, 1, 8),
+    ("sm80", "one_pass", "half", 1, 1, 32): Config(32, 1, 4, resident=3),
+    ("sm90", "one_pass", "half", 1, 1, 32): Config(32, 1, 4, resident=3),
+    ("sm100", "one_pass", "half", 1, 1, 32): Config(64, 1, 8, resident=3),
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def pick(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int, WIDTH: int) -> Config | None:
+    """The configuration of a launch, or None: op is "forward", "save" (forward that keeps z), "train", "one_pass"."""
+    if arch == "interpreter":  # small tiles and few programs, so that small tests see several of each
+        if op == "one_pass":
+            return Config(16, 1, 1, resident=2, programs=2) if WIDTH == 16 else None
+        tiles = 2 if WIDTH == 32 else 1
+        resident = 2 if WIDTH == 16 else 0
+        return Config(16, tiles, 1, resident=resident, sums=WIDTH <= 32, reload=WIDTH == 32, programs=2)
+    cls = tune.type_class(dtype, precision)
+    found = _TABLE.get((arch, op, cls, B, C, WIDTH))
+    # what keeps the pre-activations takes more registers, and sometimes a smaller tile
+    return pick(arch, "forward", dtype, precision, B, C, WIDTH) if found is None and op == "save" else found
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One entry of the table, with a type that leads to it."""
+
+    op: str
+    dtype: torch.dtype
+    precision: str
+    kind: tuple[int, int]
+    width: int
+
+
+def shipped(arch: str, types, kinds) -> Iterator[Shipped]:
+    """The entries of an architecture for these types and kinds of maps; "save" wherever there is "forward"."""
+    for a, op, cls, B, C, WIDTH in _TABLE:
+        for dtype, precision in types:
+            if a == arch and tune.type_class(dtype, precision) == cls and (B, C) in kinds and op != "save":
+                for each in (op, "save") if op == "forward" else (op,):
+                    yield Shipped(each, dtype, precision, (B, C), WIDTH)

@@ -1,0 +1,87 @@
+"""The whole-network kernels compile without a GPU, spill nothing, fit the device, and keep their activations on chip.
+
+As in test_kernels_static.py: compiled in worker processes of the report, the normal run what is most likely to break
+first, --slow all of the table.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+triton = pytest.importorskip("triton")
+static_report = pytest.importorskip("fused_inr.bench.static_report")
+
+from test_kernels_static import failures  # noqa: E402
+
+#: (architecture, kernel, activation, dtype, precision, N, K, aligned): the widest that registers hold, the deepest in
+#: spills when it was made, each kernel.
+QUICK = [
+    ("sm80", "mlp_forward", "sine", "bfloat16", "ieee", 128, 2, True),
+    ("sm80", "mlp_one_pass", "sine", "bfloat16", "ieee", 32, 2, True),
+    ("sm80", "mlp_backward", "sine", "float32", "tf32", 64, 2, True),
+    ("sm90", "mlp_forward", "sine", "bfloat16", "ieee", 128, 2, True),
+    ("sm90", "mlp_forward", "sine", "float32", "tf32", 64, 2, True),
+    ("sm90", "mlp_save", "split", "float16", "ieee", 32, 35, False),
+    ("sm90", "mlp_loss", "sine", "bfloat16", "ieee", 128, 2, True),
+    ("sm100", "mlp_forward", "sine", "bfloat16", "ieee", 256, 2, True),
+    ("sm100", "mlp_recompute", "sine", "bfloat16", "ieee", 64, 2, True),
+]
+
+
+def jobs(cases) -> list[dict]:
+    import torch
+
+    names = ("arch", "kernel", "activation", "dtype", "precision", "N", "K", "aligned")
+    return [{**dict(zip(names, case, strict=True)), "dtype": getattr(torch, case[3])} for case in cases]
+
+
+def test_representative_kernels():
+    rows = static_report.compile_all(jobs(QUICK), processes=2)
+    assert not failures(rows), "\n".join(failures(rows))
+    by = {(r["arch"], r["kernel"], r["type"], r["N"]): r for r in rows}
+    hopper = by["sm90", "mlp_forward", "bfloat16", 128]
+    assert hopper["tensor_op"] == "HGMMA"
+    for row in (hopper, by["sm90", "mlp_forward", "float32 tf32", 64], by["sm80", "mlp_forward", "bfloat16", 128]):
+        # the stores of an output of 16 padded columns: what a thread holds of it, and nothing beside it
+        assert row["stg"] == row["block_m"] * 16 // (32 * row["num_warps"])
+    assert "UTC" in by["sm100", "mlp_forward", "bfloat16", 256]["tensor_op"]
+    assert by["sm90", "mlp_save", "float16", 32]["stg"] > hopper["stg"]  # the count does see activations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100"])
+def test_every_shipped_configuration(arch):
+    kernels = ("mlp_forward", "mlp_stream", "mlp_save", "mlp_backward", "mlp_recompute", "mlp_loss", "mlp_one_pass")
+    activations = ("sine", "gabor", "complex_gabor", "split")
+    rows = static_report.run((arch,), activations, kernels=kernels, scope="full")
+    assert len(rows) > 60
+    assert not failures(rows), "\n".join(failures(rows))
+
+
+def test_row_offsets_are_64_bit():
+    """Read in the TTIR: the index of a tile of rows is 64 bits wide, and nothing that counts rows or steps from row to
+    row is multiplied in fewer."""
+    code = """
+import re, torch
+from fused_inr.kernels import aot
+for kernel in ("mlp_forward", "mlp_save", "mlp_loss", "mlp_one_pass"):
+    job = aot.Job("sm90", kernel, torch.bfloat16, "ieee", "sine", 32, 2)
+    arguments, options = aot.build(job)
+    ttir = arguments.compile(90, options).asm["ttir"]
+    tile, wide = re.search(r"scf.for %(\\w+) = .*? : (i\\d+) {", ttir).groups()
+    products = re.findall(rf"arith.muli %{tile}, .* : (i\\d+)", ttir)
+    rows = r"%(?:stride_\\w+|M|ROWS_\\w+|start|rows|program)\\b"
+    narrow = re.findall(rf"arith.muli .*{rows}.* : (?:i32|tensor<.*xi32>)", ttir)
+    narrow += re.findall(r"tt.splat %(?:stride_\\w+|M|ROWS_\\w+) : i32", ttir)
+    print(kernel, wide, products.count("i64"), products.count("i32"), len(narrow))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(result.stdout.splitlines()) == 4
+    for line in result.stdout.splitlines():
+        assert line.split()[1] == "i64" and int(line.split()[2]) > 0 and line.split()[3:] == ["0", "0"], line
