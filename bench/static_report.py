@@ -1,6 +1,7 @@
 """`fused-inr bench static`: what the compiler makes of every Triton kernel and shipped configuration, without a GPU.
 
-Per architecture: registers, spilled bytes, shared memory, tensor-core, multiply-add and special-function instructions.
+Per architecture: registers, spilled bytes, shared memory, tensor-core, multiply-add and special-function instructions,
+the warps that a multiprocessor holds, and a roofline (`roofline.py`).
 Compiled from the sources each time, in folders of its own, so that no cache answers for code that has changed.
 """
 
@@ -15,6 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -38,7 +40,26 @@ COLUMNS = (
     ("mufu", "mufu", 5),
     ("frnd", "frnd", 4),
     ("stg", "stg", 4),
+    ("occupancy", "warps", 13),
+    ("memory", "mem", 5),
+    ("tensor_ps", "tens", 5),
+    ("sfu", "sfu", 5),
+    ("fma", "fma", 5),
+    ("bound", "bound", 6),
 )
+LEGEND = """columns:
+  lv     level of derivative of the map            al     alignment of operands that the kernel may assume
+  tile   block_m x block_n x block_k               w/s    warps and pipeline stages of a block
+  spill  bytes of stack and local memory           tmem   columns of tensor memory
+  tensor, ffma, mufu, frnd, stg                    instructions in the SASS: tensor cores, multiply-adds (of two lanes
+         for FFMA2: one), special functions, slow roundings, stores
+  warps  resident on a multiprocessor, and what keeps them from being more
+  mem, tens, sfu, fma                              roofline: picoseconds a row (all columns; a network: all layers) that
+         device memory, tensor cores, special functions and float32 arithmetic would take at the peak rates of an A100
+         (sm80), H200 (sm90), B200 (sm100), each working alone
+  bound  the largest of these, which is the floor
+In the JSON: "occupancy" {warps, blocks, of, by}; "roofline" {A100 | H200 | H100 | B200: {memory, tensor, sfu, fma,
+floor in ps a row, bound}}; "mufu_at", "fp32_at": instructions outside loops, in loops, in loops within loops."""
 
 
 def _initialise(cache: str) -> None:
@@ -50,7 +71,10 @@ def _initialise(cache: str) -> None:
 def _compile(job: dict) -> dict:
     from fused_inr.kernels import aot
 
+    from . import roofline
+
     row = aot.compile_job(aot.Job(**job))
+    roofline.annotate(row)
     shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
     return row
 
@@ -157,7 +181,34 @@ def _cell(row: dict, key: str) -> str:
         return f"{row['tensor']} {row['tensor_op']}" if row.get("tensor") else "-"
     if key == "ffma":
         return str(row["ffma"] + row["ffma2"]) if "ffma" in row else "-"
+    if key == "occupancy":
+        found = row.get("occupancy")
+        return f"{found['warps']} {found['by']}" if found else "-"
+    if key in ("memory", "tensor_ps", "sfu", "fma", "bound"):
+        return _roofline_cell(row, key.removesuffix("_ps"))
     return str(row.get(key, "-"))
+
+
+def _roofline_cell(row: dict, key: str) -> str:
+    from . import roofline
+
+    found = roofline.of_table(row)
+    if found is None:
+        return "-"
+    value = found[key]
+    return value if isinstance(value, str) else f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+def _bounds(rows: list[dict]) -> str:
+    """How often each unit binds, a device."""
+    devices: dict[str, Counter[str]] = {name: Counter() for row in rows for name in row.get("roofline", {})}
+    for row in rows:
+        for name, found in row.get("roofline", {}).items():
+            devices[name][found["bound"]] += 1
+    parts = [
+        f"{name}: {', '.join(f'{n} {unit}' for unit, n in counts.most_common())}" for name, counts in devices.items()
+    ]
+    return "; ".join(parts)
 
 
 def table(rows: list[dict]) -> str:
@@ -175,12 +226,19 @@ def table(rows: list[dict]) -> str:
             f"{arch}: {len(of_arch)} compiled, {bad} with a problem, {sum(r.get('spilled', 0) for r in of_arch)} bytes "
             f"spilled, at most {most} registers and {max(r.get('shared', 0) for r in of_arch)} bytes of shared memory"
         )
+        if bounds := _bounds(of_arch):
+            lines.append(f"{arch}: what binds, {bounds}")
     return "\n".join(lines[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 if a shipped configuration has a problem (under another Triton than 3.7 they are only reported)."""
-    parser = argparse.ArgumentParser(prog="fused-inr bench static", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="fused-inr bench static",
+        description=__doc__.splitlines()[0],
+        epilog=LEGEND,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm80", "sm90", "sm100"], help="architectures")
     parser.add_argument("--activation", nargs="+", default=["sine", "gabor", "split"], help='or "all"')
     kernels = "forward input_grad gz gz_from_z weight_grad act_map sum"

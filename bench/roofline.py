@@ -1,0 +1,265 @@
+"""What a compiled kernel can reach: resident warps of a multiprocessor, and a roofline of four units.
+
+Time for one row of the problem (all columns; a network: all layers), as if each unit worked alone at its peak rate:
+device memory, tensor cores, special functions, and the pipe of float32 arithmetic. The largest is the floor, and names
+what binds. Operations and bytes of the products come from the shapes as the kernel pads them; special functions and
+multiply-adds of the maps are counted in the SASS, by the loop that they stand in.
+
+Left out: weights and their gradients (read and written once for all rows), partial sums, whatever stays in the L2
+cache, integer arithmetic, and latency. Code behind a branch that few arguments take counts as taken.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one multiprocessor of an architecture holds."""
+
+    warps: int
+    blocks: int
+    shared: int
+    registers: int = 65536
+    tmem: int = 0
+
+
+#: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; tensor memory: PTX ISA, tcgen05.
+LIMITS = {
+    "sm80": Limits(warps=64, blocks=32, shared=164 * 1024),
+    "sm86": Limits(warps=48, blocks=16, shared=100 * 1024),
+    "sm90": Limits(warps=64, blocks=32, shared=228 * 1024),
+    "sm100": Limits(warps=64, blocks=32, shared=228 * 1024, tmem=512),
+}
+#: Granularities, from the same table and the occupancy calculator: registers of a warp in multiples of 256, a quarter
+#: of the register file to each of four schedulers; shared memory in multiples of 128 bytes, and 1 KB of each block is
+#: the system's.
+REGISTER_UNIT, SCHEDULERS, SHARED_UNIT, SHARED_SYSTEM = 256, 4, 128, 1024
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates: bytes/s; FLOP/s of the dense product of half types and of TF32; multiprocessors; the clock that the
+    data sheet's float32 rate implies; float32 lanes and special functions of a multiprocessor a clock."""
+
+    name: str
+    arch: str
+    bandwidth: float
+    half: float
+    tf32: float
+    multiprocessors: int
+    clock: float
+    lanes: int
+    special: int = 16  # CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", 8.0, 9.0 and 10.0
+
+    @property
+    def fma(self) -> float:
+        """Multiply-adds a second."""
+        return self.multiprocessors * self.lanes * self.clock
+
+    @property
+    def sfu(self) -> float:
+        return self.multiprocessors * self.special * self.clock
+
+
+#: The first of an architecture is the one in the table.
+DEVICES = (
+    # NVIDIA A100 data sheet, 80 GB SXM: 2,039 GB/s, 312 and 156 TFLOP/s dense, 19.5 TFLOP/s float32; GA100 white paper:
+    # 108 multiprocessors of 64 lanes, 1.41 GHz
+    Device("A100", "sm80", 2.039e12, 312e12, 156e12, 108, 1.41e9, 64),
+    # NVIDIA H200 data sheet, SXM: 4.8 TB/s, otherwise as the H100; a copy was seen to reach 4.3 TB/s, bf16 products 790
+    # TFLOP/s on random data
+    Device("H200", "sm90", 4.8e12, 989e12, 494e12, 132, 1.98e9, 128),
+    # NVIDIA H100 data sheet, SXM: 3.35 TB/s, 989 and 494 TFLOP/s dense (half of those with sparsity), 67 TFLOP/s
+    # float32; Hopper white paper: 132 multiprocessors of 128 lanes
+    Device("H100", "sm90", 3.35e12, 989e12, 494e12, 132, 1.98e9, 128),
+    # NVIDIA HGX B200 data sheet, of 8 GPUs, a GPU each: 8 TB/s (7.7 in some tables), 2.25 and 1.12 PFLOP/s dense,
+    # 75 TFLOP/s float32; 148 multiprocessors of 128 lanes give the clock
+    Device("B200", "sm100", 8.0e12, 2250e12, 1125e12, 148, 1.98e9, 128),
+)
+UNITS = ("memory", "tensor", "sfu", "fma")
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """Resident warps and blocks of a multiprocessor, and what keeps them from being more."""
+
+    warps: int
+    blocks: int
+    of: int
+    by: str
+
+
+def occupancy(
+    arch: str, registers: int, num_warps: int, shared: int, tmem: int = 0, programs: int | None = None
+) -> Occupancy:
+    """From registers a thread, warps a block, bytes of shared memory and columns of tensor memory a block; and of
+    persistent kernels the number of programs, spread over the multiprocessors of the architecture's device."""
+    limits = LIMITS[arch]
+    of_warp = _multiple(32 * max(1, registers), REGISTER_UNIT)
+    warps = SCHEDULERS * (limits.registers // SCHEDULERS // of_warp)
+    blocks = {
+        "registers": warps // num_warps,
+        "shared": limits.shared // (_multiple(shared, SHARED_UNIT) + SHARED_SYSTEM),
+        "warps": limits.warps // num_warps,
+        "blocks": limits.blocks,
+    }
+    if tmem:
+        blocks["tmem"] = limits.tmem // tmem
+    device = next((d for d in DEVICES if d.arch == arch), None)
+    if programs and device:
+        blocks["programs"] = math.ceil(programs / device.multiprocessors)
+    by = min(blocks, key=lambda k: blocks[k])
+    return Occupancy(blocks[by] * num_warps, blocks[by], limits.warps, by)
+
+
+def _multiple(n: int, unit: int) -> int:
+    return math.ceil(n / unit) * unit
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row: bytes of device memory, operations of tensor cores and their type ("half" or "tf32"), special functions,
+    instructions of the float32 pipe (a multiply-add, a product or a sum are one each)."""
+
+    bytes: float
+    tensor: float
+    rate: str
+    sfu: float
+    fma: float
+
+
+def estimate(work: Work, device: Device) -> dict[str, float | str]:
+    """Picoseconds a row of each unit, the largest of them ("floor") and its name ("bound")."""
+    seconds = {
+        "memory": work.bytes / device.bandwidth,
+        "tensor": work.tensor / getattr(device, work.rate),
+        "sfu": work.sfu / device.sfu,
+        "fma": work.fma / device.fma,
+    }
+    bound = max(UNITS, key=lambda unit: seconds[unit])
+    return {**{unit: seconds[unit] * 1e12 for unit in UNITS}, "floor": seconds[bound] * 1e12, "bound": bound}
+
+
+# -- what a kernel does for a row
+
+#: Layers with the map and outputs of the networks that are compiled (`kernels/aot.py`: three hidden products).
+MLP_LAYERS, MLP_OUTPUTS = 4, 3
+
+
+def work(row: dict) -> Work:
+    """Of a row of the report: `kernel`, `type`, `activation`, `level`, `N`, `K`, blocks, `num_warps`, and instructions
+    by depth of loop (`mufu_at`, `fp32_at`)."""
+    kernel = row["kernel"].removesuffix("+params")
+    if kernel.startswith("mlp_"):
+        return _network(row, kernel)
+    if kernel == "act_map":
+        return _map(row)
+    if kernel == "sum":
+        return Work(bytes=4 * row["N"], tensor=0, rate="half", sfu=0, fma=row["N"])
+    return _layer(row, kernel)
+
+
+def _shape(row: dict) -> tuple[int, int, int]:
+    """Branches, outputs and parameters of the map; products alone have none."""
+    from ..activations import generated
+
+    return generated.SHAPES[row["activation"]] if row["activation"] != "-" else (1, 1, 0)
+
+
+def _type(row: dict) -> tuple[int, str, int]:
+    """Bytes of a stored number, the tensor cores' rate, products for one (0: not on tensor cores)."""
+    name, _, precision = row["type"].partition(" ")
+    if name != "float32":
+        return 2, "half", 1
+    return {"tf32": (4, "tf32", 1), "tf32x3": (4, "tf32", 3), "bf16x3": (4, "half", 3)}.get(precision, (4, "half", 0))
+
+
+def _per_row(counts: list[int], trips: float, row: dict, tiles: int) -> float:
+    """Instructions of all threads a row: those outside loops once a tile, those within `trips` times."""
+    return (sum(counts[:1]) + trips * sum(counts[1:])) * 32 * row["num_warps"] * tiles / row["block_m"]
+
+
+def _layer(row: dict, kernel: str) -> Work:
+    from ..kernels import tune
+
+    B, C, _ = _shape(row)
+    size, rate, products = _type(row)
+    N, K = row["N"], row["K"]
+    if kernel == "weight_grad":
+        columns, inner = _multiple(N, row["block_n"]), _multiple(K, row["block_k"])
+        dot = tune.kind(N, K) == tune.DOT and products > 0
+        flops = 2 * columns * inner
+        return Work(size * (N + K), flops * products if dot else 0, rate, 0, 0 if dot else flops / 2)
+    from_z = kernel == "gz_from_z"
+    kind = tune.MAP if from_z else tune.kind(N, K)
+    tiles = math.ceil(N / row["block_n"])
+    inner = K if kind == tune.NARROW_K else _multiple(K, row["block_k"])
+    flops = 0 if from_z else 2 * B * tiles * row["block_n"] * inner
+    dot = kind == tune.DOT and products > 0
+    trips = math.ceil(K / row["block_k"])
+    # a product by multiply-adds in a loop is counted from its shape, and so are those of no loop by the SASS
+    in_loop = kind == tune.NARROW_N or (kind == tune.DOT and not dot)
+    fma = _per_row(row["fp32_at"], 0 if in_loop else trips, row, tiles) + (flops / 2 if in_loop else 0)
+    if kernel in ("forward", "input_grad"):
+        moved = size * (K + C * N)
+    else:
+        moved = size * (C * N + B * N) + (4 * B * N if from_z else size * K)
+    return Work(moved, flops * products if dot else 0, rate, _per_row(row["mufu_at"], trips, row, tiles), fma)
+
+
+def _map(row: dict) -> Work:
+    from ..kernels import act_map
+
+    B, C, P = _shape(row)
+    sizes = act_map.groups(row["level"], row["kernel"].endswith("+params"), B, C, P)
+    tiles = math.ceil(row["N"] / row["block_n"])
+    moved = 4 * row["N"] * sum(sum(group) for group in sizes)
+    return Work(moved, 0, "half", _per_row(row["mufu_at"], 1, row, tiles), _per_row(row["fp32_at"], 1, row, tiles))
+
+
+def _network(row: dict, kernel: str) -> Work:
+    from ..kernels import mlp_tune, tune
+
+    B, C, _ = _shape(row)
+    size, rate, products = _type(row)
+    K, width = row["K"], mlp_tune.width(row["N"], row["arch"])
+    inputs, outputs = max(16, 1 << (K - 1).bit_length()), max(16, MLP_OUTPUTS)
+    narrow = size == 4 and K <= tune.NARROW_K_LIMIT
+    first = 0 if narrow else 2 * inputs * B * width
+    hidden = (MLP_LAYERS - 1) * 2 * B * width * C * width
+    last = 2 * C * width * outputs
+    z = 4 * MLP_LAYERS * B * width
+    forward, pass_back = first + hidden + last, 2 * (first + hidden + last)
+    moved = size * (K + MLP_OUTPUTS)
+    flops = forward
+    if kernel == "mlp_save":
+        moved += z
+    elif kernel not in ("mlp_forward", "mlp_stream"):
+        moved += size * K + (z if kernel == "mlp_backward" else 0)  # the gradient of x; z as saved
+        moved += 4 if kernel in ("mlp_loss", "mlp_one_pass") else 0  # a weight a row
+        flops = pass_back + (0 if kernel == "mlp_backward" else forward)
+    # the loop over tiles of rows is the outermost, those within it go over the hidden layers
+    sfu, fma = (
+        (sum(row[name][1:2]) + (MLP_LAYERS - 1) * sum(row[name][2:])) * 32 * row["num_warps"] / row["block_m"]
+        for name in ("mufu_at", "fp32_at")
+    )
+    return Work(moved, flops * products, rate, sfu, fma)
+
+
+def annotate(row: dict) -> None:
+    """Add `occupancy` and `roofline` ({device: picoseconds a row by unit, "floor", "bound"}) to a row of the report."""
+    if "registers" not in row:
+        return
+    resources = (row["registers"], row["num_warps"], row["shared"], row.get("tmem", 0), row.get("programs"))
+    row["occupancy"] = asdict(occupancy(row["arch"], *resources))
+    if "mufu_at" in row:
+        what = work(row)
+        row["roofline"] = {d.name: estimate(what, d) for d in DEVICES if d.arch == row["arch"]}
+
+
+def of_table(row: dict) -> dict[str, float | str] | None:
+    """The estimate for the device that stands for the architecture in the table."""
+    return next(iter(row.get("roofline", {}).values()), None)
