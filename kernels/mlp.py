@@ -973,7 +973,7 @@ def _train(g, x, weights, biases, params, constants, maps, saved, precision: str
     narrow_config = mlp_tune.pick(o.arch, "one_pass", x.dtype, precision, net.branches, net.channels, net.width)
     one_pass = saved is None and not GP and narrow_config is not None
     one_pass = one_pass and L - 1 <= narrow_config.resident and net.inputs_pad <= 32
-    config = _config(o, "train", x.dtype, precision)
+    config = _config(o, "train" if saved is None else "backward", x.dtype, precision)
     config = narrow_config if one_pass else by_sums(net, config)
     where = _segments(net, config, (need_x, need_w, need_b), GP, loss is not None)
     total = where["total"][1]

@@ -78,12 +78,12 @@ _TABLE: dict[tuple[str, str, str, int, int, int], Config] = {
     ("sm80", "forward", "half", 1, 1, 64): Config(128, 1, 4, stages=2, resident=3),
     ("sm90", "forward", "half", 1, 1, 64): Config(128, 1, 4, stages=2, resident=3),
     ("sm100", "forward", "half", 1, 1, 64): Config(64, 1, 4, stages=2, resident=3),
-    ("sm80", "forward", "half", 1, 1, 128): Config(64, 1, 4, stages=2),
-    ("sm90", "forward", "half", 1, 1, 128): Config(64, 1, 4, stages=2, resident=3),
-    ("sm100", "forward", "half", 1, 1, 128): Config(64, 1, 4, stages=2),
-    ("sm80", "forward", "half", 1, 1, 256): Config(32, 1, 8),
-    ("sm90", "forward", "half", 1, 1, 256): Config(64, 1, 8),
-    ("sm100", "forward", "half", 1, 1, 256): Config(64, 1, 8),
+    ("sm80", "forward", "half", 1, 1, 128): Config(128, 1, 8, stages=2),
+    ("sm90", "forward", "half", 1, 1, 128): Config(128, 1, 8, stages=2, resident=3),
+    ("sm100", "forward", "half", 1, 1, 128): Config(128, 1, 8, stages=2),
+    ("sm80", "forward", "half", 1, 1, 256): Config(64, 1, 8),
+    ("sm90", "forward", "half", 1, 1, 256): Config(128, 1, 8),
+    ("sm100", "forward", "half", 1, 1, 256): Config(128, 1, 8),
     ("sm80", "forward", "tf32", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
     ("sm90", "forward", "tf32", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
     ("sm100", "forward", "tf32", 1, 1, 32): Config(64, 1, 4, stages=2, resident=3),
@@ -133,6 +133,12 @@ _TABLE: dict[tuple[str, str, str, int, int, int], Config] = {
     ("sm80", "forward", "tf32", 4, 1, 64): Config(32, 1, 8, stages=2),
     ("sm90", "forward", "tf32", 4, 1, 64): Config(32, 1, 8, stages=2),
     ("sm100", "forward", "tf32", 4, 1, 64): Config(32, 1, 8, stages=2),
+    ("sm80", "save", "half", 1, 1, 128): Config(64, 1, 4, stages=2),
+    ("sm90", "save", "half", 1, 1, 128): Config(64, 1, 4, stages=2, resident=3),
+    ("sm100", "save", "half", 1, 1, 128): Config(64, 1, 4, stages=2),
+    ("sm80", "save", "half", 1, 1, 256): Config(32, 1, 8),
+    ("sm90", "save", "half", 1, 1, 256): Config(64, 1, 8),
+    ("sm100", "save", "half", 1, 1, 256): Config(64, 1, 8),
     ("sm100", "save", "half", 2, 1, 32): Config(64, 1, 4),
     ("sm80", "save", "tf32", 2, 1, 32): Config(64, 1, 4),
     ("sm90", "save", "tf32", 2, 1, 32): Config(64, 1, 4),
@@ -182,12 +188,15 @@ _TABLE: dict[tuple[str, str, str, int, int, int], Config] = {
     ("sm80", "one_pass", "half", 1, 1, 32): Config(32, 1, 4, resident=3),
     ("sm90", "one_pass", "half", 1, 1, 32): Config(32, 1, 4, resident=3),
     ("sm100", "one_pass", "half", 1, 1, 32): Config(64, 1, 8, resident=3),
+    ("sm90", "backward", "tf32", 1, 1, 128): Config(64, 1, 8, sums=False),
+    ("sm90", "backward", "tf32", 2, 1, 64): Config(64, 1, 8, reload=True),
 }
 
 
 @functools.lru_cache(maxsize=1024)
 def pick(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int, WIDTH: int) -> Config | None:
-    """The configuration of a launch, or None: op is "forward", "save" (forward that keeps z), "train", "one_pass"."""
+    """The configuration of a launch, or None: op is "forward", "save" (a forward that keeps z), "train", "backward" (a
+    training pass that reads z), "one_pass"."""
     if arch == "interpreter":  # small tiles and few programs, so that small tests see several of each
         if op == "one_pass":
             return Config(16, 1, 1, resident=2, programs=2) if WIDTH == 16 else None
@@ -196,8 +205,9 @@ def pick(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int,
         return Config(16, tiles, 1, resident=resident, sums=WIDTH <= 32, reload=WIDTH == 32, programs=2)
     cls = tune.type_class(dtype, precision)
     found = _TABLE.get((arch, op, cls, B, C, WIDTH))
-    # what keeps the pre-activations takes more registers, and sometimes a smaller tile
-    return pick(arch, "forward", dtype, precision, B, C, WIDTH) if found is None and op == "save" else found
+    # what writes or reads pre-activations takes more registers, and sometimes another tile
+    other = {"save": "forward", "backward": "train"}.get(op)
+    return pick(arch, other, dtype, precision, B, C, WIDTH) if found is None and other else found
 
 
 @dataclass(frozen=True)
@@ -212,9 +222,10 @@ class Shipped:
 
 
 def shipped(arch: str, types, kinds) -> Iterator[Shipped]:
-    """The entries of an architecture for these types and kinds of maps; "save" wherever there is "forward"."""
+    """The entries of an architecture for these types and kinds of maps, and what they serve besides."""
+    besides = {"forward": ("forward", "save"), "train": ("train", "backward"), "one_pass": ("one_pass",)}
     for a, op, cls, B, C, WIDTH in _TABLE:
         for dtype, precision in types:
-            if a == arch and tune.type_class(dtype, precision) == cls and (B, C) in kinds and op != "save":
-                for each in (op, "save") if op == "forward" else (op,):
+            if a == arch and tune.type_class(dtype, precision) == cls and (B, C) in kinds:
+                for each in besides.get(op, ()):
                     yield Shipped(each, dtype, precision, (B, C), WIDTH)
