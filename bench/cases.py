@@ -16,17 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import activations, layers, models
+from .. import activations, layers, losses, models
 from ..cli.eager import EagerLayer, eager_twin
 from ..ops import backends
 from . import bounds
 
 STEPS = ("inference", "training", "eikonal")
+#: how the fused network trains: as its defaults say, pre-activations recomputed, one pass with the loss, layer by layer
+WAYS = ("default", "recompute", "one-pass", "layers")
 #: name -> dtype of tensors, and how float32 products are computed
 PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: name -> mode of torch.compile
 COMPILED = {"compile": "default", "max-autotune": "max-autotune"}
-VARIANTS = ("fused", "eager", *COMPILED)
+#: "floor": the case's products alone, by the CPU engine's micro-kernel on numbers in the cache
+VARIANTS = ("fused", "eager", *COMPILED, "floor")
 
 _LAYERS: dict[str, Callable[..., layers.FusedLayer]] = {
     "sine": layers.SineLayer,
@@ -63,6 +66,7 @@ class Case:
     hidden_layers: int = 3
     out_features: int = 3
     seed: int = 0
+    way: str = "default"
 
     def __post_init__(self) -> None:
         accepted = {
@@ -70,6 +74,7 @@ class Case:
             "step": STEPS,
             "precision": tuple(PRECISIONS),
             "activation": activations.names(),
+            "way": WAYS,
         }
         for name, values in accepted.items():
             if getattr(self, name) not in values:
@@ -83,7 +88,8 @@ class Case:
         if self.kind == "network":
             widths += [self.width] * self.hidden_layers + [self.out_features]
         shape = "-".join(map(str, widths))
-        return f"{self.activation} {self.kind} {shape}, {self.rows:,} rows, {self.step}, {self.precision}"
+        way = "" if self.way == "default" else f", {self.way}"
+        return f"{self.activation} {self.kind} {shape}, {self.rows:,} rows, {self.step}{way}, {self.precision}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,6 +157,8 @@ def build(case: Case, device: torch.device) -> nn.Module:
         else:
             init = "vi3nr" if case.activation in ("gaussian", "sinc", "wavelet") else "default"
             module = models.MLP(*shape, activation=case.activation, init=init)
+        module.fusion = "layers" if case.way == "layers" else "auto"
+        module.save = "nothing" if case.way == "recompute" else "preactivations"
     return module.to(device, case.dtype)
 
 
@@ -215,6 +223,8 @@ class Work:
             return lambda x: eikonal(module, x)
         if case.step == "inference" or case.kind == "layer":
             function: Callable = module
+        elif variant == "fused" and case.way == "one-pass":
+            function = lambda x, target: losses.mse(module, x, target)  # noqa: E731
         else:
             function = lambda x, target: mse(module, x, target)  # noqa: E731
         if variant in COMPILED:
@@ -238,6 +248,11 @@ class Work:
             ValueError: the step cannot be compiled.
         """
         case, x, target = self.case, self.x, self.target
+        if variant == "floor":
+            if self.device.type != "cpu" or not backends.available()["cpu"][0]:
+                raise ValueError("the floor is that of the CPU engine")
+            floor = torch.ops.fused_inr_native.product_floor
+            return lambda: floor(float(case.operations()), case.width, case.dtype == torch.float64)
         if variant in COMPILED and not case.compiles:
             raise ValueError(f"torch.compile cannot differentiate twice: no variant {variant!r} of {case}")
         objective = self._objective(variant)
@@ -338,5 +353,5 @@ class Work:
         """What runs the fused module here, each once."""
         with matmul_precision(self.case.precision):
             lines = backends.explain(self.fused, self.x).splitlines()
-        found = [line.rsplit(": ", 1)[-1] for line in lines if line.startswith("linear_act")]
+        found = [line.rsplit(": ", 1)[-1] for line in lines if line.startswith(("linear_act", "whole network"))]
         return list(dict.fromkeys(found))

@@ -78,6 +78,30 @@ def _memory(job: dict[str, Any]) -> dict[str, Any]:
         return {"peak_mib": timing.peak_memory(work.call(job["variant"]), work.release, device)}
 
 
+def _rows(job: dict[str, Any]) -> dict[str, Any]:
+    """Nanoseconds a row, by number of rows; the sizes take turns."""
+    import statistics
+
+    import torch
+
+    from . import cases
+
+    case = cases.Case(**job["case"])
+    module = cases.build(case, torch.device(job["device"]))
+    x = torch.rand(max(job["rows"]), case.in_features, dtype=case.dtype) * 2 - 1
+    samples: dict[str, list[float]] = {str(rows): [] for rows in job["rows"]}
+    with torch.no_grad():
+        for _ in range(job["rounds"]):
+            for rows in job["rows"]:
+                repeats = max(1, 2**16 // rows)
+                module(x[:rows])
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    module(x[:rows])
+                samples[str(rows)].append((time.perf_counter() - start) / repeats / rows * 1e9)
+    return {"ns_a_row": {rows: statistics.median(values) for rows, values in samples.items()}}
+
+
 def _psnr(job: dict[str, Any]) -> dict[str, Any]:
     """The same fit twice, fused and eager, from the same weights."""
     from ..cli.options import FitOptions
@@ -119,7 +143,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
 
 
-JOBS = {"time": _time, "memory": _memory, "psnr": _psnr}
+JOBS = {"time": _time, "memory": _memory, "rows": _rows, "psnr": _psnr}
 
 
 def main() -> int:

@@ -780,6 +780,11 @@ TORCH_LIBRARY(fused_inr_native, m) {
   m.def("capability() -> str", []() { return capability(); });
   m.def("capabilities() -> str[]", []() { return capabilities(); });
   m.def("set_capability(str name) -> ()", [](const std::string& name) { set_capability(name); });
+  m.def("product_floor(float operations, int width, bool float64=False) -> ()",
+        [](double operations, int64_t width, bool float64) {
+          TORCH_CHECK_VALUE(operations > 0 && width > 0, "operations, width: expected more than 0, got ", operations, ", ", width);
+          current().load()->product_floor[float64](operations, width, parallel, threads());
+        });
   m.def("stamp() -> str", []() { return stamp(); });
   m.def("empty_cache() -> int", []() { return BlockCache::instance().clear(); });
   m.def("cached_bytes() -> int", []() { return BlockCache::instance().cached(); });

@@ -74,7 +74,7 @@ def test_devices_without_a_backend_of_their_own_use_the_reference_silently(fresh
 
 
 def test_explain_lists_each_call_with_reasons():
-    net = fi.SIREN(in_features=2, hidden_features=16, hidden_layers=1, out_features=3)
+    net = fi.SIREN(in_features=2, hidden_features=16, hidden_layers=1, out_features=3, fusion="layers")
     text = fi.backends.explain(net, torch.zeros(7, 2))
     assert "linear_act [7, 2] x [16, 2] torch.float32 sine(omega=30)" in text
     assert "linear_act [7, 16] x [16, 16]" in text

@@ -226,6 +226,14 @@ template <class V> FI_INLINE void cubic_p1(const V* in, V* out) {
 }
 template <class V> FI_INLINE void cubic_p2(const V* in, V* out) { out[0] = out[1] = out[2] = in[0]; }
 }
+template <class V> FI_INLINE void cubic_j(const V* in, V* out) {
+  cubic_l0(in, out);
+  out[1] = fi_const<V>(3.0) * in[1] * in[0] * in[0];
+}
+template <class V> FI_INLINE void cubic_jp(const V* in, V* out) {
+  cubic_j(in, out);
+  out[2] = in[0] * in[0] * in[0];
+}
 #define FUSED_INR_ACTIVATIONS(X) X(cubic, 1, 1, 1)
 """
 

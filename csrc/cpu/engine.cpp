@@ -531,6 +531,8 @@ void FI_NETWORK(network_forward, float)(const NetworkForward&);
 void FI_NETWORK(network_forward, double)(const NetworkForward&);
 void FI_NETWORK(network_backward, float)(const NetworkBackward&);
 void FI_NETWORK(network_backward, double)(const NetworkBackward&);
+void FI_NETWORK(product_floor, float)(double, int64_t, Parallel, int);
+void FI_NETWORK(product_floor, double)(double, int64_t, Parallel, int);
 
 extern const Engine FI_EXPORTED(engine);
 const Engine FI_EXPORTED(engine) = {
@@ -541,6 +543,7 @@ const Engine FI_EXPORTED(engine) = {
     {FI_NETWORK(network_saved, float), FI_NETWORK(network_saved, double)},
     {FI_NETWORK(network_forward, float), FI_NETWORK(network_forward, double)},
     {FI_NETWORK(network_backward, float), FI_NETWORK(network_backward, double)},
+    {FI_NETWORK(product_floor, float), FI_NETWORK(product_floor, double)},
     {FI_JOIN(FI_EXPORTED(maps), float), FI_JOIN(FI_EXPORTED(maps), double)},
     {FI_JOIN(FI_EXPORTED(primitives), float), FI_JOIN(FI_EXPORTED(primitives), double)}};
 

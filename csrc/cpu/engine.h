@@ -148,6 +148,8 @@ struct Engine {
   int64_t (*network_saved[2])(const Network&);  // elements that a forward saves
   void (*network_forward[2])(const NetworkForward&);
   void (*network_backward[2])(const NetworkBackward&);
+  // so many operations of the micro-kernel on numbers that lie in the cache: what products cost at least
+  void (*product_floor[2])(double operations, int64_t width, Parallel parallel, int threads);
   const Maps* maps[2];  // float32, float64; the last row has no name
   const Primitive* primitives[2];
 };

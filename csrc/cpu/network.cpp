@@ -560,12 +560,38 @@ void network_backward(const NetworkBackward& f) {
   }
 }
 
+// -- the floor
+
+template <class T>
+void product_floor(double operations, int64_t width, Parallel parallel, int threads) {
+  using V = Vector<T>;
+  constexpr int64_t P = kPanel<V>;
+  const int64_t m = tile_rows<T>(1 << 20, round_up(width, P), kTileBytes, 1), panels = panels_of<V>(1, width);
+  // a layer of a tile, as often as it takes; a thread takes the next when it is done
+  const int64_t repeats = static_cast<int64_t>(operations / (2.0 * static_cast<double>(m * panels * P * width))) + 1;
+  Queue queue;
+  run_parts(parallel, smaller(threads, repeats), [&](int64_t) {
+    Arena arena((2 * m * panels * P + panels * P * width) * static_cast<int64_t>(sizeof(T)) + 256);
+    T* a = arena.take<T>(m * panels * P);
+    T* c = arena.take<T>(m * panels * P);
+    T* b = arena.take<T>(panels * P * width);
+    for (int64_t i = 0; i < m * panels * P; ++i) a[i] = T(0.5);
+    for (int64_t i = 0; i < panels * P * width; ++i) b[i] = T(0.25);
+    while (queue.next() < repeats)
+      product<V, Left::kTile>(m, 0, panels, width, Operand<T>{a, 0, m * P, width}, b, width * P, c, m * P, nullptr, false,
+                              nullptr);
+  });
+}
+
 }  // namespace
 
 #define FI_NETWORK(type)                                                                                             \
   int64_t FI_JOIN(FI_EXPORTED(network_saved), type)(const Network& n) { return saved_elements<type>(n); }            \
   void FI_JOIN(FI_EXPORTED(network_forward), type)(const NetworkForward& f) { network_forward<type>(f); }            \
-  void FI_JOIN(FI_EXPORTED(network_backward), type)(const NetworkBackward& f) { network_backward<type>(f); }
+  void FI_JOIN(FI_EXPORTED(network_backward), type)(const NetworkBackward& f) { network_backward<type>(f); }          \
+  void FI_JOIN(FI_EXPORTED(product_floor), type)(double operations, int64_t width, Parallel p, int threads) {         \
+    product_floor<type>(operations, width, p, threads);                                                               \
+  }
 FI_NETWORK(float)
 FI_NETWORK(double)
 

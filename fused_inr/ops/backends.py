@@ -581,7 +581,8 @@ def record_network(x: Tensor, layers, backend: str, precision: str, loss: str = 
         widths = " -> ".join(str(weight.shape[0] // activation.branches) for weight, _, activation in layers)
         names = ", ".join(dict.fromkeys(activation.name for _, _, activation in layers))
         call = f"whole network [{', '.join(map(str, x.shape))}] -> {widths} {x.dtype} ({names})"
-        _records.append(Choice(f"{call}{' with ' + loss if loss else ''}", backend, precision, ()))
+        _, rejected = _serving(_forced, layers[0][2].map.key, x.device, x.dtype)
+        _records.append(Choice(f"{call}{' with ' + loss if loss else ''}", backend, precision, rejected))
 
 
 def record_layers(reason: str) -> None:
