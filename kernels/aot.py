@@ -354,6 +354,8 @@ def compile_job(job: Job) -> dict[str, object]:
         arguments, options = build(job)
         row.update({k.lower(): v for k, v in options.items() if k != "enable_fp_fusion"})
         row.update({k.lower(): v for k, v in _block_constants(arguments).items()})
+        if job.kernel in MLP:
+            row["programs"] = mlp_config(job).programs
         compiled = arguments.compile(tune.CAPABILITY[job.arch], options)
         row.update(inspect(compiled))
     except Exception as error:  # a row of its own, not the end of the report
@@ -368,6 +370,36 @@ def compile_job(job: Job) -> dict[str, object]:
 def _block_constants(arguments: _Arguments) -> dict[str, int]:
     names = arguments.names
     return {names[k[0]]: v for k, v in arguments.constants.items() if names[k[0]].startswith("BLOCK") and len(k) == 1}
+
+
+_SPECIAL = {"MUFU": 1}
+_FLOAT32 = {"FFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}
+
+
+def by_depth(sass: str, weights: dict[str, int]) -> list[int]:
+    """Weighted instructions outside loops, in loops, in loops within loops, ...
+
+    A loop is what lies between a label and the last jump back to it. Waiting code behind the end of the kernel jumps
+    back as well, and makes no loop.
+    """
+    lines = sass.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L_x_\d+):", line))}
+    end = next((i for i, line in enumerate(lines) if re.search(r"\*/\s+EXIT\b", line)), len(lines))
+    loops: dict[int, int] = {}
+    for i, line in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
+        start = labels.get(jump[1], i) if jump else i
+        if start < i and not start < end <= i:
+            loops[start] = i
+    counts = [0]
+    for i, line in enumerate(lines):
+        found = _INSTRUCTION.match(line)
+        weight = weights.get(found[1], 0) if found else 0
+        if weight:
+            depth = sum(start < i <= stop for start, stop in loops.items())
+            counts += [0] * (depth + 1 - len(counts))
+            counts[depth] += weight
+    return counts
 
 
 def inspect(compiled) -> dict[str, object]:
@@ -392,6 +424,8 @@ def inspect(compiled) -> dict[str, object]:
         "ffma": ops["FFMA"],
         "ffma2": ops["FFMA2"],
         "mufu": ops["MUFU"],
+        "mufu_at": by_depth(sass, _SPECIAL),
+        "fp32_at": by_depth(sass, _FLOAT32),
         "frnd": ops["FRND"],
         "stg": ops["STG"],
         "instructions": sum(ops.values()),
