@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .. import losses
+from ..models import MLP, SIREN, SplitNet
 from . import CliError
 from .activation import parse_activation
 from .options import FitOptions
@@ -29,8 +31,6 @@ def build_model(options: FitOptions, channels: int) -> nn.Module:
 
     `init="paper"`: SIREN's for sine and its relatives with an omega, VI3NR's for split, PyTorch's for the rest.
     """
-    from .. import MLP, SIREN, SplitNet
-
     torch.manual_seed(options.seed)
     activation = parse_activation(options.activation)
     shape = (2, options.width, options.depth, channels)
@@ -90,8 +90,8 @@ class Trainer:
         """Take `steps` steps; returns when the device has finished them."""
         self.model.train()
         start = time.perf_counter()
-        losses = [self._train_one() for _ in range(steps)]
-        self.mse += torch.stack(losses).tolist()  # waits for the device
+        values = [self._train_one() for _ in range(steps)]
+        self.mse += torch.stack(values).tolist()  # waits for the device
         self.seconds += [(time.perf_counter() - start) / steps] * steps
 
     def _train_one(self) -> torch.Tensor:
@@ -100,13 +100,18 @@ class Trainer:
             index = torch.randint(len(x), (self.rows,), generator=self.generator).to(self.device)
             x, y = x[index], y[index]
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            output = self.forward(x)
-        loss = nn.functional.mse_loss(output.to(y.dtype), y)
+        loss = self._loss(x, y)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
+
+    def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with self.autocast():
+            if self.forward is self.model and isinstance(self.model, (MLP, SIREN, SplitNet)):
+                return losses.mse(self.model, x, y)  # in one pass with the network and all gradients
+            output = self.forward(x)
+        return nn.functional.mse_loss(output.to(y.dtype), y)
 
     def evaluate(self) -> torch.Tensor:
         """The model's output for the whole picture, [height * width, channels]."""
