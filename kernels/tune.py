@@ -1,19 +1,24 @@
 """Block sizes: data, one predicate of validity, and `pick`, which is a look-up and never a measurement.
 
-The lists hold what `fused-inr bench static` has compiled for every architecture without a spill; the row count is in
-none of the keys (it may change every step), so no new kernel is compiled when it does.
+The lists here are general; what an architecture does better otherwise stands in `tuned.py`, which `fused-inr bench
+tune` rewrites. They hold what `fused-inr bench static` has compiled for every architecture without a spill; the row
+count is in none of the keys (it may change every step), so no new kernel is compiled when it does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
+from .tuned import TUNED, Key, Numbers
+
 #: Kinds of a tile's product: tensor cores; K of 1 to 8 and N of 1 to 4 by multiply-adds; none (z is read).
 DOT, NARROW_K, NARROW_N, MAP = range(4)
+KINDS = ("dot", "narrow_k", "narrow_n", "map")  # their names in the tables
 NARROW_K_LIMIT, NARROW_N_LIMIT = 8, 4
 
 #: Programs that a weight gradient's row splits aim at: two for each multiprocessor of an H200.
@@ -121,20 +126,18 @@ _DOT: dict[tuple[str, str, int], tuple[int, int, int, int, int]] = {
     ("weight_grad", "ieee", 1): (16, 64, 64, 8, 2),
 }  # fmt: skip
 
-#: What an architecture does differently: (architecture, operation, class, branches up to) -> the five numbers.
-_OVERRIDES: dict[tuple[str, str, str, int], tuple[int, int, int, int, int]] = {
-    # without wgmma the split operands of x3 stay in registers: 64 columns of four branches take all 255 and spill
-    ("sm80", "forward", "x3", 4): (64, 16, 32, 8, 2),
-    ("sm86", "forward", "x3", 4): (64, 16, 32, 8, 2),
-    # ptxas aims at 80 registers here and spills 8 bytes for it; with four warps it does not
-    ("sm100", "gz", "half", 1): (128, 64, 64, 4, 3),
+# By branches; NARROW_K takes K itself for block_k, NARROW_N the power of two above N for block_n, MAP has no block_k.
+_OTHERS: dict[int, dict[int, tuple[int, int, int, int, int]]] = {
+    NARROW_K: {1: (64, 64, 0, 4, 1), 2: (32, 64, 0, 4, 1), 4: (16, 32, 0, 4, 1)},
+    NARROW_N: {1: (32, 0, 32, 4, 1), 2: (32, 0, 32, 4, 1), 4: (16, 0, 32, 4, 1)},
+    MAP: {1: (64, 32, 0, 4, 1), 2: (32, 32, 0, 4, 1), 4: (16, 32, 0, 4, 1)},
 }
 
-# (block_m, block_n, block_k, num_warps) by branches; NARROW_K takes K itself for block_k, NARROW_N the power of two
-# above N for block_n
-_NARROW_K = {1: (64, 64, 0, 4), 2: (32, 64, 0, 4), 4: (16, 32, 0, 4)}
-_NARROW_N = {1: (32, 0, 32, 4), 2: (32, 0, 32, 4), 4: (16, 0, 32, 4)}
-_MAP = {1: (64, 32, 0, 4), 2: (32, 32, 0, 4), 4: (16, 32, 0, 4)}
+
+def numbers(key: Key) -> Numbers:
+    """What the tables say: `tuned.py`, or else the general lists here."""
+    _, op, kind, cls, b = key
+    return TUNED.get(key) or (_DOT[op, cls, b] if kind == "dot" else _OTHERS[KINDS.index(kind)][b])
 
 
 def kind(N: int, K: int) -> int:
@@ -195,17 +198,14 @@ def pick(
         narrow = min(block_n, block_k)
         config = Config(max(4, 64 // narrow), block_n, block_k, 4, 1, dot=False)
         return replace(config, block_m=max(4, min(32, 8192 // (block_n * block_k))))
+    cls = type_class(dtype, precision)
+    m, n, k, warps, stages = numbers((arch, op, KINDS[kind], cls, b))
     if kind == NARROW_K:
-        m, n, _, warps = _NARROW_K[b]
         return Config(max(1, m // extra), min(n, max(16, width)), K, warps, 1, dot=False)
     if kind == NARROW_N:
-        m, _, k, warps = _NARROW_N[b]
         return Config(max(1, m // extra), width, k, warps, 1, dot=False)
     if kind == MAP:
-        m, n, _, warps = _MAP[b]
         return Config(max(1, m // extra), min(n, max(16, width)), 16, warps, 1, dot=False)
-    cls = type_class(dtype, precision)
-    m, n, k, warps, stages = _OVERRIDES.get((arch, op, cls, b)) or _DOT[op, cls, b]
     if op == "weight_grad":
         return Config(m, min(n, max(32, width)), min(k, max(32, _power_of_two(K))), warps, stages)
     if extra > 1:
@@ -215,6 +215,22 @@ def pick(
     while not valid(config, arch, op, kind, branches, itemsize) and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
+
+
+@contextlib.contextmanager
+def using(key: Key, value: Numbers) -> Iterator[None]:
+    """Another entry of the table within the block: for whoever measures."""
+    before = TUNED.get(key)
+    TUNED[key] = value
+    pick.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del TUNED[key]
+        else:
+            TUNED[key] = before
+        pick.cache_clear()
 
 
 @functools.lru_cache(maxsize=1024)

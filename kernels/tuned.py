@@ -1,0 +1,20 @@
+"""Where an architecture's configuration differs from the general one in `tune.py`; rewritten by `fused-inr bench tune`.
+
+(architecture, operation, kind of product, class of type, branches up to) -> (block_m, block_n, block_k, num_warps,
+num_stages), and why.
+"""
+
+Key = tuple[str, str, str, str, int]
+Numbers = tuple[int, int, int, int, int]
+
+TUNED: dict[Key, Numbers] = {
+    ("sm100", "gz", "dot", "half", 1): (128, 64, 64, 4, 3),
+    ("sm80", "forward", "dot", "x3", 4): (64, 16, 32, 8, 2),
+    ("sm86", "forward", "dot", "x3", 4): (64, 16, 32, 8, 2),
+}
+
+WHY: dict[Key, str] = {
+    ("sm100", "gz", "dot", "half", 1): "ptxas aims at 80 registers with eight warps and spills 8 bytes for it",
+    ("sm80", "forward", "dot", "x3", 4): "without wgmma the split operands stay in registers: 64 columns spill",
+    ("sm86", "forward", "dot", "x3", 4): "without wgmma the split operands stay in registers: 64 columns spill",
+}

@@ -1,0 +1,350 @@
+"""`fused-inr bench tune`: which configurations it considers, what it chooses, and how the table is rewritten.
+
+Times come from functions made up here; the measuring itself runs in Triton's interpreter once, so that its calls are
+known to work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+tune = pytest.importorskip("fused_inr.kernels.tune")
+
+from fused_inr.bench import tune as bench  # noqa: E402
+from fused_inr.kernels import tuned  # noqa: E402
+
+from fused_inr.cli import CliError  # noqa: E402
+
+KEY = ("sm90", "forward", "dot", "half", 1)
+OLD = (128, 128, 64, 8, 3)
+
+
+class Machine:
+    """A machine on which `time(numbers)` is the time at every shape."""
+
+    def __init__(self, time, wrong=(), spills=()):
+        self.time, self.wrong, self.spills = time, set(wrong), set(spills)
+        self.checked, self.timed = [], []
+
+    def problem(self, key, numbers):
+        self.checked.append(numbers)
+        return "y is 7 of its bound" if numbers in self.wrong else ""
+
+    def milliseconds(self, key, candidates):
+        assert set(candidates) <= set(self.checked), "timed before it was checked"
+        self.timed += candidates
+        return [[self.time(c) * (1 + i) for i in range(len(bench.SHAPES[key[2]]))] for c in candidates]
+
+    def static_problems(self, key, numbers):
+        return ["8 bytes of stack"] if numbers in self.spills else []
+
+
+def distance(target):
+    """Smooth, least at `target`."""
+    return lambda c: 1 + sum(abs(math.log2(a / b)) for a, b in zip(c, target))
+
+
+# -- candidates
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90", "sm100"])
+def test_every_entry_of_an_architecture_has_valid_neighbours(arch):
+    keys = list(bench.keys(arch))
+    assert len(set(keys)) == len(keys) > 50
+    assert keys[0] == (arch, "forward", "dot", "half", 1)
+    for key in keys:
+        numbers = tune.numbers(key)
+        around = bench.neighbours(key, numbers)
+        assert around, key
+        assert numbers not in around
+        assert all(bench.is_valid(key, c) for c in around)
+
+
+def test_neighbours_differ_by_one_step():
+    around = bench.neighbours(KEY, OLD)
+    assert (64, 128, 64, 8, 3) in around
+    assert (128, 128, 64, 8, 2) in around
+    assert (64, 256, 64, 8, 3) in around
+    assert (128, 128, 64, 8, 5) not in around
+    # 256 x 256 in 8 warps is 256 accumulators a thread, and (256, 128) is still 128
+    assert (256, 128, 64, 8, 3) in around
+    assert not bench.is_valid(KEY, (256, 256, 64, 8, 3))
+
+
+def test_all_candidates_are_valid_and_reach_beyond_the_neighbours():
+    everything = bench.candidates(KEY, OLD)
+    assert everything[0] == OLD
+    assert len(set(everything)) == len(everything) > 200
+    assert all(bench.is_valid(KEY, c) for c in everything)
+    assert set(bench.neighbours(KEY, OLD)) < set(everything)
+    narrow = ("sm90", "forward", "narrow_k", "half", 1)
+    # what the shape decides stays as it is
+    assert {(c[2], c[4]) for c in bench.candidates(narrow, tune.numbers(narrow))} == {(0, 1)}
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (96, 128, 64, 8, 3),  # no power of two
+        (8, 128, 64, 8, 3),  # below the tensor cores' tile
+        (128, 128, 64, 2, 3),  # 256 accumulators a thread
+        (128, 128, 128, 8, 4),  # 256 KB of operands: `pick` would drop a stage
+        (128, 128, 64, 8, 0),
+        (512, 16, 16, 8, 1),
+    ],
+)
+def test_what_the_predicate_refuses_is_no_candidate(numbers):
+    assert not bench.is_valid(KEY, numbers)
+
+
+def test_less_shared_memory_leaves_fewer_candidates():
+    counts = [len(bench.candidates((arch, *KEY[1:]), OLD)) for arch in ("sm86", "sm80", "sm90")]
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_looking_does_not_change_the_table():
+    before = dict(tuned.TUNED)
+    found = tune.pick("sm90", "forward", tune.DOT, __import__("torch").bfloat16, "ieee", 1, 256, 256)
+    bench.candidates(KEY, OLD)
+    with tune.using(KEY, (64, 64, 32, 4, 2)):
+        inside = tune.pick("sm90", "forward", tune.DOT, __import__("torch").bfloat16, "ieee", 1, 256, 256)
+    assert (inside.block_m, inside.num_warps) == (64, 4)
+    assert tuned.TUNED == before
+    assert tune.pick("sm90", "forward", tune.DOT, __import__("torch").bfloat16, "ieee", 1, 256, 256) == found
+
+
+# -- the choice
+
+
+def test_it_walks_downhill_to_the_fastest():
+    target = (64, 128, 32, 4, 5)
+    machine = Machine(distance(target))
+    result = bench.search(KEY, OLD, machine)
+    assert result.new == target
+    assert result.ratio == pytest.approx(machine.time(target) / machine.time(OLD))
+    assert result.measured < len(bench.candidates(KEY, OLD)) / 2
+    assert "64x128x32 w4 s5" in result.line()
+
+
+def test_all_candidates_reach_what_no_step_leads_to():
+    island = (32, 32, 16, 4, 1)
+
+    def time(numbers):
+        return 0.5 if numbers == island else 1 + 0.1 * (numbers != OLD)
+
+    assert bench.search(KEY, OLD, Machine(time)).new == OLD
+    assert bench.search(KEY, OLD, Machine(time), everything=True).new == island
+
+
+def test_noise_changes_nothing():
+    result = bench.search(KEY, OLD, Machine(lambda c: 1.0 if c == OLD else 0.985))
+    assert not result.changed
+    assert "stays" in result.line()
+
+
+def test_a_gain_that_does_not_repeat_is_none():
+    fast = (64, 128, 64, 8, 3)
+
+    class Lucky(Machine):
+        def milliseconds(self, key, candidates):
+            self.time = (lambda c: 0.5 if c == fast else 1.0) if not self.timed else (lambda c: 1.0)
+            return super().milliseconds(key, candidates)
+
+    machine = Lucky(None)
+    result = bench.search(KEY, OLD, machine)
+    assert not result.changed
+    assert machine.timed.count(fast) >= 2
+
+
+def test_wrong_results_are_never_timed_and_spills_never_chosen():
+    best, second = (64, 128, 64, 8, 3), (128, 64, 64, 8, 3)
+    order = {best: 0.5, second: 0.6, (128, 128, 32, 8, 3): 0.7}
+
+    def time(numbers):
+        return order.get(numbers, 1.0)
+
+    machine = Machine(time, wrong=[best], spills=[second])
+    result = bench.search(KEY, OLD, machine)
+    assert best not in machine.timed
+    assert result.new == (128, 128, 32, 8, 3)
+    assert set(result.rejected) == {best, second}
+
+
+def test_a_wrong_configuration_in_use_is_said():
+    with pytest.raises(CliError, match=r"forward dot half 1.*in use.*7 of its bound"):
+        bench.search(KEY, OLD, Machine(distance(OLD), wrong=[OLD]))
+
+
+def test_the_search_stops_where_the_time_is_used_up():
+    clock = iter(range(100))
+    machine = Machine(distance((64, 64, 16, 4, 5)))
+    result = bench.search(KEY, OLD, machine, left=lambda: 20 - next(clock))
+    assert result.measured <= 14
+
+
+# -- the file
+
+
+def result(key=KEY, new=(64, 128, 64, 4, 4), ratio=0.9):
+    return bench.Result(key, tune.numbers(key), new, ratio, 5, {})
+
+
+def read(path):
+    found: dict = {}
+    exec(path.read_text(), found)
+    return found["TUNED"], found["WHY"]
+
+
+def test_the_table_is_as_the_command_writes_it():
+    from pathlib import Path
+
+    assert bench.render(tuned.TUNED, tuned.WHY) == Path(tuned.__file__).read_text()
+    assert set(tuned.WHY) == set(tuned.TUNED)
+
+
+def test_rewriting_keeps_the_rest_and_says_why(tmp_path):
+    path = tmp_path / "tuned.py"
+    kept = ("sm90", "gz", "dot", "half", 1)
+    unchanged = bench.Result(kept, tune.numbers(kept), tune.numbers(kept), 1.0, 3, {})
+    bench.rewrite(path, [result(), unchanged], 'NVIDIA "H200"')
+    table, why = read(path)
+    assert table == tuned.TUNED | {KEY: (64, 128, 64, 4, 4)}
+    assert why[KEY].startswith("NVIDIA H200, 20") and "0.900 of the time of 128x128x64 w8 s3" in why[KEY]
+    assert all(why[key] == text for key, text in tuned.WHY.items())
+    assert [p.name for p in tmp_path.iterdir()] == ["tuned.py"]
+
+
+def test_half_a_file_never_replaces_a_table(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.py"
+    path.write_text("old")
+    monkeypatch.setattr(bench, "render", lambda tuned, why: "TUNED = {}\nWHY = {}\n")
+    with pytest.raises(CliError, match="nothing is changed"):
+        bench.rewrite(path, [result()], "H200")
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CliError, match="No space left"):
+        bench.rewrite(path, [result()], "H200")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["tuned.py"]
+
+
+# -- the command
+
+
+def options(tmp_path, **more):
+    values = {"budget": 1e9, "only": "forward dot", "all": False, "dry_run": False, "out": tmp_path / "tuned.py"}
+    return argparse.Namespace(**(values | more))
+
+
+def test_a_run_prints_old_and_new_and_writes(tmp_path, capsys):
+    target = (64, 128, 64, 8, 3)
+    assert bench.run("sm90", Machine(distance(target)), options(tmp_path, only="forward dot half 1"), "H200") == 0
+    out = capsys.readouterr().out
+    assert "forward dot half 1: 128x128x64 w8 s3 -> 64x128x64 w8 s3, 0.500 of the time" in out
+    assert read(tmp_path / "tuned.py")[0][KEY] == target
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    machine = Machine(distance((64, 128, 64, 8, 3)))
+    assert bench.run("sm90", machine, options(tmp_path, dry_run=True), "H200") == 0
+    assert "would change" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_faster_leaves_the_file_alone(tmp_path, capsys):
+    assert bench.run("sm90", Machine(lambda c: 1.0), options(tmp_path), "H200") == 0
+    assert "stays as it is" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_entries_beyond_the_budget_are_counted_and_an_interrupt_keeps_results(tmp_path, capsys):
+    clock = iter([0.0, 0.0, *([0.5] * 200), *([2.0] * 1000)])
+    machine = Machine(distance((64, 128, 64, 8, 3)))
+    bench.run("sm90", machine, options(tmp_path, budget=1.0), "H200", clock=lambda: next(clock))
+    assert "entries not reached" in capsys.readouterr().out
+
+    class Stopped(Machine):
+        def problem(self, key, numbers):
+            if key != KEY:
+                raise KeyboardInterrupt
+            return super().problem(key, numbers)
+
+    assert bench.run("sm90", Stopped(distance((64, 128, 64, 8, 3))), options(tmp_path), "H200") == 130
+    assert KEY in read(tmp_path / "tuned.py")[0]
+
+
+def test_one_entry_that_is_wrong_does_not_stop_the_others(tmp_path, capsys):
+    machine = Machine(distance((64, 64, 64, 8, 3)), wrong=[OLD])
+    assert bench.run("sm90", machine, options(tmp_path), "H200") == 0
+    captured = capsys.readouterr()
+    assert "in use" in captured.err
+    assert "forward dot half 2" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "NVIDIA GPU"),
+        (["--device", "cpu"], "'cpu'"),
+        (["--device", "nowhere"], "--device"),
+        (["--budget", "0"], "--budget"),
+        (["--rows", "x"], "--rows"),
+    ],
+)
+def test_without_a_gpu_it_says_so_in_one_line(arguments, words):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    command = [sys.executable, "-m", "fused_inr.cli", "bench", "tune", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_bad_choices_are_refused(tmp_path):
+    with pytest.raises(CliError, match="--only 'nothing'"):
+        bench.run("sm90", Machine(distance(OLD)), options(tmp_path, only="nothing"), "H200")
+    with pytest.raises(CliError, match="--out"):
+        bench.run("sm90", Machine(distance(OLD)), options(tmp_path, out=tmp_path / "missing" / "t.py"), "H200")
+
+
+def test_what_is_measured_runs():
+    """In the interpreter: the checks hold every kind of entry to its bounds, see a wrong result, and the calls work."""
+    code = """
+import torch
+from fused_inr.bench import tune as bench
+from fused_inr.kernels import linear_act, tune
+device = torch.device("cpu")
+kernels = bench.Kernels(device, rows=33, seconds=0.0)
+bench.SHAPES.update(dot=((20, 24),), narrow_k=((20, 2),), narrow_n=((3, 24),), map=((20, 24),))
+for key in [("sm90", "forward", "dot", "half", 1), ("sm90", "gz", "dot", "x3", 2), ("sm90", "gz", "map", "ieee", 4),
+            ("sm90", "forward", "narrow_n", "ieee", 1), ("sm90", "gz", "narrow_k", "tf32", 1),
+            ("sm90", "weight_grad", "dot", "ieee", 1)]:
+    print(key[1:], repr(kernels.problem(key, tune.numbers(key))))
+    N, K = bench.SHAPES[key[2]][0]
+    kernels.calls(key, N, K)()
+times = kernels.milliseconds(key, [tune.numbers(key), (16, 64, 64, 4, 2)])
+assert [len(t) for t in times] == [1, 1] and min(min(t) for t in times) > 0
+right = linear_act.launch_weight_grad
+linear_act.launch_weight_grad = lambda gz, *rest: right(gz * 1.01, *rest)
+print("wrong", kernels.problem(key, tune.numbers(key)))
+linear_act.launch_weight_grad = lambda *rest: 1 / 0
+print("fails", kernels.problem(key, tune.numbers(key)))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *fine, wrong, fails = done.stdout.splitlines()
+    assert len(fine) == 6 and all(line.endswith("''") for line in fine), done.stdout
+    assert wrong.startswith("wrong gw is ") and wrong.endswith("of its bound")
+    assert fails == "fails ZeroDivisionError: division by zero"
