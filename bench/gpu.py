@@ -8,6 +8,8 @@ kernel).
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -29,6 +32,7 @@ from typing import Any
 import torch
 
 from ..cli import CliError
+from ..cli.files import write_all
 from . import report
 from .cases import Case
 from .report import number, ratio
@@ -51,6 +55,9 @@ def parser() -> report.Parser:
     p.add_argument("--only", metavar="TEXT", help="only cells whose name contains TEXT")
     p.add_argument(
         "--json", type=Path, metavar="FILE", help="results (bench/results/DATE-DEVICE.json, or else in this folder)"
+    )
+    p.add_argument(
+        "--figure", action=report.argparse.BooleanOptionalAction, default=True, help="a picture beside the JSON"
     )
     p.add_argument("--worker", action="store_true", help=report.argparse.SUPPRESS)
     p.add_argument("--sanitized", action="store_true", help=report.argparse.SUPPRESS)
@@ -87,8 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.finish(not_reached=run.not_reached) if not interrupted else results.write()
     print("\n" + summary(results.content))
     print(f"\nresults: {path}")
+    if options.figure:
+        print(_figure(path.with_suffix(".png"), results.content))
     failed = any(_failed(result) for result in results.content["results"])
     return 130 if interrupted else int(failed)
+
+
+def _figure(path: Path, content: dict[str, Any]) -> str:
+    """Draw, and say where; a missing matplotlib costs no result."""
+    try:
+        return f"figure: {path}" if draw(path, content) else "figure: nothing to draw"
+    except CliError as error:
+        return f"no figure: {error}"
 
 
 def default_path(device: str, rehearsal: bool) -> Path:
@@ -175,10 +192,12 @@ class _Run:
         floors += [moved / bandwidth * 1e-6] if moved and bandwidth else []
         if floors:
             answer["floor_ms"] = max(floors)
-        for figures in answer["variants"].values():
+        split = self.ceilings.get("bf16", 0.0) / 3  # three products of half type for one
+        for name, figures in answer["variants"].items():
             figures["tflops"] = operations / figures["ms"] * 1e-9
-            if rate:
-                figures["of_rate"] = figures["tflops"] / rate
+            reached = split if name.endswith("bf16x3") else rate
+            if reached:
+                figures["of_rate"] = figures["tflops"] / reached
             if moved:
                 figures["gbps"] = moved / figures["ms"] * 1e-6
                 if bandwidth:
@@ -256,21 +275,32 @@ def _in_order(device: torch.device, full: bool) -> Iterator[dict[str, Any]]:
         memory = torch.cuda.get_device_properties(device).total_memory
         rows = 1 << (20 if memory > 60e9 else 18 if memory > 14e9 else 16)
         precisions = ("ieee", "tf32", "bf16", "fp16")
+        tcnn = ["tcnn"] if _importable("tinycudann") else []
     else:
-        rows, precisions = 512, ("ieee", "bf16")
+        rows, precisions, tcnn = 512, ("ieee", "bf16"), []
     width, small = (256, 4096) if cuda else (32, 128)
-    # "fused" is what is chosen (triton), "cuda" the CUDA C++ backend
+    # "fused" is what is chosen (triton; of networks the whole, where it serves), "cuda" the CUDA C++ backend
     plain = ["fused", "eager", *(["cuda"] if cuda else [])]
     compiled = [*plain, *(["compile"] if cuda else [])]
-    graphs = [*plain, *(["fused graph", "cuda graph", "eager graph"] if cuda else [])]
+    graphed = ["fused graph", "layers graph", "cuda graph", "eager graph", "compile graph"]
+    graphs = [*plain, "layers", *(["compile", *graphed] if cuda else [])]
+
+    def ways(step: str, precision: str) -> list[str]:
+        """What a network is compared with, beyond the plain variants: its layers one by one, one pass with the loss,
+        pre-activations recomputed; bf16x3 beside float32; tiny-cuda-nn beside fp16."""
+        more = ["layers"] if step != "eikonal" else []
+        more += ["one-pass", "recompute"] if step == "training" else []
+        more += ["fused bf16x3"] if precision == "ieee" and cuda else []
+        return more + (tcnn if precision == "fp16" and step != "eikonal" else [])
 
     def accuracy(activation: str, precision: str, k: int = width, n: int = width, m: int = 8191) -> dict[str, Any]:
         name = f"accuracy {activation} {k}-{n} {precision}"
         shape = {"activation": activation, "precision": precision, "k": k, "n": n, "m": m if cuda else 255}
         return {"cell": name, "group": "accuracy", "run": "accuracy", **shape}
 
-    def bench(case: Case, variants: list[str]) -> dict[str, Any]:
-        return {"cell": f"bench {case}", "group": "bench", "run": "bench", "case": asdict(case), "variants": variants}
+    def bench(case: Case, variants: list[str], note: str = "") -> dict[str, Any]:
+        name = f"bench {case}{note}"
+        return {"cell": name, "group": "bench", "run": "bench", "case": asdict(case), "variants": variants}
 
     def network(step: str, precision: str, activation: str = "sine", **more: int) -> Case:
         return Case("network", step, activation, **{"width": width, "rows": rows, **more}, precision=precision)
@@ -283,14 +313,21 @@ def _in_order(device: torch.device, full: bool) -> Iterator[dict[str, Any]]:
         yield accuracy("sine", precision)
     for step in ("training", "inference"):
         for precision in precisions[:3]:
-            yield bench(network(step, precision), compiled if precision != "tf32" or full else plain)
+            variants = compiled if precision != "tf32" or full else plain
+            yield bench(network(step, precision), variants + ways(step, precision))
     yield bench(network("eikonal", "ieee", rows=rows // 4), plain)
+    for precision in ("bf16", "tf32") if cuda else ("bf16",):  # where whole networks stay on chip
+        for step in ("training", "inference"):
+            yield bench(network(step, precision, width=width // 4), plain + ways(step, precision))
     for precision in precisions[:3]:
         yield bench(layer("split", precision), compiled if precision == "bf16" or full else plain)
     yield bench(network("training", "ieee", width=width // 4, rows=small), graphs)
     for activation in ("split", "gaussian", "relu"):
         for precision in precisions:
             yield accuracy(activation, precision)
+    if cuda:
+        yield accuracy("sine", "bf16x3")
+        yield accuracy("split", "bf16x3")
     for precision in precisions:
         yield accuracy("sine", precision, 2, width)
         yield accuracy("sine", precision, width, 3)
@@ -307,9 +344,19 @@ def _in_order(device: torch.device, full: bool) -> Iterator[dict[str, Any]]:
         for precision in precisions:
             if activation not in ("sine", "split", "gaussian", "relu"):
                 yield accuracy(activation, precision)
-    for w in (width // 4, width // 2, width * 2, width * 4)[: None if cuda else 1]:
+    if tcnn:
+        for activation in ("relu", "sine"):
+            for step in ("inference", "training"):
+                yield bench(network(step, "fp16", activation, width=width // 4), plain + ways(step, "fp16"))
+    if cuda:  # its search takes a minute
+        for precision in ("bf16", "ieee"):
+            yield bench(network("training", precision), ["fused", "eager", "max-autotune"], ", max-autotune")
+    for w in (width // 8, width // 4, width // 2, width * 2, width * 4)[: None if cuda else 1]:
         for precision in precisions[:3]:
-            yield bench(network("training", precision, width=w), plain)
+            yield bench(network("training", precision, width=w), plain + ways("training", precision))
+    for m in (1 << 14, 1 << 17, 1 << 21) if cuda else (64,):
+        for precision in ("bf16", "ieee"):
+            yield bench(network("training", precision, rows=m), plain + ways("training", precision))
     for activation in ("gaussian", "sinc", "relu", "split"):
         for precision in precisions[:3]:
             yield bench(network("training", precision, activation, rows=rows // 4), compiled if full else plain)
@@ -317,11 +364,42 @@ def _in_order(device: torch.device, full: bool) -> Iterator[dict[str, Any]]:
         return
     for activation in activations.names():
         yield bench(layer(activation, "bf16"), compiled)
+    everything = [*compiled, *(["max-autotune", *graphed] if cuda else [])]
+    for case in _product(cuda, precisions):
+        if cuda and _eager_bytes(case) > 0.8 * memory:
+            continue
+        second = [v for v in everything if v.split()[0] not in ("compile", "max-autotune", "layers")]
+        variants = second if case.step == "eikonal" else everything
+        if case.kind == "layer":
+            variants = [v for v in variants if not v.startswith("layers")]
+        more = ways(case.step, case.precision) if case.kind == "network" else []
+        yield bench(case, variants + more, ", every variant")
     if cuda:
         for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
             yield {"cell": f"compute-sanitizer {tool}", "group": "sanitizer", "tool": tool}
         for backend in ("triton", "cuda"):
             yield {"cell": f"sine of all 2^32 float32, {backend}", "group": "sweep", "run": "sweep", "backend": backend}
+
+
+def _product(cuda: bool, precisions: Sequence[str]) -> Iterator[Case]:
+    """Every kind, step, width, number of rows, activation and type; the smaller part on a CPU."""
+    widths = (32, 64, 128, 256, 512, 1024) if cuda else (32,)
+    counts = (1 << 17, 1 << 20, 1 << 14, 1 << 21) if cuda else (128,)
+    for rows in counts:
+        for activation in ("sine", "split", "gaussian", "relu", "sinc"):
+            for precision in precisions:
+                for width in widths:
+                    for kind in ("network", "layer"):
+                        for step in ("training", "inference", "eikonal"):
+                            inputs = 2 if kind == "network" else width
+                            yield Case(kind, step, activation, width, rows, precision, in_features=inputs)
+
+
+def _eager_bytes(case: Case) -> int:
+    """About what eager PyTorch holds at its peak: each value of each formula's branches, and the gradients beside."""
+    values = sum(4 * z + y for _, z, y in case.shapes())
+    times = {"inference": 0.5, "training": 1.5, "eikonal": 4.0}[case.step]
+    return int(times * case.rows * values * case.dtype.itemsize)
 
 
 # -- the worker
@@ -373,6 +451,25 @@ def _accuracy(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return layer_accuracy(cell["activation"], cell["precision"], device, cell["m"], cell["k"], cell["n"])
 
 
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """As PyTorch's settings have them; and "bf16x3", three products of bfloat16 pieces, which only our kernels know."""
+    from ..ops import backends
+    from . import cases
+
+    if precision != "bf16x3":
+        with cases.matmul_precision(precision):
+            yield
+        return
+    chosen = backends.precision_of
+
+    def split(device: torch.device, dtype: torch.dtype) -> str:
+        return "bf16x3" if device.type == "cuda" and dtype == torch.float32 else chosen(device, dtype)
+
+    with cases.matmul_precision("ieee"), unittest.mock.patch.object(backends, "precision_of", split):
+        yield
+
+
 def layer_accuracy(activation: str, precision: str, device: torch.device, m: int, k: int, n: int) -> dict[str, Any]:
     """Errors of one layer on fresh random numbers: value and first derivatives against their bounds, order 2 against
     eager."""
@@ -381,14 +478,14 @@ def layer_accuracy(activation: str, precision: str, device: torch.device, m: int
     from ..layers import FusedLinear
     from . import bounds, cases
 
-    act, dtype = activations.get(activation), cases.PRECISIONS[precision]
+    act, dtype = activations.get(activation), cases.PRECISIONS.get(precision, torch.float32)
     layer = FusedLinear(k, n, activation=act).to(device, dtype)
     eager = EagerLayer(layer)
     x = (torch.rand(m, k, device=device) * 2 - 1).to(dtype).requires_grad_()
     g = torch.randn(m, layer.output_features, device=device).to(dtype).requires_grad_()
     v = torch.randn(m, k, device=device).to(dtype)
     result: dict[str, Any] = {"precision": precision, "shape": [m, k, n], "orders": {}}
-    with cases.matmul_precision(precision):
+    with float32_products(precision):
         y = functional.linear_act(x, layer.weight, layer.bias, act)
         gx, gw, gb = torch.autograd.grad(y, (x, layer.weight, layer.bias), g)
     exact, bound = bounds.layer_bounds(x, layer.weight, layer.bias, act, g, precision)
@@ -412,8 +509,10 @@ def layer_accuracy(activation: str, precision: str, device: torch.device, m: int
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     reference = second(plain, *doubles)
     moved = second(partial(plain, module=bounds.simulate_rounding(eager)), *doubles)
-    with cases.matmul_precision(precision):
+    with float32_products(precision):
         ours = second(lambda x, weight, bias: functional.linear_act(x, weight, bias, act), *tensors)
+    # PyTorch has no bf16x3: it must be no worse than TF32
+    with cases.matmul_precision("tf32" if precision == "bf16x3" else precision):
         theirs = second(plain, *tensors)
     summed = (1, m, m, 1)
     result["orders"]["2"] = {
@@ -433,7 +532,9 @@ def _bench(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
     case = cases.Case(**cell["case"])
     work = cases.Work(case, device)
-    check = work.check(rows_at_once=1 << 16 if device.type == "cuda" else 8192)
+    chunk = 1 << 16 if device.type == "cuda" else 8192
+    check = work.check(rows_at_once=chunk)
+    others: dict[str, cases.Work] = {}
     result: dict[str, Any] = {
         "work": str(case),
         "precision": case.precision,
@@ -441,6 +542,8 @@ def _bench(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "check": check,
         "operations": case.operations(),
         "bytes": case.bytes(),
+        "ways": {},
+        "way_checks": {},
         "variants": {},
         "failed": {},
     }
@@ -448,12 +551,24 @@ def _bench(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
     with cases.matmul_precision(case.precision):
         for name in cell["variants"]:
             try:
-                variant, _, graph = name.partition(" ")
+                variant, _, how = name.partition(" ")
                 if name == "cuda":
                     with backends.use("cuda"):
                         result["cuda_check"] = work.check(rows_at_once=1 << 16)
-                call = _on_cuda(work.call("fused")) if variant == "cuda" else work.call(variant)
-                calls[name] = _captured(call) if graph else call
+                if variant in ("layers", "one-pass", "recompute") and variant not in others:
+                    others[variant] = cases.Work(dataclasses.replace(case, way=variant), device)
+                    if name == variant:
+                        result["ways"][variant] = others[variant].backends()
+                        result["way_checks"][variant] = others[variant].check(rows_at_once=chunk)
+                if variant == "cuda":
+                    call = _within(lambda: backends.use("cuda"), work.call("fused"))
+                elif variant == "tcnn":
+                    call = tiny_cuda_nn(case, device)
+                else:
+                    call = others[variant].call("fused") if variant in others else work.call(variant)
+                if how == "bf16x3":
+                    call = _within(lambda: float32_products("bf16x3"), call)
+                calls[name] = _captured(call) if how == "graph" else call
                 calls[name]()
             except Exception as error:
                 calls.pop(name, None)
@@ -462,23 +577,63 @@ def _bench(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
         timings = timing.interleaved(calls, device, seconds=seconds, rounds=(5 if device.type == "cuda" else 2, 100))
         for name, timed in timings.items():
             result["variants"][name] = timed.summary()
-            if " " not in name:  # a graph's memory is its own pool, held between replays
-                work.release()
-                result["variants"][name]["peak_mib"] = timing.peak_memory(calls[name], work.release, device)
+            if not name.endswith(" graph"):  # a graph's memory is its own pool, held between replays
+                owner = others.get(name, work)
+                owner.release()
+                result["variants"][name]["peak_mib"] = timing.peak_memory(calls[name], owner.release, device)
     if "fused" not in result["variants"]:
         result["error"] = f"fused: {result['failed']['fused']}"
     return result
 
 
-def _on_cuda(call: Callable[[], object]) -> Callable[[], object]:
-    """The fused step on the CUDA C++ backend."""
-    from ..ops import backends
+def _within(
+    context: Callable[[], contextlib.AbstractContextManager], call: Callable[[], object]
+) -> Callable[[], object]:
+    """The step within a context: the CUDA C++ backend, other products."""
 
     def step() -> object:
-        with backends.use("cuda"):
+        with context():
             return call()
 
     return step
+
+
+def tiny_cuda_nn(case: Case, device: torch.device) -> Callable[[], object]:
+    """The step by tiny-cuda-nn's own network of that shape, in fp16: without bias, its sine without omega. A time to
+    compare with, not a result.
+
+    Raises:
+        ValueError: it has nothing of the kind.
+    """
+    import tinycudann
+
+    names = {"relu": "ReLU", "sine": "Sine"}
+    if case.kind != "network" or case.activation not in names or case.step == "eikonal":
+        raise ValueError(f"tiny-cuda-nn has no {case.step} of a {case.activation} {case.kind}")
+    fully_fused = case.activation == "relu" and case.width in (16, 32, 64, 128)
+    settings = {
+        "otype": "FullyFusedMLP" if fully_fused else "CutlassMLP",
+        "activation": names[case.activation],
+        "output_activation": "None",
+        "n_neurons": case.width,
+        "n_hidden_layers": case.hidden_layers + 1,
+    }
+    net = tinycudann.Network(case.in_features, case.out_features, settings).to(device)
+    x = torch.rand(case.rows, case.in_features, device=device) * 2 - 1
+    target = torch.rand(case.rows, case.out_features, device=device)
+
+    def inference() -> object:
+        with torch.no_grad():
+            return net(x)
+
+    def training() -> object:
+        for parameter in net.parameters():
+            parameter.grad = None
+        loss = torch.nn.functional.mse_loss(net(x).float(), target)
+        loss.backward()
+        return loss.detach()
+
+    return inference if case.step == "inference" else training
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -666,46 +821,55 @@ def brief(result: dict[str, Any]) -> str:
     return "passed" if result.get("passed") else "FAILED"
 
 
+#: Rivals of the fused step: their columns, where any cell has them.
+RIVALS = {"eager": "eager", "compile": "compile", "max-autotune": "autotune", "cuda": "cuda", "layers": "layers",
+          "tcnn": "tcnn"}  # fmt: skip
+#: The same step otherwise: milliseconds.
+OTHERWISE = {
+    "one-pass": "one pass",
+    "recompute": "recomputed",
+    "fused bf16x3": "bf16x3",
+    "fused graph": "graph",
+    "layers graph": "layers' graph",
+    "cuda graph": "cuda's graph",
+    "eager graph": "eager's graph",
+    "compile graph": "compile's graph",
+}
+
+
 def summary(content: dict[str, Any]) -> str:
     """The tables at the end."""
     results = content["results"]
+    benches = [result for result in results if result.get("variants")]
+    present = {name for result in benches for name in result["variants"]}
+    rivals = [name for name in RIVALS if name in present]
+    otherwise = [name for name in OTHERWISE if name in present]
     rows = []
-    for result in results:
-        if not result.get("variants"):
-            continue
+    for result in benches:
         variants = result["variants"]
         fused = variants.get("fused") or next(iter(variants.values()))
-        rivals = (variants.get("eager"), variants.get("compile"), variants.get("cuda"))
-        graphs = (variants.get("fused graph"), variants.get("cuda graph"))
         rows.append(
             (
                 result["work"],
                 number(fused["ms"]),
-                *(ratio(rival["ms"] / fused["ms"] if rival else None) for rival in rivals),
-                *(number(graph["ms"] if graph else None) for graph in graphs),
+                *(ratio(variants[name]["ms"] / fused["ms"] if name in variants else None) for name in rivals),
                 number(fused.get("launch_ms")),
                 *(f"{fused[share]:.0%}" if share in fused else "-" for share in ("of_rate", "of_bandwidth")),
                 number(result.get("floor_ms")),
                 number(fused.get("peak_mib")),
-                number(rivals[0]["peak_mib"] if rivals[0] else None),
+                number(variants.get("eager", {}).get("peak_mib")),
             )
         )
-    head = (
-        "work",
-        "ms",
-        "vs eager",
-        "vs compile",
-        "vs cuda",
-        "graph ms",
-        "cuda's",
-        "launch ms",
-        "rate",
-        "copy",
-        "floor ms",
-        "peak MiB",
-        "eager's",
-    )
-    parts = [report.table(head, rows)] if rows else []
+    head = ["work", "ms", *(f"vs {RIVALS[name]}" for name in rivals), "launch ms", "rate", "copy", "floor ms"]
+    parts = [report.table([*head, "peak MiB", "eager's"], rows)] if rows else []
+    rows = [
+        (result["work"], *(number(result["variants"].get(name, {}).get("ms")) for name in ("fused", *otherwise)))
+        for result in benches
+        if set(otherwise) & set(result["variants"])
+    ]
+    if rows:
+        parts.append("\n" + report.table(["the same otherwise, ms", "fused", *(OTHERWISE[n] for n in otherwise)], rows))
+        parts.append("")
     accuracy = [r for r in results if "orders" in r]
     if accuracy:
         worst = max(accuracy, key=lambda r: r["of_bound"] if r["of_bound"] == r["of_bound"] else float("inf"))
@@ -727,6 +891,49 @@ def summary(content: dict[str, Any]) -> str:
     if content.get("interrupted"):
         parts.append("interrupted: what was measured until then is in the file")
     return "\n".join(parts) or "nothing was measured"
+
+
+def draw(path: Path, content: dict[str, Any]) -> bool:
+    """One line a cell: the time of each variant relative to the fused step, on a logarithmic axis; right of 1 is
+    slower. False where no cell has a time.
+
+    Raises:
+        CliError: matplotlib is missing, or the file cannot be written.
+    """
+    cells = [result for result in content["results"] if "fused" in result.get("variants", {})]
+    if not cells:
+        return False
+    try:
+        import io
+
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CliError("drawing needs matplotlib: pip install 'fused_inr[fit]'") from error
+    names = list(dict.fromkeys(name for cell in cells for name in cell["variants"]))
+    figure = Figure(figsize=(9, 1.6 + 0.22 * len(cells)), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(names):
+        points = [
+            (cell["variants"][name]["ms"] / cell["variants"]["fused"]["ms"], y)
+            for y, cell in enumerate(cells)
+            if name in cell["variants"]
+        ]
+        marker = "o^sDvP*X<>hd"[i % 12]
+        axes.plot(*zip(*points), marker, color=f"C{i % 10}", markersize=5, label=name)
+    axes.axvline(1.0, color="0.7", linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(cells)), [f"{c['work']}: {number(c['variants']['fused']['ms'])} ms" for c in cells])
+    axes.tick_params(axis="y", labelsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("time relative to the fused step")
+    words = "REHEARSAL, " if content.get("rehearsal") else ""
+    axes.set_title(f"{words}{content.get('device', '')}, {content.get('time', '')}", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write_all({path: buffer.getvalue()})
+    return True
 
 
 if __name__ == "__main__":

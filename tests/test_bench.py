@@ -282,6 +282,9 @@ def test_the_gpu_bench_rehearses_on_a_cpu(tmp_path):
     assert len(content["results"]) + len(content["not_reached"]) == len(list(gpu.cells(CPU, False)))
     assert "REHEARSAL" in done.stdout
     assert all("error" not in result for result in content["results"])
+    assert not any(result.get("failed") for result in content["results"])
+    pytest.importorskip("matplotlib")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_rehearsal_writes_elsewhere_and_results_are_never_overwritten(tmp_path, monkeypatch):
@@ -359,3 +362,82 @@ def test_the_cells_of_a_device_have_different_names():
 
 def test_the_sanitized_cases_are_right():
     assert gpu.small_cases(CPU) == 0
+
+
+def test_a_network_is_timed_whole_layer_by_layer_and_in_one_pass():
+    case = asdict(Case("network", "training", **SMALL))
+    cell = {"case": case, "variants": ["fused", "eager", "layers", "one-pass", "recompute", "tcnn"]}
+    result = gpu._bench(cell, CPU)
+    assert set(result["variants"]) == {"fused", "eager", "layers", "one-pass", "recompute"}
+    assert all(v["ms"] > 0 and v["peak_mib"] >= 0 for v in result["variants"].values())
+    assert set(result["way_checks"]) == {"layers", "one-pass", "recompute"}
+    assert all(check["of_bound"] <= 1 for check in result["way_checks"].values())
+    assert set(result["failed"]) == {"tcnn"}  # not installed, and no reason to fail
+
+
+def test_shares_of_what_the_device_reached():
+    run = gpu._Run.__new__(gpu._Run)
+    run.ceilings = {"copy": 4000.0, "ieee": 50.0, "bf16": 750.0}
+    answer = {"precision": "ieee", "operations": 25e9, "bytes": 2e9}
+    answer["variants"] = {"fused": {"ms": 1.0}, "fused bf16x3": {"ms": 0.5}}
+    run._compare_with_ceilings(answer)
+    fused, split = answer["variants"].values()
+    assert (fused["tflops"], fused["of_rate"]) == pytest.approx((25.0, 0.5))
+    assert (fused["gbps"], fused["of_bandwidth"]) == pytest.approx((2000.0, 0.5))
+    assert split["of_rate"] == pytest.approx(50 / 250)
+    assert answer["floor_ms"] == pytest.approx(0.5)
+
+
+class OfCuda:
+    """A device as the list of cells sees one."""
+
+    type = "cuda"
+
+
+def test_the_cells_of_a_gpu_cover_what_was_asked(monkeypatch):
+    from types import SimpleNamespace
+
+    properties = SimpleNamespace(total_memory=int(141e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(gpu, "_importable", lambda name: True)
+    few, every = list(gpu.cells(OfCuda(), False)), list(gpu.cells(OfCuda(), True))
+    assert few[0]["group"] == "ceilings"
+    assert [c["group"] for c in few[1:5]] == ["accuracy"] * 4
+    assert len(few) < 200 < 1000 < len(every)
+    names = {v for cell in few if "variants" in cell for v in cell["variants"]}
+    assert {"compile", "max-autotune", "layers", "one-pass", "recompute", "tcnn", "cuda", "fused bf16x3"} <= names
+    assert {"fused graph", "eager graph", "compile graph", "layers graph"} <= names
+    cases_ = [Case(**cell["case"]) for cell in every if cell["group"] == "bench"]
+    assert {c.width for c in cases_} >= {32, 64, 128, 256, 512, 1024}
+    assert {c.rows for c in cases_} >= {1 << 14, 1 << 17, 1 << 20, 1 << 21}
+    assert {c.activation for c in cases_} >= {"sine", "gaussian", "sinc", "split", "relu"}
+    assert {c.precision for c in cases_} == {"ieee", "tf32", "bf16", "fp16"}
+    assert {(c.kind, c.step) for c in cases_} == {(k, s) for k in ("layer", "network") for s in cases.STEPS}
+    for cell in every:
+        if cell["group"] == "bench" and cell["case"]["step"] == "eikonal":
+            assert not any(v.startswith(("compile", "max-autotune", "tcnn")) for v in cell["variants"]), cell["cell"]
+        if cell["group"] == "bench" and cell["case"]["kind"] == "layer":
+            assert not {"layers", "one-pass", "tcnn"} & set(cell["variants"]), cell["cell"]
+    # what would not fit is left out
+    properties.total_memory = int(24e9)
+    assert len(list(gpu.cells(OfCuda(), True))) < len(every)
+
+
+def test_bf16x3_is_chosen_for_the_block_alone():
+    from fused_inr.ops import backends
+
+    before = backends.precision_of
+    with gpu.float32_products("bf16x3"):
+        assert backends.precision_of(OfCuda(), torch.float32) == "bf16x3"
+        assert backends.precision_of(OfCuda(), torch.float16) == "fp16"
+        assert backends.precision_of(CPU, torch.float32) == "ieee"
+    assert backends.precision_of is before
+
+
+def test_the_figure_of_the_gpu_bench(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "r.png"
+    cell = {"work": "w", "group": "bench", "variants": {"fused": {"ms": 2.0}, "eager": {"ms": 5.0}}}
+    assert gpu.draw(path, {"results": [cell, {"cell": "ceilings", "group": "ceilings"}], "device": "d"})
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert not gpu.draw(tmp_path / "none.png", {"results": []})
