@@ -283,16 +283,17 @@ class Kernels:
     def __init__(self, device: torch.device, *, rows: int = ROWS, seconds: float = 1.0):
         self.device, self.rows, self.seconds = device, rows, seconds
 
-    def _tensors(self, key: Key, rows: int, N: int, K: int) -> dict[str, Any]:
+    def tensors(self, key: Key, rows: int, N: int, K: int) -> dict[str, Any]:
+        """Random operands of a layer, the same each time."""
         from .. import activations
 
         *_, cls, branches = key
         dtype, precision = _type(cls)
         act = activations.get(ACTIVATIONS[branches])
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(self.device, dtype)
+            return torch.randn(shape, generator=generator, device=self.device).to(dtype)
 
         return {
             "act": act,
@@ -312,7 +313,7 @@ class Kernels:
 
         kind = key[2]
         N, K = {"dot": (72, 88), "narrow_k": (72, 3), "narrow_n": (3, 88), "map": (72, 40)}[kind]
-        t = self._tensors(key, 1021 if self.device.type == "cuda" else 67, N, K)
+        t = self.tensors(key, 1021 if self.device.type == "cuda" else 67, N, K)
         exact, bound = bounds.layer_bounds(t["x"], t["weight"], t["bias"], t["act"], t["g"], TYPES[key[3]][1])
         try:
             with tune.using(key, numbers):
@@ -335,32 +336,38 @@ class Kernels:
                 return f"{name} is {share:.3g} of its bound"
         return ""
 
-    def calls(self, key: Key, N: int, K: int) -> Callable[[], object]:
-        """One launch of the operation (a weight gradient: with the sum of its parts), outputs allocated before."""
+    def launch(self, key: Key, N: int, K: int, t: dict[str, Any]) -> Callable[[], object]:
+        """One launch of the operation with what the table says now (a weight gradient: with the sum of its parts).
+        Operands and outputs are `t`'s; the outputs are put there."""
         import triton
 
         from ..kernels import linear_act, maps, tune
 
         _, op, kind, *_ = key
-        t = self._tensors(key, self.rows, N, K)
         act, precision, B, C = t["act"].map, t["precision"], t["act"].branches, t["act"].outputs
-        rows, x = self.rows, t["x"]
+        x = t["x"]
+        rows = len(x)
         acc = linear_act.accumulator(x.dtype)
         if op == "weight_grad":
-            gz = x.new_zeros((1, rows, N)).normal_()
-            weight = x.new_empty((N, K))
+            gz, weight = t["g"].view(1, rows, N), t["weight"]
             return lambda: linear_act._weight_gradient(gz, x, weight, precision)
         params = maps.param_arguments(t["params"], t["constants"], False, self.device)
         if op == "forward":
-            y = x.new_empty((rows, C * N))
+            y = t.setdefault("y", torch.empty_like(t["g"]))
             function = act.triton_map(0, False)
             return lambda: linear_act.launch_forward(
                 x, t["weight"], t["bias"], params, y, None, function, B, C, precision
             )
-        z = torch.randn((rows, B * N), device=self.device, dtype=acc) if kind == "map" else None
+        z = None
+        if kind == "map":
+            if "z" not in t:
+                t["z"] = torch.randn((rows, B * N), device=self.device, dtype=acc)
+            z = t["z"]
         number = tune.MAP if kind == "map" else tune.kind(N, K)
         config = tune.pick(tune.arch(self.device), "gz", number, x.dtype, precision, B, N, K)
-        gz = x.new_empty((1, rows, B * N))
+        if "gz" not in t:
+            t["gz"] = x.new_empty((1, rows, B * N))
+        gz = t["gz"]
         gb = x.new_empty((1, triton.cdiv(rows, config.block_m), B * N), dtype=acc)
         function = act.triton_map(1, False)
         return lambda: linear_act.launch_gz(
@@ -368,16 +375,18 @@ class Kernels:
         )
 
     def milliseconds(self, key: Key, candidates: Sequence[Numbers]) -> list[list[float]]:
+        """Operands are shared, and of about the same size at each shape: larger than a cache."""
         from ..kernels import tune
         from . import timing
         from .gpu import _captured
 
         times: list[list[float]] = [[] for _ in candidates]
         for N, K in SHAPES[key[2]]:
+            operands = self.tensors(key, max(1, self.rows * 256 // max(N, K)), N, K)
             steps: dict[str, Callable[[], object]] = {}
             for i, numbers in enumerate(candidates):
                 with tune.using(key, numbers):
-                    call = self.calls(key, N, K)
+                    call = self.launch(key, N, K, operands)
                     call()
                     # a graph keeps the launch as it is now; without one the launch itself looks the numbers up
                     steps[str(i)] = _captured(call) if self.device.type == "cuda" else call
@@ -411,7 +420,12 @@ def parser() -> report.Parser:
     p.add_argument("--budget", type=report.positive, default=1800.0, metavar="S", help="seconds for everything (1800)")
     p.add_argument("--only", metavar="TEXT", help='only entries whose name ("forward dot half 1") contains TEXT')
     p.add_argument("--all", action="store_true", help="every valid configuration instead of steps to better ones")
-    p.add_argument("--rows", type=report.integer(1), default=ROWS, help=f"rows that are timed ({ROWS})")
+    p.add_argument(
+        "--rows",
+        type=report.integer(1),
+        default=ROWS,
+        help=f"rows that are timed where a layer has 256 columns ({ROWS})",
+    )
     p.add_argument("--dry-run", action="store_true", help="measure and print, change nothing")
     p.add_argument("--out", type=Path, metavar="FILE", help="the table (kernels/tuned.py of this installation)")
     return p

@@ -325,14 +325,14 @@ import torch
 from fused_inr.bench import tune as bench
 from fused_inr.kernels import linear_act, tune
 device = torch.device("cpu")
-kernels = bench.Kernels(device, rows=33, seconds=0.0)
+kernels = bench.Kernels(device, rows=3, seconds=0.0)
 bench.SHAPES.update(dot=((20, 24),), narrow_k=((20, 2),), narrow_n=((3, 24),), map=((20, 24),))
 for key in [("sm90", "forward", "dot", "half", 1), ("sm90", "gz", "dot", "x3", 2), ("sm90", "gz", "map", "ieee", 4),
             ("sm90", "forward", "narrow_n", "ieee", 1), ("sm90", "gz", "narrow_k", "tf32", 1),
             ("sm90", "weight_grad", "dot", "ieee", 1)]:
     print(key[1:], repr(kernels.problem(key, tune.numbers(key))))
     N, K = bench.SHAPES[key[2]][0]
-    kernels.calls(key, N, K)()
+    kernels.launch(key, N, K, kernels.tensors(key, 33, N, K))()
 times = kernels.milliseconds(key, [tune.numbers(key), (16, 64, 64, 4, 2)])
 assert [len(t) for t in times] == [1, 1] and min(min(t) for t in times) > 0
 right = linear_act.launch_weight_grad
