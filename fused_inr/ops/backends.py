@@ -60,8 +60,8 @@ class Backend:
     def serves_network(self, x, shapes, maps, precision, direction, learnable) -> str:
         """Why it cannot run a whole network whose layers it serves; empty when it can.
 
-        `direction` is "forward" (with its backward) or "loss" (one pass of both); `learnable`: some parameters of the
-        activations are tensors.
+        `direction` is "forward" (with its backward) or "loss" (one pass of both); `learnable`, a layer: some parameters
+        of its activation are tensors.
         """
         return f"backend {self.name!r} runs layer by layer"
 
@@ -401,8 +401,8 @@ class Triton(Backend):
 
 
     def serves_network(self, x, shapes, maps, precision, direction, learnable):
-        if learnable:
-            return "backend 'triton' takes learnable parameters layer by layer"
+        if learnable[-1]:
+            return "backend 'triton' takes learnable parameters of the last layer's activation layer by layer"
         from fused_inr.kernels import mlp
 
         arch = None

@@ -83,7 +83,7 @@ def why_not(x: Tensor, layers: Sequence[Layer], *, direction: str = "forward") -
         if reason := backends.implementation(backend).serves(map, x.device, x.dtype):
             return backend, precision, reason
     shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
-    learnable = any(activation.has_tensors for _, _, activation in layers)
+    learnable = [activation.has_tensors for _, _, activation in layers]
     return backend, precision, implementation.serves_network(x, shapes, maps, precision, direction, learnable)
 
 
