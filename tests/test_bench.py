@@ -207,7 +207,7 @@ def test_the_table_in_quick_form(tmp_path):
     assert [r["name"] for r in content["results"]] == ["training", "split", "import", "psnr"]
     training, split, imported, fit = content["results"]
     for result in (training, split):
-        assert set(result["timings"]) == {"fused", "eager"}
+        assert {"fused", "eager"} <= set(result["timings"]) <= {"fused", "eager", "floor"}
         assert set(result["peak_mib"]) == {"fused", "eager"}
         assert "verdicts" not in result  # sizes differ from those that demands are about
         assert result["check"]["of_bound"] <= 1
