@@ -26,16 +26,20 @@ DEMO = fit --compare --size 144 --steps 120 --lr 2e-4 --out demo
 demo: $(STAMP)
 	@$(BIN)/fused-inr $(DEMO)
 
+# WORKERS tests at a time, each with one thread: a file of tests stays in one worker.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 # Two processes: under TRITON_INTERPRET=1 Triton cannot compile, and without it nothing interprets. Both run whatever the
 # first one says; the exit status is 0 only if both passed.
 test: $(STAMP)
 	@status=0; \
 	if [ -n "$(INTERPRETER_TESTS)" ]; then \
 	    echo "== kernels in Triton's interpreter"; \
-	    TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(INTERPRETER_TESTS) || status=1; \
+	    TRITON_INTERPRET=1 $(PYTEST) -q $(INTERPRETER_TESTS) || status=1; \
 	    echo "== everything else"; \
 	fi; \
-	$(BIN)/python -m pytest tests --ignore-glob='*interpreter*' || status=1; \
+	$(PYTEST) tests --ignore-glob='*interpreter*' || status=1; \
 	[ $$status -eq 0 ] || echo "make test: at least one of the runs above failed" >&2; \
 	exit $$status
 
@@ -57,7 +61,7 @@ compat: $(COMPAT)/triton-3.6.0/.installed $(COMPAT)/triton-3.9.0/.installed
 	    export PYTHONPATH="$(CURDIR)/$(COMPAT)/triton-$$version"; \
 	    $(BIN)/python -c "import sys, triton; sys.exit(triton.__version__ != '$$version')" || \
 	        { echo "make compat: Triton $$version is not the one that is imported" >&2; exit 1; }; \
-	    TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(INTERPRETER_TESTS) || status=1; \
+	    TRITON_INTERPRET=1 $(PYTEST) -q $(INTERPRETER_TESTS) || status=1; \
 	    $(BIN)/fused-inr bench static || status=1; \
 	done; \
 	exit $$status

@@ -8,9 +8,12 @@ Key = tuple[str, str, str, str, int]
 Numbers = tuple[int, int, int, int, int]
 
 TUNED: dict[Key, Numbers] = {
+    ("sm100", "forward", "dot", "ieee", 2): (64, 32, 16, 4, 2),
     ("sm100", "gz", "dot", "half", 1): (128, 64, 64, 4, 3),
     ("sm80", "forward", "dot", "x3", 4): (64, 16, 32, 8, 2),
+    ("sm80", "weight_grad", "dot", "x3", 1): (32, 64, 64, 4, 2),
     ("sm86", "forward", "dot", "x3", 4): (64, 16, 32, 8, 2),
+    ("sm86", "weight_grad", "dot", "x3", 1): (32, 64, 64, 4, 2),
 }
 
 WHY: dict[Key, str] = {
