@@ -44,7 +44,19 @@ def test_every_public_name_imports():
 
 
 @pytest.mark.parametrize(
-    "module", ["activations", "functional", "layers", "models", "init", "backends", "encodings", "native", "native_cuda"]
+    "module",
+    [
+        "activations",
+        "backends",
+        "encodings",
+        "functional",
+        "init",
+        "layers",
+        "losses",
+        "models",
+        "native",
+        "native_cuda",
+    ],
 )
 def test_every_name_of_a_module_imports(module):
     found = importlib.import_module(f"fused_inr.{module}")

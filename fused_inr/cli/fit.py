@@ -51,13 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
     picture = read_picture(options.picture, options.size)
     if checkpoint is not None and picture.digest != checkpoint.picture:
         raise CliError(f"--resume: {picture.name} is not the picture that {checkpoint_file} was fitted to")
-    prepare_folder(folder)
-
     with _Stop() as stop, _chosen(options.backend):
         trainer = Trainer(build_model(options, picture.pixels.shape[2]), picture, options)
         if checkpoint is not None:
             trainer.restore(checkpoint)
         explanation = _explain(trainer)
+        prepare_folder(folder)  # nothing is left behind by a fit that cannot begin
         _announce(options, picture, trainer, explanation)
         measured = Measured(trainer)
         comparison = Comparison(options, picture) if arguments.compare else None
@@ -141,9 +140,11 @@ def _explain(trainer: Trainer) -> list[str]:
 
 
 def _backend_name(explanation: list[str]) -> str:
-    """The backend of the first layer in the words of `backends.explain`: 'call: backend (precision)'."""
-    found = re.search(r": (\w+) \(\w+\)$", explanation[0].splitlines()[0])
-    return found.group(1) if found else "fused"
+    """The backend in the words of `backends.explain`: 'call: backend (precision)', of the first line that names one."""
+    for entry in explanation:
+        if found := re.search(r": (\w+) \(\w+\)$", entry.splitlines()[0]):
+            return found.group(1)
+    return "fused"
 
 
 def _announce(options: FitOptions, picture: Picture, trainer: Trainer, explanation: list[str]) -> None:
