@@ -17,7 +17,10 @@ TUNED: dict[Key, Numbers] = {
 }
 
 WHY: dict[Key, str] = {
+    ("sm100", "forward", "dot", "ieee", 2): "ptxas aims at 128 registers with eight warps and spills 8 bytes for it",
     ("sm100", "gz", "dot", "half", 1): "ptxas aims at 80 registers with eight warps and spills 8 bytes for it",
     ("sm80", "forward", "dot", "x3", 4): "without wgmma the split operands stay in registers: 64 columns spill",
+    ("sm80", "weight_grad", "dot", "x3", 1): "ptxas aims at 128 registers with eight warps and spills 8 bytes for it",
     ("sm86", "forward", "dot", "x3", 4): "without wgmma the split operands stay in registers: 64 columns spill",
+    ("sm86", "weight_grad", "dot", "x3", 1): "ptxas aims at 128 registers with eight warps and spills 8 bytes for it",
 }
