@@ -85,15 +85,15 @@ def _list_jobs(options: dict) -> list[dict]:
 
     from fused_inr.kernels import aot
 
-    from fused_inr.activations import generated
+    from fused_inr.activations import names
 
     options = dict(options)
     activations = options.pop("activations")
     if activations == ["all"]:
-        activations = list(generated.SHAPES)
-    unknown = sorted(set(activations) - set(generated.SHAPES))
+        activations = list(names())
+    unknown = sorted(set(activations) - set(names()))
     if unknown:
-        raise ValueError(f"activations: no generated map {unknown[0]!r}; there are: {', '.join(generated.SHAPES)}")
+        raise ValueError(f"activations: no generated map {unknown[0]!r}; there are: {', '.join(names())}")
     wanted = aot.jobs(tuple(options["archs"]), tuple(activations), scope=options["scope"])
     kernels = options["kernels"]
     return [asdict(j) for j in wanted if not kernels or j.kernel in kernels]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import activations
 from ._checks import finite_float, one_of
 from .activations import Activation
-from .models import _Network
+from .models import _has_hooks, _Network
 from .ops import backends
 from .ops import mlp as _op
 
@@ -136,7 +136,7 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
         raise ValueError(f"target: expected {list(x.shape[:-1])} rows as x has, got shape {list(target.shape)}")
     if weight is not None and weight.shape != x.shape[:-1]:
         raise ValueError(f"weight: expected one number a row, shape {list(x.shape[:-1])}, got {list(weight.shape)}")
-    if not isinstance(net, _Network) or net.fusion == "layers":
+    if not isinstance(net, _Network) or net.fusion == "layers" or _has_hooks(net):
         return _composed(form, net(x), target, weight, reduction)
     encoded = x if net.encoding is None else net.encoding(x)
     layers, backend, precision, reason = net._whole(encoded, "loss")
@@ -147,7 +147,7 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
         if net.fusion == "network" and needed:
             raise RuntimeError(f"fusion='network': {reason}; fusion='auto' composes this loss")
         backends.record_layers(f"{form.name} composed: {reason}")
-        return _composed(form, net(x), target, weight, reduction)
+        return _composed(form, net._decode(encoded), target, weight, reduction)
     rows = encoded.reshape(-1, encoded.shape[-1])
     scale = 1.0 / max(1, target.numel()) if reduction == "mean" else 1.0
     criterion = _op.Criterion(form.map.key, form.constants, scale)

@@ -35,6 +35,10 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
+_DERIVED = (
+    "the coordinates require a gradient, as where a loss takes derivatives of the network: "
+    "layers differentiate twice without computing anything again"
+)
 _FUSIONS = ("auto", "network", "layers")
 _SAVES = ("preactivations", "nothing")
 
@@ -111,6 +115,10 @@ class _Network(nn.Module):
         """coordinates [.., in_features] to [.., out_features]."""
         if self.encoding is not None:
             coordinates = self.encoding(coordinates)
+        return self._decode(coordinates)
+
+    def _decode(self, coordinates: Tensor) -> Tensor:
+        """What follows the encoding."""
         if self.fusion == "layers":
             return self.net(coordinates)
         layers, backend, precision, reason = self._whole(coordinates)
@@ -136,22 +144,9 @@ class _Network(nn.Module):
                 return [], "", "", "a layer has hooks, which a whole network would not call"
             weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
             layers.append((weight, bias, module.activation_with_parameters()))
-        if (
-            self.fusion == "auto"
-            and direction == "forward"
-            and x.requires_grad
-            and x.is_leaf
-            and torch.is_grad_enabled()
-        ):
-            return (
-                [],
-                "",
-                "",
-                (
-                    "the coordinates require a gradient, as where a loss takes derivatives of the network: "
-                    "layers differentiate twice without computing anything again"
-                ),
-            )
+        derived = x.requires_grad and x.is_leaf and torch.is_grad_enabled()
+        if self.fusion == "auto" and direction == "forward" and derived:
+            return [], "", "", _DERIVED
         given, operands = self._cast(x, layers)
         backend, precision, reason = _op.why_not(given, operands, direction=direction)
         if not reason and self.fusion == "auto":

@@ -72,9 +72,7 @@ class Backend:
     def mlp(self, x, weights, biases, params, constants, maps, precision, save) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def mlp_backward(
-        self, g, x, weights, biases, params, constants, maps, saved, precision, needs
-    ) -> list[Tensor]:
+    def mlp_backward(self, g, x, weights, biases, params, constants, maps, saved, precision, needs) -> list[Tensor]:
         raise NotImplementedError
 
     def mlp_loss(
@@ -183,7 +181,6 @@ class Reference(Backend):
         taken = {t.untyped_storage().data_ptr() for t in inputs}
         return [o.clone() if o.untyped_storage().data_ptr() in taken else o for o in outputs]
 
-
     def serves_network(self, x, shapes, maps, precision, direction, learnable):
         return ""
 
@@ -204,9 +201,7 @@ class Reference(Backend):
         for i in range(len(layers) - 1, -1, -1):
             weight, bias, own, values, map = layers[i]
             wanted = [needs[0] or i > 0, needs[1], needs[2] and bias is not None, needs[3] and map.n_params > 0]
-            g, *grads = self.linear_act_backward(
-                g, inputs[i], weight, bias, own, values, None, map, precision, wanted
-            )
+            g, *grads = self.linear_act_backward(g, inputs[i], weight, bias, own, values, None, map, precision, wanted)
             for group, grad in zip(rest, grads, strict=True):
                 group.insert(0, grad)
         return [g, *rest[0], *rest[1], *rest[2]]
@@ -234,21 +229,69 @@ def _by_layer(weights, biases, params, constants, maps):
         at = end
 
 
-# -- cpu: the native engine
+# -- native libraries: the CPU engine, CUDA C++
 
 
-class Cpu(Backend):
-    """The C++ engine (csrc/cpu)."""
-
-    name = "cpu"
+class _Native(Backend):
+    """A backend whose operators a library of ours registers; a user's formula is compiled when it is first used."""
 
     def __init__(self) -> None:
         self._compiled: dict[str, str] = {}  # key of a run-time formula -> reason why it could not be compiled
 
+    @staticmethod
+    def _library():
+        """The module that builds and loads the library."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _operators():
+        raise NotImplementedError
+
     def available(self):
+        library = self._library()
+        return (True, "") if library.load() else (False, library.status()[1])
+
+    def _compile(self, map: ActivationMap) -> str:
+        if map.key not in self._compiled:
+            try:
+                self._library().compile_maps(map.key, map.cpp_source())
+                self._compiled[map.key] = ""
+            except Exception as error:  # no compiler, no space, a compiler's error: the reference serves
+                self._compiled[map.key] = f"the formula of {map.name!r} could not be compiled: {error}"
+        return self._compiled[map.key]
+
+    def _ready(self, map: ActivationMap):
+        if not map.generated and (reason := self._compile(map)):
+            raise RuntimeError(f"backend {self.name!r}: {reason}")
+        return self._operators()
+
+    def linear_act(self, x, weight, bias, params, constants, map, precision, save):
+        return self._ready(map).linear_act(x, weight, bias, params, constants, map.key, save)
+
+    def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
+        return self._ready(map).linear_act_backward(g, x, weight, bias, params, constants, z, map.key, needs)
+
+    def act_map(self, inputs, params, constants, map, level, learnable):
+        return self._ready(map).act_map(inputs, params, constants, map.key, level, learnable)
+
+
+# -- cpu: the native engine
+
+
+class Cpu(_Native):
+    """The C++ engine (csrc/cpu)."""
+
+    name = "cpu"
+
+    @staticmethod
+    def _library():
         from .. import native
 
-        return (True, "") if native.load() else (False, native.status()[1])
+        return native
+
+    @staticmethod
+    def _operators():
+        return torch.ops.fused_inr_native
 
     def serves(self, map, device, dtype):
         if device.type != "cpu":
@@ -259,31 +302,6 @@ class Cpu(Backend):
         if not usable:
             return reason
         return "" if map.generated else self._compile(map)
-
-    def _compile(self, map: ActivationMap) -> str:
-        if map.key not in self._compiled:
-            from .. import native
-
-            try:
-                native.compile_maps(map.key, map.cpp_source())
-                self._compiled[map.key] = ""
-            except Exception as error:  # no compiler, no space, a compiler's error: the reference serves
-                self._compiled[map.key] = f"the formula of {map.name!r} could not be compiled: {error}"
-        return self._compiled[map.key]
-
-    def _ready(self, map: ActivationMap):
-        if not map.generated and (reason := self._compile(map)):
-            raise RuntimeError(f"backend 'cpu': {reason}")
-        return torch.ops.fused_inr_native
-
-    def linear_act(self, x, weight, bias, params, constants, map, precision, save):
-        return self._ready(map).linear_act(x, weight, bias, params, constants, map.key, save)
-
-    def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
-        return self._ready(map).linear_act_backward(g, x, weight, bias, params, constants, z, map.key, needs)
-
-    def act_map(self, inputs, params, constants, map, level, learnable):
-        return self._ready(map).act_map(inputs, params, constants, map.key, level, learnable)
 
     def serves_network(self, x, shapes, maps, precision, direction, learnable):
         return ""
@@ -296,7 +314,7 @@ class Cpu(Backend):
     def _network(self, maps: Sequence[ActivationMap]):
         for map in maps:
             self._ready(map)
-        return torch.ops.fused_inr_native, [map.key for map in maps]
+        return self._operators(), [map.key for map in maps]
 
     def mlp(self, x, weights, biases, params, constants, maps, precision, save):
         ops, keys = self._network(maps)
@@ -399,7 +417,6 @@ class Triton(Backend):
 
         return act_map.act_map(inputs, params, constants, map, level, learnable)
 
-
     def serves_network(self, x, shapes, maps, precision, direction, learnable):
         if learnable[-1]:
             return "backend 'triton' takes learnable parameters of the last layer's activation layer by layer"
@@ -438,18 +455,20 @@ class Triton(Backend):
 # -- cuda: C++ without Triton
 
 
-class Cuda(Backend):
+class Cuda(_Native):
     """CUDA C++ (csrc/cuda): the map in one elementwise kernel per direction, around PyTorch's own matrix products."""
 
     name = "cuda"
 
-    def __init__(self) -> None:
-        self._compiled: dict[str, str] = {}  # key of a run-time formula -> reason why it could not be compiled
-
-    def available(self):
+    @staticmethod
+    def _library():
         from .. import native_cuda
 
-        return (True, "") if native_cuda.load() else (False, native_cuda.status()[1])
+        return native_cuda
+
+    @staticmethod
+    def _operators():
+        return torch.ops.fused_inr_cuda
 
     def serves(self, map, device, dtype):
         if device.type != "cuda":
@@ -461,35 +480,6 @@ class Cuda(Backend):
             return reason
         index = torch.cuda.current_device() if device.index is None else device.index
         return self._operators().refusal(index) or ("" if map.generated else self._compile(map))
-
-    @staticmethod
-    def _operators():
-        return torch.ops.fused_inr_cuda
-
-    def _compile(self, map: ActivationMap) -> str:
-        if map.key not in self._compiled:
-            from .. import native_cuda
-
-            try:
-                native_cuda.compile_maps(map.key, map.cpp_source())
-                self._compiled[map.key] = ""
-            except Exception as error:  # no compiler, no space, a compiler's error: the reference serves
-                self._compiled[map.key] = f"the formula of {map.name!r} could not be compiled: {error}"
-        return self._compiled[map.key]
-
-    def _ready(self, map: ActivationMap):
-        if not map.generated and (reason := self._compile(map)):
-            raise RuntimeError(f"backend 'cuda': {reason}")
-        return self._operators()
-
-    def linear_act(self, x, weight, bias, params, constants, map, precision, save):
-        return self._ready(map).linear_act(x, weight, bias, params, constants, map.key, save)
-
-    def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
-        return self._ready(map).linear_act_backward(g, x, weight, bias, params, constants, z, map.key, needs)
-
-    def act_map(self, inputs, params, constants, map, level, learnable):
-        return self._ready(map).act_map(inputs, params, constants, map.key, level, learnable)
 
 
 # -- the table, and the choice
