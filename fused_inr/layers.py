@@ -19,7 +19,7 @@ from ._checks import boolean, finite_float, one_of, positive_int
 from .activations import Activation, ActivationMap
 from .functional import linear_act
 from .init.siren import siren_init_
-from .init.vi3nr import vi3nr_init_
+from .init.network import vi3nr_init_
 
 __all__ = ["FusedLayer", "FusedLinear", "GaussianLayer", "SincLayer", "SineLayer", "SplitLayer"]
 

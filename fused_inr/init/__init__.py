@@ -1,14 +1,9 @@
 """Initialisation: SIREN's and VI3NR's, for single tensors, for layers and for whole networks."""
 
+from .network import vi3nr_init_
 from .siren import siren_init_, siren_uniform_
-from .vi3nr import (
-    default_sigma_p,
-    vi3nr_gain_MC,
-    vi3nr_init_,
-    vi3nr_input_gain,
-    vi3nr_normal_,
-    vi3nr_uniform_,
-)
+from .vi3nr import default_sigma_p, vi3nr_gain_MC, vi3nr_input_gain
+from .weights import vi3nr_normal_, vi3nr_orthogonal_, vi3nr_uniform_
 
 __all__ = [
     "default_sigma_p",
@@ -18,5 +13,6 @@ __all__ = [
     "vi3nr_init_",
     "vi3nr_input_gain",
     "vi3nr_normal_",
+    "vi3nr_orthogonal_",
     "vi3nr_uniform_",
 ]
