@@ -18,8 +18,8 @@ from . import activations
 from ._checks import boolean, finite_float, one_of, positive_int
 from .activations import Activation, ActivationMap
 from .functional import linear_act
-from .init.siren import siren_init_
 from .init.network import vi3nr_init_
+from .init.siren import siren_init_
 
 __all__ = ["FusedLayer", "FusedLinear", "GaussianLayer", "SincLayer", "SineLayer", "SplitLayer"]
 

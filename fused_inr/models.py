@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from . import activations
 from ._checks import boolean, finite_float, one_of, positive_int
 from .functional import _autocast
+from .init.network import vi3nr_init_
 from .init.siren import siren_init_
-from .init.vi3nr import vi3nr_init_
 from .layers import ActivationLike, FusedLayer, FusedLinear, SineLayer, SplitLayer, alias
 from .ops import backends
 from .ops import mlp as _op
