@@ -238,7 +238,7 @@ def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SH
             units.append(
                 ("cpu/maps.cpp", [*_kernel_flags(name), "-O2", f"-DFUSED_INR_SCALAR={scalar}"], f"maps_{scalar}_{name}")
             )
-        for source in ("network", "engine"):
+        for source in ("network", "engine", "moments"):
             units.append((f"cpu/{source}.cpp", [*_kernel_flags(name), "-O3"], f"{source}_{name}"))
 
     target.parent.mkdir(parents=True, exist_ok=True)

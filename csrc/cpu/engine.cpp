@@ -534,6 +534,10 @@ void FI_NETWORK(network_backward, double)(const NetworkBackward&);
 void FI_NETWORK(product_floor, float)(double, int64_t, Parallel, int);
 void FI_NETWORK(product_floor, double)(double, int64_t, Parallel, int);
 
+// moments.cpp
+void FI_EXPORTED(moments)(const Moments&);
+void FI_EXPORTED(random_bits)(int64_t, int64_t, int64_t, uint64_t, int64_t*);
+
 extern const Engine FI_EXPORTED(engine);
 const Engine FI_EXPORTED(engine) = {
     FI_STRING(FUSED_INR_CAPABILITY),
@@ -544,6 +548,8 @@ const Engine FI_EXPORTED(engine) = {
     {FI_NETWORK(network_forward, float), FI_NETWORK(network_forward, double)},
     {FI_NETWORK(network_backward, float), FI_NETWORK(network_backward, double)},
     {FI_NETWORK(product_floor, float), FI_NETWORK(product_floor, double)},
+    FI_EXPORTED(moments),
+    FI_EXPORTED(random_bits),
     {FI_JOIN(FI_EXPORTED(maps), float), FI_JOIN(FI_EXPORTED(maps), double)},
     {FI_JOIN(FI_EXPORTED(primitives), float), FI_JOIN(FI_EXPORTED(primitives), double)}};
 

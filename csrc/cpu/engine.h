@@ -140,6 +140,19 @@ struct NetworkBackward {
   Rows gx;                      // data null: not wanted
 };
 
+// Sums of the values of a map's jet, their squares and fourth powers, over normal pre-activations (section 8).
+struct Moments {
+  int64_t settings = 0, start = 0, samples = 0;
+  uint64_t seed = 0;
+  int branches = 1, outputs = 1, params = 0;
+  const float* sigma = nullptr;  // [settings, branches]
+  const float* param = nullptr;  // [settings, params]
+  void* jet = nullptr;           // of float32
+  double* sums = nullptr;        // [chunks, settings, outputs * (1 + branches), 3]
+  Parallel parallel = nullptr;
+  int threads = 1;
+};
+
 struct Engine {
   const char* name;
   void (*forward[2])(const Forward&);
@@ -150,6 +163,8 @@ struct Engine {
   void (*network_backward[2])(const NetworkBackward&);
   // so many operations of the micro-kernel on numbers that lie in the cache: what products cost at least
   void (*product_floor[2])(double operations, int64_t width, Parallel parallel, int threads);
+  void (*moments)(const Moments&);
+  void (*random_bits)(int64_t start, int64_t count, int64_t branch, uint64_t seed, int64_t* to);
   const Maps* maps[2];  // float32, float64; the last row has no name
   const Primitive* primitives[2];
 };

@@ -104,7 +104,7 @@ class Queue {
 
 // Parts of the tiles with sums of their own, added in the order of the parts: with more of them than threads, and a number
 // that does not depend on the threads (unless these are many), they can be taken as they come. `bytes`: of one part's sums.
-int64_t sum_parts(int64_t tiles, int64_t threads, int64_t bytes) {
+[[maybe_unused]] int64_t sum_parts(int64_t tiles, int64_t threads, int64_t bytes) {
   constexpr int64_t kParts = 16, kTilesEach = 4, kMost = 16 << 20;
   if (threads == 1 || tiles < kParts * kTilesEach) return smaller(threads, tiles);
   return larger(threads, smaller(kParts, kMost / larger(1, bytes)));

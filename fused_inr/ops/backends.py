@@ -55,6 +55,10 @@ class Backend:
     def act_map(self, inputs, params, constants, map, level, learnable) -> list[Tensor]:
         raise NotImplementedError
 
+    def moments(self, sigmas, params, start, samples, seed, map) -> Tensor:
+        """Sums per chunk of draws, [chunks, G, C * (1 + B), 3] (docs/architecture.md, section 8)."""
+        raise NotImplementedError
+
     # -- whole networks (docs/architecture.md, section 7)
 
     def serves_network(self, x, shapes, maps, precision, direction, learnable) -> str:
@@ -181,6 +185,11 @@ class Reference(Backend):
         taken = {t.untyped_storage().data_ptr() for t in inputs}
         return [o.clone() if o.untyped_storage().data_ptr() in taken else o for o in outputs]
 
+    def moments(self, sigmas, params, start, samples, seed, map):
+        from . import moments
+
+        return moments.reference(sigmas, params, start, samples, seed, map)
+
     def serves_network(self, x, shapes, maps, precision, direction, learnable):
         return ""
 
@@ -273,6 +282,9 @@ class _Native(Backend):
 
     def act_map(self, inputs, params, constants, map, level, learnable):
         return self._ready(map).act_map(inputs, params, constants, map.key, level, learnable)
+
+    def moments(self, sigmas, params, start, samples, seed, map):
+        return self._ready(map).moments(sigmas, params, start, samples, seed, map.key)
 
 
 # -- cpu: the native engine
@@ -416,6 +428,11 @@ class Triton(Backend):
         from fused_inr.kernels import act_map
 
         return act_map.act_map(inputs, params, constants, map, level, learnable)
+
+    def moments(self, sigmas, params, start, samples, seed, map):
+        from fused_inr.kernels import moments
+
+        return moments.moments(sigmas, params, start, samples, seed, map)
 
     def serves_network(self, x, shapes, maps, precision, direction, learnable):
         if learnable[-1]:
@@ -563,6 +580,14 @@ def choose(activation: Activation, x: Tensor, weight: Tensor, *, record: bool = 
         shape = f"[{', '.join(map(str, x.shape))}] x [{', '.join(map(str, weight.shape))}]"
         _records.append(Choice(f"linear_act {shape} {dtype} {activation!r}", name, precision, rejected))
     return name, precision
+
+
+def choose_moments(map: ActivationMap, device: torch.device) -> str:
+    """The backend for `moments` on this device; raises RuntimeError as `choose` does."""
+    name, rejected = _serving(_forced, map.key, device, torch.float32)
+    if not name:
+        raise RuntimeError(f"backend {_forced!r} cannot serve moments of {map.name!r}: {rejected[0][1]}")
+    return name
 
 
 def record_network(x: Tensor, layers, backend: str, precision: str, loss: str = "") -> None:

@@ -1,0 +1,152 @@
+"""Moments of an activation under normal pre-activations, for a grid of standard deviations and parameters at once.
+
+    z_b = sigma_b n_b,  n_b ~ N(0, 1) independent:    sums over draws of v, v^2, v^4 for v = f_c(z) and df_c/dz_b
+
+The draws are a function of (seed, position, branch) alone: Philox4x32-10 counters and Box-Muller (docs/architecture.md,
+section 8). All settings of a grid share them, so that moments are smooth functions of sigma. Every chunk of 4,096 draws
+is summed by a backend in one fixed order, and chunks are added here in a binary tree: the same bits for any number of
+threads, programs, settings a call, or calls that the draws are divided into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..activations import ActivationMap
+from . import backends
+
+#: Draws that a backend adds up by itself.
+CHUNK = 4096
+#: Bytes of sums per chunk that are held at a time.
+_WINDOW_BYTES = 32 << 20
+_MASK = 0xFFFFFFFF
+
+
+# -- the reference
+
+
+def random_bits(start: int, count: int, branch: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Words `start` to `start + count` of a branch's stream, int64 in [0, 2^32), [count]; both multiples of 4."""
+    # 64-bit integers wrap: the product's bits are those of an unsigned one
+    q = torch.arange(start // 4, (start + count) // 4, device=device)
+    c0, c1 = q & _MASK, (q >> 32) & _MASK
+    c2, c3 = torch.full_like(q, branch), torch.zeros_like(q)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return torch.stack((c0, c1, c2, c3), -1).flatten()
+
+
+def normals(start: int, count: int, branch: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draws `start` to `start + count` of a branch, float32 [count]; `start` a multiple of 4."""
+    bits = random_bits(start, -(-count // 4) * 4, branch, seed, device).view(-1, 2)
+    u = bits[:, 0].float() * 2.0**-32 + 2.0**-33  # in (0, 1]
+    turn = (bits[:, 1] - ((bits[:, 1] >> 31) << 32)).float() * (torch.pi * 2.0**-31)
+    radius = (-2 * u.log()).clamp_min(0).sqrt()
+    return torch.stack((radius * turn.cos(), radius * turn.sin()), -1).flatten()[:count]
+
+
+def powers(values: Tensor) -> Tensor:
+    """[.., n] -> [.., 3] float64: sums of v, v^2, v^4 over the last dimension, in one order whatever the other ones."""
+    v = values.double()
+    square = v * v
+    v = torch.stack((v, square, square * square), -2)
+    while (n := v.shape[-1]) > 1:
+        half = -(-n // 2)
+        head = v[..., :half].clone()
+        head[..., : n - half] += v[..., half:]
+        v = head
+    return v.squeeze(-1)
+
+
+def reference(sigmas: Tensor, params: Tensor, start: int, samples: int, seed: int, map: ActivationMap) -> Tensor:
+    """`Backend.moments` in plain PyTorch."""
+    branches = map.branches
+    values = map.outputs * (1 + branches)
+    chunks = -(-samples // CHUNK)
+    sums = torch.empty(chunks, len(sigmas), values, 3, dtype=torch.float64, device=sigmas.device)
+    jet = map.torch_jet()
+    own = params.float().unsqueeze(-1).unbind(1)
+    at_a_time = max(1, (1 << 20) // (CHUNK * (values + branches)))
+    for chunk in range(chunks):
+        n = min(CHUNK, samples - chunk * CHUNK)
+        draws = [normals(start + chunk * CHUNK, n, b, seed, sigmas.device) for b in range(branches)]
+        for at in range(0, len(sigmas), at_a_time):
+            some = slice(at, at + at_a_time)
+            z = [sigmas[some, b, None].float() * draws[b] for b in range(branches)]
+            out = jet(*z, *(p[some] for p in own))
+            for k, value in enumerate(out):
+                sums[chunk, some, k] = powers(torch.as_tensor(value).expand_as(z[0]))
+    return sums
+
+
+# -- any backend
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over all draws: `powers` [G, V, 3] of v, v^2, v^4; `squares` [G, V, V]: over whole chunks, of the products of two
+    values' chunk sums of v^2 (their spread over `chunks` chunks is the covariance of second moments)."""
+
+    powers: Tensor
+    squares: Tensor
+    chunks: int
+
+
+def sums(sigmas: Tensor, params: Tensor, samples: int, seed: int, map: ActivationMap, start: int = 0) -> Sums:
+    """Sums over draws `start` to `start + samples` for G settings: sigmas [G, B], params [G, P], float32.
+
+    Values are those of the map's jet: y[C], then for each output its derivatives with respect to z[B].
+    """
+    name = backends.choose_moments(map, sigmas.device)
+    backend = backends.implementation(name)
+
+    def part(at: int, n: int) -> Tensor:
+        return backend.moments(sigmas, params, at, n, seed, map)
+
+    return accumulate(part, len(sigmas), map.outputs * (1 + map.branches), samples, start)
+
+
+def accumulate(part: Callable[[int, int], Tensor], settings: int, values: int, samples: int, start: int = 0) -> Sums:
+    """`Sums` from `part(start, n)`, which returns those of each chunk, [chunks, settings, values, 3]."""
+    # a power of two of chunks: such windows are the tree's own nodes
+    window = 1
+    while 2 * window * settings * values * 3 * 8 <= _WINDOW_BYTES and window * CHUNK < samples:
+        window *= 2
+    tree, pairs = _Tree(), _Tree()
+    for at in range(0, samples, window * CHUNK):
+        n = min(window * CHUNK, samples - at)
+        sums = part(start + at, n)
+        whole = sums[: n // CHUNK, :, :, 1]
+        pairs.add(whole.unsqueeze(-1) * whole.unsqueeze(-2), window)
+        tree.add(sums, window)
+    return Sums(tree.total(), pairs.total(), samples // CHUNK)
+
+
+class _Tree:
+    """Sum over chunks as a binary tree over their numbers, with zeros where chunks are missing at the end."""
+
+    def __init__(self) -> None:
+        self.nodes: list[tuple[int, Tensor]] = []  # (chunks below it, sum), sizes falling
+
+    def add(self, chunks: Tensor, size: int) -> None:
+        while len(chunks) > 1:
+            if len(chunks) % 2:
+                chunks = torch.cat((chunks, torch.zeros_like(chunks[:1])))
+            chunks = chunks[0::2] + chunks[1::2]
+        self.nodes.append((size, chunks.sum(0)))  # of one chunk, or none
+        while len(self.nodes) > 1 and self.nodes[-1][0] == self.nodes[-2][0]:
+            (size, right), (_, left) = self.nodes.pop(), self.nodes.pop()
+            self.nodes.append((2 * size, left + right))
+
+    def total(self) -> Tensor:
+        _, total = self.nodes[-1]
+        for _, node in reversed(self.nodes[:-1]):
+            total = node + total
+        return total
