@@ -15,12 +15,13 @@ from . import CliError
 from .arguments import Parser, integer, positive
 from .bench import BENCHES
 from .options import BACKENDS, INITS, PRECISIONS
+from .reproduce import REPRODUCTIONS
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fused-inr", description="Fused layers for implicit neural representations.")
     parser.add_argument("--version", action="version", version=f"fused_inr {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="fit | doctor | bench", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="fit | doctor | bench | reproduce", required=True)
 
     fit = commands.add_parser(
         "fit",
@@ -62,7 +63,26 @@ def _parser() -> argparse.ArgumentParser:
     kinds = bench.add_subparsers(dest="which", metavar=" | ".join(BENCHES), required=True)
     for name, (_, text) in BENCHES.items():
         kinds.add_parser(name, help=text)
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="compute published figures again",
+        description="Compute published figures about initialisation again: a table beside what was published, a JSON "
+        "and a figure. A run that was stopped goes on where it was.",
+    )
+    _reproduce_arguments(reproduce)
     return parser
+
+
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    names = "; ".join(f"{name}: {text}" for name, (_, text) in REPRODUCTIONS.items())
+    parser.add_argument("name", choices=tuple(REPRODUCTIONS), metavar="NAME", help=names)
+    parser.add_argument("--full", action="store_true", help="the published size (hours); else one of minutes")
+    parser.add_argument("--out", default="fused-inr-reproduce", metavar="DIR", help="folder of results (%(default)s)")
+    parser.add_argument("--seeds", type=integer(1), metavar="N", help="how many seeds, from 0")
+    parser.add_argument("--data", metavar="FILE", help="the picture or recording, where one is needed")
+    parser.add_argument("--json", metavar="FILE", help="where the JSON goes (default: into DIR)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -85,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import doctor
 
             return doctor.run(arguments.json)
+        if arguments.command == "reproduce":
+            from .reproduce import record
+
+            return record.run(arguments)
         from . import bench
 
         return bench.run(arguments.which, rest)

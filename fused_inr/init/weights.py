@@ -52,9 +52,10 @@ def vi3nr_orthogonal_(
         raise ValueError(f"branches must divide the {tensor.shape[0]} rows of tensor, got {branches}")
     tall = rows > fan_in
     device = tensor.device if generator is None else generator.device
+    wide = torch.promote_types(tensor.dtype, torch.float32)
     with torch.no_grad():
         for block in tensor.chunk(branches) if rows else ():
-            normal = torch.empty(max(rows, fan_in), min(rows, fan_in), device=device, dtype=torch.float64)
+            normal = torch.empty(max(rows, fan_in), min(rows, fan_in), device=device, dtype=wide)
             q, r = torch.linalg.qr(normal.normal_(generator=generator))
             q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # uniform (Haar), whatever signs QR prefers
             scale = gain * math.sqrt(max(rows, fan_in) / fan_in)

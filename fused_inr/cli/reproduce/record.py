@@ -1,0 +1,206 @@
+"""What all reproductions share: options, a JSON that grows cell by cell, a table and a figure."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import platform
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ... import __version__
+from .. import CliError
+from ..files import prepare_folder, write_all
+from . import REPRODUCTIONS
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks of a reproduction."""
+
+    full: bool = False
+    seeds: int | None = None
+    data: str | None = None
+
+
+@dataclass
+class Work:
+    """One reproduction, ready to run.
+
+    Attributes:
+        options: everything that decides the figures; a run goes on where one with the same options stopped.
+        cells: name -> function that computes its figures (a JSON object).
+        tables: figures of all cells -> titles and rows of the tables to print, first row the headings.
+        draw: (matplotlib figure, figures of all cells) -> nothing.
+        size: of the figure, inches.
+        notes: lines below the tables.
+    """
+
+    options: dict[str, Any]
+    cells: dict[str, Callable[[], dict[str, Any]]]
+    tables: Callable[[dict[str, Any]], dict[str, list[list[str]]]]
+    draw: Callable[[Any, dict[str, Any]], None]
+    size: tuple[float, float] = (12.0, 5.0)
+    notes: list[str] = field(default_factory=list)
+
+
+class Reproduction(Protocol):
+    """What a module of this folder offers."""
+
+    def prepare(self, request: Request) -> Work: ...
+
+
+def run(arguments: Namespace) -> int:
+    """The reproduction that the command line asks for; returns the exit code."""
+    require("matplotlib", "tqdm")
+    name = arguments.name
+    module: Reproduction = importlib.import_module(f"{__package__}.{REPRODUCTIONS[name][0]}")
+    work = module.prepare(Request(arguments.full, arguments.seeds, arguments.data))
+    folder = Path(arguments.out)
+    stem = f"{name}-{'full' if arguments.full else 'quick'}"
+    path = Path(arguments.json) if arguments.json else folder / f"{stem}.json"
+    options = json.loads(json.dumps(work.options))
+    done, seconds = _resume(path, name, options, work.cells)
+    prepare_folder(folder)
+    if path.parent != folder and not path.parent.is_dir():
+        raise CliError(f"--json {path}: the folder {path.parent} does not exist; make it first")
+
+    def document() -> bytes:
+        content = {
+            "format": _FORMAT,
+            "name": name,
+            "size": "full" if arguments.full else "quick",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "fused_inr": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": machine(),
+            "threads": torch.get_num_threads(),
+            "finished": len(done) == len(work.cells),
+            "options": options,
+            "tables": tables if len(done) == len(work.cells) else None,
+            "seconds": seconds,
+            "cells": done,
+        }
+        return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
+
+    tables: dict[str, list[list[str]]] = {}
+    for cell in _progress(work, done, arguments.quiet):
+        start = time.perf_counter()
+        done[cell] = plain(work.cells[cell]())
+        seconds[cell] = round(time.perf_counter() - start, 2)
+        if len(done) < len(work.cells):
+            write_all({path: document()})
+    tables.update(work.tables(done))
+    picture = folder / f"{stem}.png"
+    write_all({path: document(), picture: _figure(work, done)})
+    for title, rows in tables.items():
+        print(f"\n{title}\n{aligned(rows)}")
+    for note in work.notes:
+        print(f"\n{note}")
+    print(f"\nwrote {path}, {picture}")
+    return 0
+
+
+def _resume(path: Path, name: str, options: dict, cells: dict) -> tuple[dict[str, Any], dict[str, float]]:
+    """Cells that an earlier run with the same options has computed."""
+    if not path.exists():
+        return {}, {}
+    try:
+        found = json.loads(path.read_text())
+        same = (found["format"], found["name"], found["options"]) == (_FORMAT, name, options)
+        done = {cell: found["cells"][cell] for cell in cells if same and cell in found["cells"]}
+        return done, {cell: found["seconds"].get(cell, 0.0) for cell in done}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{path}: is no result of fused-inr reproduce ({error}); remove it or give another --out"
+        raise CliError(message) from error
+
+
+def _progress(work: Work, done: dict, quiet: bool) -> Iterator[str]:
+    from tqdm import tqdm
+
+    todo = [cell for cell in work.cells if cell not in done]
+    with tqdm(total=len(work.cells), initial=len(done), disable=quiet, unit="cell", dynamic_ncols=True) as bar:
+        for cell in todo:
+            bar.set_description(cell)
+            yield cell
+            bar.update()
+
+
+def _figure(work: Work, cells: dict[str, Any]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=work.size, layout="constrained")
+    work.draw(figure, cells)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+# -- for the reproductions
+
+
+def require(*modules: str) -> None:
+    """
+    Raises:
+        CliError: one of the packages is not installed.
+    """
+    import importlib.util
+
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CliError(f"reproduce needs {', '.join(missing)}: pip install 'fused_inr[fit]'")
+
+
+def seeds(request: Request, default: int) -> list[int]:
+    return list(range(default if request.seeds is None else request.seeds))
+
+
+def plain(value: Any) -> Any:
+    """`value` for JSON, which has no NaN and no infinities: they become null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return round(value, 6) if value - value == 0 else None
+    return value
+
+
+def machine() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as a text table, the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def digest(array: Any) -> str:
+    """Names data, so that a run goes on with the same or not at all."""
+    import numpy as np
+
+    array = np.ascontiguousarray(array)
+    return f"{'x'.join(map(str, array.shape))}-{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
