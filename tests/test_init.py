@@ -96,7 +96,8 @@ def test_an_activation_and_its_formula_have_the_same_gain(name):
     gain = vi3nr_gain_MC(sigma, activation, 50_000, seed=3)
     assert 0 < gain < math.inf
     if activation.branches == activation.outputs == 1:
-        assert gain == vi3nr_gain_MC(sigma, lambda z: activation(z[:, None])[:, 0], 50_000, seed=3)
+        formula = vi3nr_gain_MC(sigma, lambda z: activation(z[:, None])[:, 0], 50_000, seed=3)
+        assert gain == pytest.approx(formula, rel=1e-6)  # the same draws; sine and exp of two libraries
         second, fourth = moments(activation, sigma)
         assert_gain(gain, sigma, second, fourth, 50_000)
 
@@ -114,8 +115,9 @@ def test_gain_of_a_shifted_sine(shift, sigma, seed):
 
 
 def test_gain_takes_modules_names_maps_and_complex_values():
-    gains = {vi3nr_gain_MC(0.5, f, 30_000, seed=1) for f in (nn.Tanh(), torch.tanh, "tanh", A.tanh, A.get("tanh"))}
-    assert len(gains) == 1
+    assert len({vi3nr_gain_MC(0.5, f, 30_000, seed=1) for f in ("tanh", A.tanh, A.get("tanh"))}) == 1
+    assert len({vi3nr_gain_MC(0.5, f, 30_000, seed=1) for f in (nn.Tanh(), torch.tanh)}) == 1
+    assert vi3nr_gain_MC(0.5, "tanh", 30_000, seed=1) == pytest.approx(vi3nr_gain_MC(0.5, torch.tanh, 30_000, seed=1))
     assert vi3nr_gain_MC(0.5, lambda z: torch.exp(1j * z), 1000, seed=0) == pytest.approx(0.5)
 
 
@@ -155,7 +157,7 @@ def test_generator_and_global_state():
     def draw(seed):
         return vi3nr_gain_MC(1.0, torch.tanh, 1000, generator=torch.Generator().manual_seed(seed))
 
-    assert draw(1) == draw(1) == vi3nr_gain_MC(1.0, torch.tanh, 1000, seed=1) != draw(2)
+    assert draw(1) == draw(1) != draw(2)
     torch.manual_seed(3)
     first = vi3nr_gain_MC(1.0, torch.tanh, 1000)
     torch.manual_seed(3)
@@ -299,7 +301,7 @@ def spread(net, x) -> list[float]:
 def test_every_preactivation_has_the_standard_deviation_asked_for(activation, sigma_p, distribution):
     torch.manual_seed(0)
     net = fi.MLP(16, 512, 2, 512, activation=activation)
-    vi3nr_init_(net, sigma_p, distribution=distribution, samples=100_000)
+    vi3nr_init_(net, sigma_p=sigma_p, distribution=distribution, samples=100_000)
     wanted = [sigma_p or default_sigma_p(activation)] * 4
     if activation.name == "sine" and sigma_p is None:
         wanted[0] = 1 / (3 * math.sqrt(16))
@@ -312,10 +314,10 @@ def test_every_preactivation_has_the_standard_deviation_asked_for(activation, si
 def test_first_layer_follows_the_input():
     torch.manual_seed(1)
     x = torch.randn(4000, 64) * 20 + 5
-    net = vi3nr_init_(fi.MLP(64, 512, 1, 256, activation="tanh"), 0.5, sample_input=x)
+    net = vi3nr_init_(fi.MLP(64, 512, 1, 256, activation="tanh"), sigma_p=0.5, sample_input=x)
     assert spread(net, x) == pytest.approx([0.5] * 3, rel=0.1)
     # a first standard deviation of its own, and the next layer still at sigma_p
-    net = vi3nr_init_(fi.MLP(64, 512, 1, 256, activation="tanh"), 0.5, first_sigma_p=2.0, sample_input=x)
+    net = vi3nr_init_(fi.MLP(64, 512, 1, 256, activation="tanh"), sigma_p=0.5, first_sigma_p=2.0, sample_input=x)
     assert spread(net, x) == pytest.approx([2.0, 0.5, 0.5], rel=0.1)
 
 
@@ -350,9 +352,9 @@ def test_layers_with_different_activations():
 
 def test_a_single_layer_follows_one_like_itself():
     torch.manual_seed(4)
-    layer = vi3nr_init_(fi.FusedLinear(1000, 1000, activation="relu"), 3.0)
+    layer = vi3nr_init_(fi.FusedLinear(1000, 1000, activation="relu"), sigma_p=3.0)
     assert layer.weight.var().item() == pytest.approx(2 / 1000, rel=0.02)
-    layer = vi3nr_init_(fi.SineLayer(1000, 1000, is_first=True), 3.0)
+    layer = vi3nr_init_(fi.SineLayer(1000, 1000, is_first=True), sigma_p=3.0)
     assert layer.weight.var().item() == pytest.approx(9 * 3 / 1000, rel=0.02)
 
 
@@ -376,7 +378,7 @@ def test_equal_learnable_values_count_as_the_constant():
     weights = []
     for learnable, per_feature in ((False, False), (True, False), (True, True)):
         net = fi.SIREN(2, 16, 1, 3, learnable=learnable, per_feature=per_feature)
-        vi3nr_init_(net, 0.1, samples=1000, generator=torch.Generator().manual_seed(0))
+        vi3nr_init_(net, sigma_p=0.1, samples=1000, generator=torch.Generator().manual_seed(0))
         weights.append([layer.weight for layer in net.net])
     for others in weights[1:]:
         assert all(torch.equal(a, b) for a, b in zip(weights[0], others))
@@ -469,7 +471,7 @@ BAD = [
     (lambda: siren_init_("net"), TypeError, "module"),
     (lambda: siren_init_(fi.FusedLinear(2, 3)), ValueError, "omega"),
     (lambda: vi3nr_init_(nn.Linear(2, 3)), ValueError, "no fused layer"),
-    (lambda: vi3nr_init_(fi.SIREN(2, 4, 0, 1), -1.0), ValueError, "sigma_p"),
+    (lambda: vi3nr_init_(fi.SIREN(2, 4, 0, 1), sigma_p=-1.0), ValueError, "sigma_p"),
     (lambda: vi3nr_init_(fi.SIREN(2, 4, 0, 1), distribution="cauchy"), ValueError, "distribution"),
     (lambda: vi3nr_init_(fi.SIREN(2, 4, 0, 1), sample_input=torch.zeros(5, 3)), ValueError, "sample_input"),
     (lambda: vi3nr_init_(fi.SIREN(2, 4, 0, 1), sample_input=torch.zeros(5, 2)), ValueError, "both be 0"),

@@ -24,12 +24,9 @@ from torch import Tensor
 from .. import activations
 from .._checks import finite_float, positive_int
 from ..activations import Activation, ActivationMap
+from ..ops import moments as raw
+from . import estimates
 from .siren import _described
-
-#: Pre-activations drawn at a time. On the CPU below the grain size from which PyTorch splits a sum among threads, so
-#: that the bits do not depend on their number.
-_CHUNK = {"cpu": 1 << 14}
-_CHUNK_DEVICE = 1 << 20
 
 
 # -- gains
@@ -72,9 +69,9 @@ def vi3nr_gain_MC(
         samples: values of f to average, at least 2. The relative standard error of the gain is
             std(f^2) / (2 E[f^2] sqrt(samples)): 0.11 % for relu at the default.
         device: where to draw; by default the CPU, or where the activation's parameters are.
-        generator: source of random numbers (on `device`), or
-        seed: start of a private one; PyTorch's global one serves if neither is given. The same seed gives the same
-            bits on the same kind of device. Memory does not grow with `samples`; sums are kept in float64.
+        generator: source of the seed, or
+        seed: of the draws (`fused_inr.init.moments`), 0 <= seed < 2^63; PyTorch's global generator gives one if neither is
+            given. The same seed gives the same bits on the same kind of device, whatever the threads.
 
     Returns the gain as a float. Raises TypeError or ValueError for other arguments, and where f returns something
     that is not finite, zero everywhere, or of another shape.
@@ -92,32 +89,19 @@ def _second_moment(
     generator: torch.Generator | None = None,
     seed: int | None = None,
 ) -> float:
-    """E[f(z)^2], z ~ N(0, sigma^2)."""
+    """E[f(z)^2], z ~ N(0, sigma^2), mean over outputs and features."""
     samples = positive_int("samples", samples, minimum=2)
     f = activations.get(act_func) if isinstance(act_func, str | ActivationMap) else act_func
     if not callable(f):
         raise TypeError(
             f"act_func must be a callable from tensor to tensor, an activation or its name, got {type(f).__name__}"
         )
-    device, generator = _source(f, device, generator, seed)
-    branches = outputs = features = 1
-    plain = not isinstance(f, Activation)
+    device, seed = _source(f, device, generator, seed)
     if isinstance(f, Activation):
-        branches, outputs, features = f.branches, f.outputs, _features(f)
-        # learnable parameters may be half-precision: the estimate is not
-        f = f.with_params(**{k: _widened(v, device) for k, v in f.params.items()})
-    chunk = max(1, _CHUNK.get(device.type, _CHUNK_DEVICE) // features)
-    rows = max(2, -(-samples // features))  # each row is one draw per feature
-    sums = []
-    with torch.no_grad():
-        for start in range(0, rows, chunk):
-            n = min(chunk, rows - start)
-            shape = (n,) if plain else (n, branches * features)
-            z = torch.randn(shape, device=device, dtype=torch.float32, generator=generator).mul_(sigma)
-            y = f(z)
-            _check_values(f, y, shape if plain else (n, outputs * features))
-            sums.append((y.abs() if y.is_complex() else y).double().square_().sum().item())
-    moment = math.fsum(sums) / (rows * features * outputs)
+        rows = max(2, -(-samples // _features(f)))  # every feature sees the same draws
+        moment = estimates.moments(f, sigma, samples=rows, seed=seed, device=device).second.mean().item()
+    else:
+        moment = _second_moment_of_values(f, sigma, samples, device, seed)
     if not math.isfinite(moment):
         raise ValueError(f"act_func must return finite values, got NaN or infinity for z ~ N(0, {sigma:g}^2): {f!r}")
     if moment == 0:
@@ -128,7 +112,20 @@ def _second_moment(
     return moment
 
 
-def _source(f, device, generator, seed) -> tuple[torch.device, torch.Generator | None]:
+def _second_moment_of_values(f: Callable, sigma: float, samples: int, device: torch.device, seed: int) -> float:
+    """A callable's, which need not be differentiable."""
+    sums = []
+    with torch.no_grad():
+        for start in range(0, samples, estimates.CALL):
+            z = raw.normals(start, min(estimates.CALL, samples - start), 0, seed, device).mul_(sigma)
+            y = f(z.clone())  # which may work in place
+            _check_values(f, y, tuple(z.shape))
+            sums += raw.chunk_powers(y.abs() if y.is_complex() else y)[:, 1].tolist()
+    return math.fsum(sums) / samples
+
+
+def _source(f, device, generator, seed) -> tuple[torch.device, int]:
+    """Where to draw, and the seed of the draws."""
     if generator is not None and seed is not None:
         raise ValueError("give generator or seed, not both")
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -143,8 +140,9 @@ def _source(f, device, generator, seed) -> tuple[torch.device, torch.Generator |
     if device.type == "meta":
         raise ValueError("device must hold data to estimate a gain, got 'meta'")
     if seed is not None:
-        generator = torch.Generator(device=device).manual_seed(positive_int("seed", seed, minimum=0))
-    return device, generator
+        return device, positive_int("seed", seed, minimum=0)
+    where = "cpu" if generator is None else generator.device
+    return device, int(torch.randint(1 << 62, (), generator=generator, device=where))
 
 
 def _features(activation: Activation) -> int:
@@ -153,10 +151,6 @@ def _features(activation: Activation) -> int:
     if len(sizes) > 1:
         raise ValueError(f"act_func: its parameters have different numbers of features: {sorted(sizes)}")
     return sizes.pop() if sizes else 1
-
-
-def _widened(value: float | Tensor, device: torch.device) -> float | Tensor:
-    return value.detach().to(device, torch.float32) if isinstance(value, Tensor) else value
 
 
 def _check_values(f: object, y: object, shape: tuple[int, ...]) -> None:

@@ -45,7 +45,11 @@ def random_bits(start: int, count: int, branch: int, seed: int, device: torch.de
 
 def normals(start: int, count: int, branch: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Draws `start` to `start + count` of a branch, float32 [count]; `start` a multiple of 4."""
-    bits = random_bits(start, -(-count // 4) * 4, branch, seed, device).view(-1, 2)
+    words = -(-count // 4) * 4
+    if torch.device(device).type == "cpu" and backends.TABLE["cpu"].available()[0]:
+        bits = torch.ops.fused_inr_native.random_bits(start, words, branch, seed).view(-1, 2)
+    else:
+        bits = random_bits(start, words, branch, seed, device).view(-1, 2)
     u = bits[:, 0].float() * 2.0**-32 + 2.0**-33  # in (0, 1]
     turn = (bits[:, 1] - ((bits[:, 1] >> 31) << 32)).float() * (torch.pi * 2.0**-31)
     radius = (-2 * u.log()).clamp_min(0).sqrt()
@@ -53,16 +57,19 @@ def normals(start: int, count: int, branch: int, seed: int, device: torch.device
 
 
 def powers(values: Tensor) -> Tensor:
-    """[.., n] -> [.., 3] float64: sums of v, v^2, v^4 over the last dimension, in one order whatever the other ones."""
-    v = values.double()
+    """[.., n] -> [.., 3] float64: sums of v, v^2, v^4 over the last dimension of at most a chunk.
+
+    In one order, whatever the other dimensions and the threads: PyTorch splits no sum of 64 numbers that is one of many.
+    """
+    v = torch.nn.functional.pad(values.double(), (0, CHUNK - values.shape[-1])).unflatten(-1, (64, 64))
     square = v * v
-    v = torch.stack((v, square, square * square), -2)
-    while (n := v.shape[-1]) > 1:
-        half = -(-n // 2)
-        head = v[..., :half].clone()
-        head[..., : n - half] += v[..., half:]
-        v = head
-    return v.squeeze(-1)
+    return torch.stack([x.sum(-1).sum(-1) for x in (v, square, square * square)], -1)
+
+
+def chunk_powers(values: Tensor) -> Tensor:
+    """[n] -> [chunks, 3]: `powers` of each chunk; the last one may be shorter."""
+    values = torch.nn.functional.pad(values, (0, -len(values) % CHUNK))  # zeros add nothing
+    return powers(values.view(-1, CHUNK))
 
 
 def reference(sigmas: Tensor, params: Tensor, start: int, samples: int, seed: int, map: ActivationMap) -> Tensor:
