@@ -24,18 +24,19 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import act_map, linear_act, maps, mlp, mlp_tune, tune
+from . import act_map, linear_act, maps, mlp, mlp_tune, moments, tune
 
 ROWS = 65536
-_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation: "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map" or "sum", with shapes; or
-    of a whole network with K inputs, four layers of N features and three outputs: "mlp_forward", "mlp_stream" (no
-    weights stay on chip), "mlp_save" (that keeps the pre-activations), "mlp_backward" (from those), "mlp_recompute"
-    (without), "mlp_loss", "mlp_one_pass" (in registers)."""
+    """One compilation: "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map" or "sum", with shapes;
+    "moments" of N settings a program (K: the draws of a chunk); or of a whole network with K inputs, four layers of N
+    features and three outputs: "mlp_forward", "mlp_stream" (no weights stay on chip), "mlp_save" (that keeps the
+    pre-activations), "mlp_backward" (from those), "mlp_recompute" (without), "mlp_loss", "mlp_one_pass" (in
+    registers)."""
 
     arch: str
     kernel: str
@@ -166,6 +167,8 @@ def build(job: Job) -> tuple[_Arguments, dict]:
         return arguments, config.options()
     if job.kernel == "act_map":
         return _build_act_map(job, B, C, P)
+    if job.kernel == "moments":
+        return _build_moments(job, B, C, P)
     if job.kernel in MLP:
         return _build_mlp(job, B, C, P)
     forward = job.kernel in ("forward", "input_grad")
@@ -332,6 +335,22 @@ def _build_act_map(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
     return arguments, config.options()
 
 
+def _build_moments(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
+    arguments = _Arguments(moments.moments_kernel, job.aligned)
+    for name in ("sigma_ptr", "param_ptr"):
+        arguments.pointer(name, torch.float32)
+    arguments.pointer("out_ptr", torch.float64)
+    arguments.integers(
+        G=10000, settings=job.N, groups=157, last=moments.CHUNK, first_low=0, first_high=0, seed_low=0, seed_high=0
+    )
+    config = moments.config(B, C)
+    arguments.constant(
+        MAP=maps.jet(job.activation), MODE=0 if job.precision == "ieee" else 1, B=B, VALUES=C * (1 + B), P=P,
+        SLICES=config.slices, BLOCK_M=moments.CHUNK,
+    )  # fmt: skip
+    return arguments, {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
 # ---------------------------------------------------------------- what came out
 
 _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -360,10 +379,12 @@ def compile_job(job: Job) -> dict[str, object]:
         row.update(inspect(compiled))
     except Exception as error:  # a row of its own, not the end of the report
         first = next(iter(str(error).strip().splitlines()), "")
-        row.update(problems=[f"{type(error).__name__}: {first[:300]}"])
+        what = f"{type(error).__name__}: {first[:300]}"
+        row.update(broken=[what], problems=[what])
         return row
     row["seconds"] = round(time.perf_counter() - start, 2)
-    row["problems"] = problems(job, row)
+    row["broken"] = broken(job, row)
+    row["problems"] = row["broken"] + slow(job, row)
     return row
 
 
@@ -432,11 +453,9 @@ def inspect(compiled) -> dict[str, object]:
     }
 
 
-def problems(job: Job, row: dict) -> list[str]:
-    """What a shipped configuration must not have; empty if it may ship."""
+def broken(job: Job, row: dict) -> list[str]:
+    """What cannot run, or computes nothing: wrong under any version of the compiler."""
     found = []
-    if row["spilled"] or row["local"]:
-        found.append(f"{row['spilled']} bytes of stack, {row['local']} local loads and stores")
     limit = tune.SHARED_LIMIT[job.arch]
     if row["shared"] > limit:
         found.append(f"{row['shared']} bytes of shared memory, {job.arch} has {limit}")
@@ -444,13 +463,25 @@ def problems(job: Job, row: dict) -> list[str]:
         found.append(f"{row['tmem']} columns of tensor memory of 512")
     if row["trap"]:
         found.append("the PTX traps")
+    arithmetic = row["tensor"] + row["ffma"] + row["ffma2"]
+    product = job.kernel in ("forward", "input_grad", "gz", "weight_grad") or job.kernel in MLP
+    if product and not arithmetic:
+        found.append("no multiply-add")
+    if not row["stg"]:
+        found.append("no store")
+    return found
+
+
+def slow(job: Job, row: dict) -> list[str]:
+    """What runs, but must not ship: under the Triton that the configurations were chosen for."""
+    found = []
+    if row["spilled"] or row["local"]:
+        found.append(f"{row['spilled']} bytes of stack, {row['local']} local loads and stores")
     product = job.kernel in ("forward", "input_grad", "gz", "weight_grad")
     dot = product and tune.kind(job.N, job.K) == tune.DOT or job.kernel in MLP
     ieee = job.dtype == torch.float32 and job.precision == "ieee"
     if dot and not ieee and not row["tensor"]:
         found.append("no tensor-core instruction")
-    if dot and ieee and not row["ffma"] + row["ffma2"]:
-        found.append("no multiply-add")
     if job.kernel in ("mlp_forward", "mlp_stream"):
         stores = row["block_m"] * 16 // (32 * row["num_warps"])  # of the output alone, one by one
         if row["stg"] > max(1, stores):
@@ -475,7 +506,8 @@ def jobs(
     """Every kernel x shipped configuration x type, for these activations (each brings its branch count).
 
     scope: "full" adds unaligned operands, maps with learnable parameters in every kernel and odd widths; "quick" keeps
-    one width, and tf32 and bfloat16 of the types.
+    one width, and tf32 and bfloat16 of the types; "sample" keeps of the default each kernel, kind of product, type and
+    level once an architecture, activations and widths in turns.
     """
     result: dict[object, Job] = {}
 
@@ -540,4 +572,17 @@ def jobs(
                         continue
                     for level in range(1 if learnable else 0, (1 if quick else top) + 1):
                         add(kernel="act_map", activation=name, level=level, learnable=learnable, **base)
-    return list(result.values())
+                for precision in ("ieee", "tf32") if full and aligned else ("ieee",) if aligned else ():
+                    moment = {"N": moments.MAX_SETTINGS, "K": moments.CHUNK, "precision": precision}
+                    add(kernel="moments", activation=name, **base | moment)
+    return _sample(result.values()) if scope == "sample" else list(result.values())
+
+
+def _sample(wanted: Iterable[Job]) -> list[Job]:
+    """One job of each group that differ in activation and width only; the n-th group gives its n-th, cyclically."""
+    groups: dict[object, list[Job]] = {}
+    for job in wanted:
+        kind = tune.kind(job.N, job.K) if job.kernel in ("forward", "input_grad", "gz", "weight_grad") else None
+        key = (job.arch, job.kernel, kind, job.dtype, job.precision, job.aligned, job.learnable, job.level)
+        groups.setdefault(key, []).append(job)
+    return [group[i % len(group)] for i, group in enumerate(groups.values())]

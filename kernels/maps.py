@@ -42,6 +42,15 @@ def get(name: str, level: int, learnable: bool = False):
     return function
 
 
+def jet(name: str):
+    """The committed map of a value and its derivatives with respect to the pre-activations: `sine_j`."""
+    generated = importlib.import_module(f"{__package__}.generated.activations")
+    function = getattr(generated, f"{name}_j", None)
+    if function is None:
+        raise KeyError(f"no generated Triton jet {name!r}")
+    return function
+
+
 def from_source(key: str, source: str):
     """The map that `source` defines (one `@triton.jit` function that uses `tl` and the `fi_` primitives).
 

@@ -84,7 +84,7 @@ def _reduce_large(x):
 
 
 @triton.jit
-def _sincos_accurate(x):
+def _sincos_accurate(x, BOUNDED: tl.constexpr = False):
     # n = round(x 2/pi): adding 1.5 * 2^23 leaves it in the low bits (a cvt would be a slow FRND)
     shifted = tl.fma(x, 0.6366197723675814, 12582912.0)
     n = shifted - 12582912.0
@@ -95,16 +95,17 @@ def _sincos_accurate(x):
     r = tl.fma(n, -4.837512969970703e-04, r)
     r = tl.fma(n, -7.549789415861596e-08, r)
     r = tl.fma(n, -5.390302953474238e-15, r)  # (-: the sign of x = -0.0 survives)
-    large = tl.abs(x) > 100000.0
-    if large.type.is_block():
-        any_large = tl.max(large.to(tl.int32)) != 0
-    else:
-        any_large = large
-    if any_large:  # one branch for the whole tile
-        slow_r, slow_quadrant = _reduce_large(x)
-        slow_r = tl.where(tl.abs(x) < float("inf"), slow_r, float("nan"))
-        r = tl.where(large, slow_r, r)
-        quadrant = tl.where(large, slow_quadrant, quadrant)
+    if not BOUNDED:
+        large = tl.abs(x) > 100000.0
+        if large.type.is_block():
+            any_large = tl.max(large.to(tl.int32)) != 0
+        else:
+            any_large = large
+        if any_large:  # one branch for the whole tile
+            slow_r, slow_quadrant = _reduce_large(x)
+            slow_r = tl.where(tl.abs(x) < float("inf"), slow_r, float("nan"))
+            r = tl.where(large, slow_r, r)
+            quadrant = tl.where(large, slow_quadrant, quadrant)
     r2 = r * r
     s = tl.fma(r2, 2.8328051939752186e-06, -1.9853078993037343e-04)
     s = tl.fma(r2, s, 8.333379402756691e-03)
@@ -134,6 +135,15 @@ def fi_sincos(x, MODE: tl.constexpr):
         return _sin_approx(r), _cos_approx(r)
     else:
         return tl.sin(x), tl.cos(x)
+
+
+@triton.jit
+def sincos_bounded(x, MODE: tl.constexpr):
+    """fi_sincos for abs(x) <= 2^16: without the question whether an argument is larger."""
+    if MODE == 0:
+        return _sincos_accurate(x, True)
+    else:
+        return fi_sincos(x, MODE)
 
 
 @triton.jit

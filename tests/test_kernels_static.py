@@ -19,17 +19,9 @@ import pytest
 triton = pytest.importorskip("triton")
 static_report = pytest.importorskip("fused_inr.bench.static_report")
 
-BOUND = triton.__version__.startswith("3.7.")
-
 
 def failures(rows: list[dict]) -> list[str]:
-    found = []
-    for row in rows:
-        for problem in row["problems"]:
-            if BOUND or "local loads" not in problem:
-                what = ("arch", "kernel", "type", "activation", "level", "N", "K", "aligned")
-                found.append(f"{' '.join(str(row[k]) for k in what)}: {problem}")
-    return found
+    return static_report.failures(rows, triton.__version__)
 
 
 #: (architecture, kernel, activation, dtype, precision, N, K, aligned, learnable, level): the most registers, the least

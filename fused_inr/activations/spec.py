@@ -50,6 +50,7 @@ class ActivationMap:
         self._programs: dict[tuple[int, bool], Any] = {}
         self._torch: dict[tuple[int, bool], Callable] = {}
         self._triton: dict[tuple[int, bool], Any] = {}
+        self._triton_jet: Any = None
         self._key: str | None = name if generated else None
         self._outputs: int | None = None
 
@@ -209,6 +210,20 @@ class ActivationMap:
                 cached = maps.from_source(name, emit.triton_function(name, self.program(level, learnable)))
             self._triton[level, learnable] = cached
         return cached
+
+    def triton_jet(self):
+        """Value and derivatives together as a `triton.jit` function (imports Triton); parameters constant."""
+        if self._triton_jet is None:
+            from fused_inr.kernels import maps
+
+            if self.generated:
+                self._triton_jet = maps.jet(self.name)
+            else:
+                from . import emit
+
+                name = self.jet_name(False)
+                self._triton_jet = maps.from_source(name, emit.triton_function(name, self.jet()))
+        return self._triton_jet
 
     def cpp_source(self) -> str:
         """Every level as C++ functions, with the table macro, as in csrc/generated/activations.h."""
