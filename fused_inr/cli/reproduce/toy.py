@@ -72,7 +72,7 @@ _FILL = {"uniform": init.vi3nr_uniform_, "normal": init.vi3nr_normal_, "orthogon
 
 
 def activation_of(text: str) -> Activation:
-    """"gaussian:0.05": a name and the value of its first parameter."""
+    """ "gaussian:0.05": a name and the value of its first parameter."""
     name, _, value = text.partition(":")
     if name == "gaussian":
         return activations.gaussian(sigma=float(value))
