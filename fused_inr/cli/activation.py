@@ -28,8 +28,8 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 }
 
 
-def parse_activation(text: str) -> Activation:
-    """The activation that `--activation TEXT` means.
+def parse_activation(text: str, option: str = "--activation") -> Activation:
+    """The activation that `--activation TEXT` (or another `option`) means.
 
     Raises:
         CliError: an unknown name or parameter, a value that is no number, a formula that cannot be read.
@@ -37,7 +37,7 @@ def parse_activation(text: str) -> Activation:
     from .. import activations
 
     head, _, tail = text.strip().partition(":")
-    values, learnable = _parameters(text, tail)
+    values, learnable = _parameters(f"{option} {text}", tail)
     try:
         if head.isidentifier() and head != "z":
             base = activations.get(head)
@@ -48,10 +48,10 @@ def parse_activation(text: str) -> Activation:
         defined = activations.define("formula", _formula(head, tuple(values)), **values)
         return defined.map(learnable=learnable, **values)
     except (TypeError, ValueError) as error:
-        raise CliError(f"--activation {text}: {error}") from error
+        raise CliError(f"{option} {text}: {error}") from error
 
 
-def _parameters(text: str, tail: str) -> tuple[dict[str, Any], bool]:
+def _parameters(where: str, tail: str) -> tuple[dict[str, Any], bool]:
     values: dict[str, Any] = {}
     learnable = False
     for item in filter(None, (part.strip() for part in tail.split(","))):
@@ -59,14 +59,14 @@ def _parameters(text: str, tail: str) -> tuple[dict[str, Any], bool]:
         if item == "learnable":
             learnable = True
         elif not equals or not name.isidentifier():
-            raise CliError(f"--activation {text}: parameters look like omega=30,learnable; got {item!r}")
+            raise CliError(f"{where}: parameters look like omega=30,learnable; got {item!r}")
         else:
             try:
                 values[name] = float(number)
             except ValueError:
-                raise CliError(f"--activation {text}: {name} needs a number, got {number!r}") from None
+                raise CliError(f"{where}: {name} needs a number, got {number!r}") from None
             if not math.isfinite(values[name]):
-                raise CliError(f"--activation {text}: {name} needs a finite number, got {number!r}")
+                raise CliError(f"{where}: {name} needs a finite number, got {number!r}")
     return values, learnable
 
 

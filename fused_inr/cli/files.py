@@ -8,19 +8,19 @@ from pathlib import Path
 from . import CliError
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, option: str = "--out") -> None:
     """Make `folder` if only its last component is missing; make sure, before any work, that it can be written to."""
     try:
         if not folder.exists():
             if not folder.parent.is_dir():
-                raise CliError(f"--out {folder}: the folder {folder.parent} does not exist; make it first")
+                raise CliError(f"{option} {folder}: the folder {folder.parent} does not exist; make it first")
             folder.mkdir()
         elif not folder.is_dir():
-            raise CliError(f"--out {folder}: is a file, and a folder is needed")
+            raise CliError(f"{option} {folder}: is a file, and a folder is needed")
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise CliError(f"--out {folder}: cannot write there: {error.strerror or error}") from error
+        raise CliError(f"{option} {folder}: cannot write there: {error.strerror or error}") from error
 
 
 def write_all(contents: dict[Path, bytes]) -> None:

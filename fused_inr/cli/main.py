@@ -12,16 +12,16 @@ from collections.abc import Sequence
 
 from .. import __version__
 from . import CliError
-from .arguments import Parser, integer, positive
+from .arguments import Parser, integer, non_negative, positive
 from .bench import BENCHES
-from .options import BACKENDS, INITS, PRECISIONS
+from .options import BACKENDS, INITS, METHODS, PRECISIONS
 from .reproduce import REPRODUCTIONS
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fused-inr", description="Fused layers for implicit neural representations.")
     parser.add_argument("--version", action="version", version=f"fused_inr {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="fit | doctor | bench | reproduce", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="fit | gain | doctor | bench | reproduce", required=True)
 
     fit = commands.add_parser(
         "fit",
@@ -59,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="the same for programs")
 
+    _gain_arguments(
+        commands.add_parser(
+            "gain",
+            help="VI3NR's gain and sigma_p of an activation",
+            description="VI3NR's gain, backward condition and sigma_p of an activation, with a figure of both over sigma_p.",
+        )
+    )
+
     bench = commands.add_parser("bench", help="measure", description="Measure on this machine.")
     kinds = bench.add_subparsers(dest="which", metavar=" | ".join(BENCHES), required=True)
     for name, (_, text) in BENCHES.items():
@@ -85,6 +93,31 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def _gain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "activation",
+        metavar="ACTIVATION",
+        help="registered name or formula in z: gaussian:sigma=0.05, split, 'sin(w*z**2)*exp(-z**2):w=2'",
+    )
+    parser.add_argument("--sigma-p", type=positive, metavar="X", help="gain and condition there, too")
+    parser.add_argument(
+        "--fan-ratio", type=positive, default=1.0, metavar="X", help="features out over features in of a layer (1)"
+    )
+    parser.add_argument(
+        "--bias-variance", type=non_negative, default=0.0, metavar="X", help="of biases that are not zero (0)"
+    )
+    parser.add_argument("--lower", type=positive, default=1e-4, metavar="X", help="smallest sigma_p tried (%(default)g)")
+    parser.add_argument("--upper", type=positive, default=1e4, metavar="X", help="largest sigma_p tried (%(default)g)")
+    parser.add_argument("--method", choices=METHODS, default="auto", help="auto: quadrature where that converges")
+    parser.add_argument("--samples", type=integer(2), default=1_000_000, metavar="N", help="of Monte Carlo (%(default)d)")
+    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of Monte Carlo (0)")
+    parser.add_argument("--device", metavar="DEVICE", help="of Monte Carlo: cpu, cuda, .. (cpu)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--figure", metavar="FILE", default="fused-inr-gain.png", help="PNG to write (%(default)s)")
+    output.add_argument("--no-figure", dest="figure", action="store_const", const="", help="write none")
+    parser.add_argument("--json", action="store_true", help="the answer for programs")
+
+
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """What was asked for, and what the bench that was asked for reads itself (its --help, too)."""
     if len(argv) > 1 and argv[0] == "bench" and argv[1] in BENCHES:
@@ -105,6 +138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import doctor
 
             return doctor.run(arguments.json)
+        if arguments.command == "gain":
+            from . import gain
+
+            return gain.run(arguments)
         if arguments.command == "reproduce":
             from .reproduce import record
 
