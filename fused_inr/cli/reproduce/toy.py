@@ -151,7 +151,7 @@ def work(options: Options, numbers: list[int], full: bool = False) -> Work:
             result[row.label] = {"E_f": e_f, "E_b": e_b, "gain2": gain**2}
         return result
 
-    cells = {f"{d} {s}": partial(cell, d, s) for s in numbers for d in DISTRIBUTIONS}
+    cells: dict[str, Any] = {f"{d} {s}": partial(cell, d, s) for s in numbers for d in DISTRIBUTIONS}
     return Work(
         {**asdict(options), "seeds": numbers, "rows": [asdict(r) for r in rows]},
         cells,
