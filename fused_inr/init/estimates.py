@@ -197,7 +197,7 @@ class _Grid:
             if name in given:
                 column = given[name].unsqueeze(-1)
             else:
-                column = torch.as_tensor(value).detach().to("cpu", torch.float64)
+                column = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
             columns.append(column.expand(full).reshape(-1))
         self.params = torch.stack(columns, -1) if columns else self.sigmas.new_empty(len(self.sigmas), 0)
 
@@ -317,8 +317,9 @@ def _drawn(grid: _Grid, samples: int, seed: int, start: int):
     return statistics(sums, samples)
 
 
-#: Draws that a callable sees at a time: whole chunks, and on the CPU few enough that PyTorch's threads are of use.
-CALL = 16 * raw.CHUNK
+#: Draws that a callable sees at a time: whole chunks, and fewer numbers than PyTorch divides among threads, which would
+#: change bits.
+CALL = 4 * raw.CHUNK
 
 
 def _callable_part(grid: _Grid, sigmas: Tensor, seed: int):

@@ -29,18 +29,23 @@ _MASK = 0xFFFFFFFF
 # -- the reference
 
 
-def random_bits(start: int, count: int, branch: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Words `start` to `start + count` of a branch's stream, int64 in [0, 2^32), [count]; both multiples of 4."""
-    # 64-bit integers wrap: the product's bits are those of an unsigned one
-    q = torch.arange(start // 4, (start + count) // 4, device=device)
-    c0, c1 = q & _MASK, (q >> 32) & _MASK
-    c2, c3 = torch.full_like(q, branch), torch.zeros_like(q)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of four counter words (int64 tensors that hold uint32) and two key words: four words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(10):
+        # 64-bit integers wrap: the product's bits are those of an unsigned one
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return torch.stack((c0, c1, c2, c3), -1).flatten()
+    return c0, c1, c2, c3
+
+
+def random_bits(start: int, count: int, branch: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Words `start` to `start + count` of a branch's stream, int64 in [0, 2^32), [count]; both multiples of 4."""
+    q = torch.arange(start // 4, (start + count) // 4, device=device)
+    counter = (q & _MASK, (q >> 32) & _MASK, torch.full_like(q, branch), torch.zeros_like(q))
+    return torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), -1).flatten()
 
 
 def normals(start: int, count: int, branch: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -80,16 +85,18 @@ def reference(sigmas: Tensor, params: Tensor, start: int, samples: int, seed: in
     sums = torch.empty(chunks, len(sigmas), values, 3, dtype=torch.float64, device=sigmas.device)
     jet = map.torch_jet()
     own = params.float().unsqueeze(-1).unbind(1)
-    at_a_time = max(1, (1 << 20) // (CHUNK * (values + branches)))
+    # fewer numbers than PyTorch divides among threads: where a thread's part ends, its elementary functions round differently
+    at_a_time = ((1 << 15) - 1) // CHUNK
     for chunk in range(chunks):
         n = min(CHUNK, samples - chunk * CHUNK)
-        draws = [normals(start + chunk * CHUNK, n, b, seed, sigmas.device) for b in range(branches)]
+        # always a whole chunk, so that no draw's place among those that are evaluated depends on how many are asked for
+        draws = [normals(start + chunk * CHUNK, CHUNK, b, seed, sigmas.device) for b in range(branches)]
         for at in range(0, len(sigmas), at_a_time):
             some = slice(at, at + at_a_time)
             z = [sigmas[some, b, None].float() * draws[b] for b in range(branches)]
             out = jet(*z, *(p[some] for p in own))
             for k, value in enumerate(out):
-                sums[chunk, some, k] = powers(torch.as_tensor(value).expand_as(z[0]))
+                sums[chunk, some, k] = powers(torch.as_tensor(value).expand_as(z[0])[:, :n])
     return sums
 
 
