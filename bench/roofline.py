@@ -1,12 +1,14 @@
-"""What a compiled kernel can reach: resident warps of a multiprocessor, and a roofline of four units.
+"""What a compiled kernel can reach: resident warps of a multiprocessor, and a roofline of its units.
 
-Time for one row of the problem (all columns; a network: all layers), as if each unit worked alone at its peak rate:
-device memory, tensor cores, special functions, and the pipe of float32 arithmetic. The largest is the floor, and names
+Time for one row of the problem (all columns; a network: all layers; moments: one draw of one setting), as if each unit
+worked alone at its peak rate: device memory, tensor cores, special functions, and the pipe of float32 arithmetic; for
+moments integer multiplications, the other integer operations and float64 as well. The largest is the floor, and names
 what binds. Operations and bytes of the products come from the shapes as the kernel pads them; special functions and
 multiply-adds of the maps are counted in the SASS, by the loop that they stand in.
 
 Left out: weights and their gradients (read and written once for all rows), partial sums, whatever stays in the L2
-cache, integer arithmetic, and latency. Code behind a branch that few arguments take counts as taken.
+cache, integer arithmetic (except in moments), and latency. Code behind a branch that few arguments take counts as taken
+(except in moments, where a tile of draws seldom has such an argument).
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ REGISTER_UNIT, SCHEDULERS, SHARED_UNIT, SHARED_SYSTEM = 256, 4, 128, 1024
 @dataclass(frozen=True)
 class Device:
     """Peak rates: bytes/s; FLOP/s of the dense product of half types and of TF32; multiprocessors; the clock that the
-    data sheet's float32 rate implies; float32 lanes and special functions of a multiprocessor a clock."""
+    data sheet's float32 rate implies; and of a multiprocessor a clock: float32 and float64 lanes, special functions (and
+    conversions to float64), integer multiplications, other integer operations."""
 
     name: str
     arch: str
@@ -52,7 +55,12 @@ class Device:
     multiprocessors: int
     clock: float
     lanes: int
-    special: int = 16  # CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", 8.0, 9.0 and 10.0
+    double: int
+    # CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", 8.0 and 9.0 (GA100 and Hopper white
+    # papers: 64 INT32 lanes); 10.0 is taken to be as 9.0
+    special: int = 16
+    integer_multiply: int = 64
+    integer: int = 64
 
     @property
     def fma(self) -> float:
@@ -63,23 +71,35 @@ class Device:
     def sfu(self) -> float:
         return self.multiprocessors * self.special * self.clock
 
+    @property
+    def imul(self) -> float:
+        return self.multiprocessors * self.integer_multiply * self.clock
+
+    @property
+    def alu(self) -> float:
+        return self.multiprocessors * self.integer * self.clock
+
+    @property
+    def fp64(self) -> float:
+        return self.multiprocessors * self.double * self.clock
+
 
 #: The first of an architecture is the one in the table.
 DEVICES = (
-    # NVIDIA A100 data sheet, 80 GB SXM: 2,039 GB/s, 312 and 156 TFLOP/s dense, 19.5 TFLOP/s float32; GA100 white paper:
-    # 108 multiprocessors of 64 lanes, 1.41 GHz
-    Device("A100", "sm80", 2.039e12, 312e12, 156e12, 108, 1.41e9, 64),
+    # NVIDIA A100 data sheet, 80 GB SXM: 2,039 GB/s, 312 and 156 TFLOP/s dense, 19.5 TFLOP/s float32, 9.7
+    # float64; GA100 white paper: 108 multiprocessors of 64 lanes, 1.41 GHz
+    Device("A100", "sm80", 2.039e12, 312e12, 156e12, 108, 1.41e9, 64, 32),
     # NVIDIA H200 data sheet, SXM: 4.8 TB/s, otherwise as the H100; a copy was seen to reach 4.3 TB/s, bf16 products 790
     # TFLOP/s on random data
-    Device("H200", "sm90", 4.8e12, 989e12, 494e12, 132, 1.98e9, 128),
+    Device("H200", "sm90", 4.8e12, 989e12, 494e12, 132, 1.98e9, 128, 64),
     # NVIDIA H100 data sheet, SXM: 3.35 TB/s, 989 and 494 TFLOP/s dense (half of those with sparsity), 67 TFLOP/s
-    # float32; Hopper white paper: 132 multiprocessors of 128 lanes
-    Device("H100", "sm90", 3.35e12, 989e12, 494e12, 132, 1.98e9, 128),
+    # float32, 34 float64; Hopper white paper: 132 multiprocessors of 128 lanes
+    Device("H100", "sm90", 3.35e12, 989e12, 494e12, 132, 1.98e9, 128, 64),
     # NVIDIA HGX B200 data sheet, of 8 GPUs, a GPU each: 8 TB/s (7.7 in some tables), 2.25 and 1.12 PFLOP/s dense,
-    # 75 TFLOP/s float32; 148 multiprocessors of 128 lanes give the clock
-    Device("B200", "sm100", 8.0e12, 2250e12, 1125e12, 148, 1.98e9, 128),
+    # 75 TFLOP/s float32, 37 float64; 148 multiprocessors of 128 lanes give the clock
+    Device("B200", "sm100", 8.0e12, 2250e12, 1125e12, 148, 1.98e9, 128, 64),
 )
-UNITS = ("memory", "tensor", "sfu", "fma")
+UNITS = ("memory", "tensor", "sfu", "fma", "imul", "alu", "fp64")
 
 
 @dataclass(frozen=True)
@@ -122,13 +142,17 @@ def _multiple(n: int, unit: int) -> int:
 @dataclass(frozen=True)
 class Work:
     """One row: bytes of device memory, operations of tensor cores and their type ("half" or "tf32"), special functions,
-    instructions of the float32 pipe (a multiply-add, a product or a sum are one each)."""
+    instructions of the float32 pipe (a multiply-add, a product or a sum are one each); integer multiplications, other
+    integer operations and float64 where they are counted."""
 
     bytes: float
     tensor: float
     rate: str
     sfu: float
     fma: float
+    imul: float = 0.0
+    alu: float = 0.0
+    fp64: float = 0.0
 
 
 def estimate(work: Work, device: Device) -> dict[str, float | str]:
@@ -138,6 +162,9 @@ def estimate(work: Work, device: Device) -> dict[str, float | str]:
         "tensor": work.tensor / getattr(device, work.rate),
         "sfu": work.sfu / device.sfu,
         "fma": work.fma / device.fma,
+        "imul": work.imul / device.imul,
+        "alu": work.alu / device.alu,
+        "fp64": work.fp64 / device.fp64,
     }
     bound = max(UNITS, key=lambda unit: seconds[unit])
     return {**{unit: seconds[unit] * 1e12 for unit in UNITS}, "floor": seconds[bound] * 1e12, "bound": bound}
@@ -157,6 +184,8 @@ def work(row: dict) -> Work:
         return _network(row, kernel)
     if kernel == "act_map":
         return _map(row)
+    if kernel == "moments":
+        return _moments(row)
     if kernel == "sum":
         return Work(bytes=4 * row["N"], tensor=0, rate="half", sfu=0, fma=row["N"])
     return _layer(row, kernel)
@@ -247,6 +276,15 @@ def _network(row: dict, kernel: str) -> Work:
         for name in ("mufu_at", "fp32_at")
     )
     return Work(moved, flops * products, rate, sfu, fma)
+
+
+def _moments(row: dict) -> Work:
+    """One draw of one setting; a program has N settings for each chunk of K draws that it makes."""
+    B, C, _ = _shape(row)
+    a_draw = 32 * row["num_warps"] / row["K"]
+    counts = {unit: (sum(at[:1]) / row["N"] + sum(at[1:])) * a_draw for unit, at in row["usual_at"].items()}
+    moved = 8 * 3 * C * (1 + B) / row["K"]
+    return Work(moved, 0, "half", counts["xu"], counts["fma"], counts["imul"], counts["alu"], counts["fp64"])
 
 
 def annotate(row: dict) -> None:

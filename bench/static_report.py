@@ -45,6 +45,9 @@ COLUMNS = (
     ("tensor_ps", "tens", 5),
     ("sfu", "sfu", 5),
     ("fma", "fma", 5),
+    ("imul", "imul", 5),
+    ("alu", "alu", 5),
+    ("fp64", "fp64", 5),
     ("bound", "bound", 6),
 )
 LEGEND = """columns:
@@ -54,12 +57,14 @@ LEGEND = """columns:
   tensor, ffma, mufu, frnd, stg                    instructions in the SASS: tensor cores, multiply-adds (of two lanes
          for FFMA2: one), special functions, slow roundings, stores
   warps  resident on a multiprocessor, and what keeps them from being more
-  mem, tens, sfu, fma                              roofline: picoseconds a row (all columns; a network: all layers) that
-         device memory, tensor cores, special functions and float32 arithmetic would take at the peak rates of an A100
-         (sm80), H200 (sm90), B200 (sm100), each working alone
+  mem, tens, sfu, fma, imul, alu, fp64             roofline: picoseconds a row (all columns; a network: all layers;
+         moments: one draw of one setting) that device memory, tensor cores, special functions, float32 arithmetic and,
+         of moments, integer multiplications, other integer operations and float64 would take at the peak rates of an
+         A100 (sm80), H200 (sm90), B200 (sm100), each working alone
   bound  the largest of these, which is the floor
 In the JSON: "occupancy" {warps, blocks, of, by}; "roofline" {A100 | H200 | H100 | B200: {memory, tensor, sfu, fma,
-floor in ps a row, bound}}; "mufu_at", "fp32_at": instructions outside loops, in loops, in loops within loops."""
+imul, alu, fp64, floor in ps a row, bound}}; "mufu_at", "fp32_at": instructions outside loops, in loops, in loops within
+loops; "usual_at": of each pipe, without what a jump ahead can skip."""
 
 
 def _initialise(cache: str) -> None:
@@ -185,7 +190,7 @@ def _cell(row: dict, key: str) -> str:
     if key == "occupancy":
         found = row.get("occupancy")
         return f"{found['warps']} {found['by']}" if found else "-"
-    if key in ("memory", "tensor_ps", "sfu", "fma", "bound"):
+    if key in ("memory", "tensor_ps", "sfu", "fma", "imul", "alu", "fp64", "bound"):
         return _roofline_cell(row, key.removesuffix("_ps"))
     return str(row.get(key, "-"))
 

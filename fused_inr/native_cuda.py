@@ -85,7 +85,8 @@ def _runs_on(architecture: int, capability: int, newest: bool) -> bool:
 
 def _source_hash(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in [*sorted((folder / "cuda").iterdir()), folder / "primitives.h", folder / "generated" / "activations.h"]:
+    shared = (folder / "primitives.h", folder / "philox.h", folder / "generated" / "activations.h")
+    for path in [*sorted((folder / "cuda").iterdir()), *shared]:
         digest.update(f"{path.name}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -153,6 +154,7 @@ def build(target: Path, verbose: bool = False, archs: Sequence[int] | None = Non
     units = [
         ([*kernels, "-DFUSED_INR_SCALAR=double"], "maps.cu", "maps_double"),
         ([*kernels, "-DFUSED_INR_SCALAR=float"], "maps.cu", "maps_float"),
+        (kernels, "moments.cu", "moments"),
         (ops, "ops_cuda.cpp", "ops"),
         (kernels, "probe.cu", "probe"),
     ]
@@ -245,7 +247,7 @@ def compile_maps(key: str, source: str, cache: Path | None = None) -> None:
     if not library.is_file():
         build_maps(library, source, archs)
     loaded = ctypes.CDLL(str(library))
-    tables = (ctypes.c_int64 * 2)()
+    tables = (ctypes.c_int64 * 3)()
     loaded.fused_inr_cuda_user_maps.restype = None
     loaded.fused_inr_cuda_user_maps(tables)
     _user_libraries[key] = loaded  # the backend keeps addresses into it
@@ -260,10 +262,15 @@ def build_maps(library: Path, source: str, archs: Sequence[int]) -> Path:
     with tempfile.TemporaryDirectory(prefix=".build_", dir=library.parent) as temporary:
         header, built = Path(temporary) / "maps.h", Path(temporary) / library.name
         header.write_text(source)
-        objects = [str(Path(temporary) / f"{scalar}.o") for scalar in ("float", "double")]
-        for scalar, output in zip(("float", "double"), objects, strict=True):
-            names = [f"-DFUSED_INR_SCALAR={scalar}", f'-DFUSED_INR_MAPS_HEADER="{header}"', f"-I{folder}"]
-            native._run([*kernels, *names, "-c", str(folder / "cuda" / "maps.cu"), "-o", output], False)
+        names = [f'-DFUSED_INR_MAPS_HEADER="{header}"', f"-I{folder}"]
+        units = [
+            ("maps.cu", ["-DFUSED_INR_SCALAR=float"]),
+            ("maps.cu", ["-DFUSED_INR_SCALAR=double"]),
+            ("moments.cu", []),
+        ]
+        objects = [str(Path(temporary) / f"{i}.o") for i in range(len(units))]
+        for (unit, scalar), output in zip(units, objects, strict=True):
+            native._run([*kernels, *names, *scalar, "-c", str(folder / "cuda" / unit), "-o", output], False)
         table = str(Path(temporary) / "table.o")
         native._run([*host, "-O1", "-fPIC", "-c", str(folder / "cuda" / "user_maps.cpp"), "-o", table], False)
         native._run([*link, "-shared", *objects, table, "-o", str(built)], False)

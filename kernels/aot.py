@@ -394,14 +394,26 @@ def _block_constants(arguments: _Arguments) -> dict[str, int]:
 
 
 _SPECIAL = {"MUFU": 1}
+#: Pipes of a multiprocessor besides: special functions with conversions from and to 64 bits, integer multiplications,
+#: integer and logical operations with comparisons and selections, float64.
+_PIPES = {
+    "xu": ("MUFU", "F2F", "I2F", "F2I", "FRND"),
+    "imul": ("IMAD",),
+    "alu": (
+        "LOP3", "IADD3", "IADD", "VIADD", "VIADDMNMX", "SHF", "LEA", "ISETP", "SEL", "PRMT", "IABS", "IMNMX", "VIMNMX",
+        "VIMNMX3", "FSETP", "FSEL", "FMNMX", "FMNMX3", "I2FP", "F2FP", "PLOP3", "POPC", "FLO",
+    ),
+    "fp64": ("DADD", "DMUL", "DFMA", "DSETP"),
+}  # fmt: skip
 _FLOAT32 = {"FFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}
 
 
-def by_depth(sass: str, weights: dict[str, int]) -> list[int]:
+def by_depth(sass: str, weights: dict[str, int], usual: bool = False) -> list[int]:
     """Weighted instructions outside loops, in loops, in loops within loops, ...
 
     A loop is what lies between a label and the last jump back to it. Waiting code behind the end of the kernel jumps
-    back as well, and makes no loop.
+    back as well, and makes no loop. `usual` leaves out what a jump ahead on a condition can skip, unless it holds a
+    loop: the paths for large arguments and subnormal numbers.
     """
     lines = sass.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L_x_\d+):", line))}
@@ -412,9 +424,15 @@ def by_depth(sass: str, weights: dict[str, int]) -> list[int]:
         start = labels.get(jump[1], i) if jump else i
         if start < i and not start < end <= i:
             loops[start] = i
+    skipped: set[int] = set()
+    for i, line in enumerate(lines):
+        jump = re.search(r"@!?U?P\w+ BRA\b.*\((\.L_x_\d+)\)", line) if usual else None
+        target = labels.get(jump[1], i) if jump else i
+        if target > i and not any(i < start <= target or i < stop <= target for start, stop in loops.items()):
+            skipped.update(range(i + 1, target))
     counts = [0]
     for i, line in enumerate(lines):
-        found = _INSTRUCTION.match(line)
+        found = None if i in skipped else _INSTRUCTION.match(line)
         weight = weights.get(found[1], 0) if found else 0
         if weight:
             depth = sum(start < i <= stop for start, stop in loops.items())
@@ -447,6 +465,10 @@ def inspect(compiled) -> dict[str, object]:
         "mufu": ops["MUFU"],
         "mufu_at": by_depth(sass, _SPECIAL),
         "fp32_at": by_depth(sass, _FLOAT32),
+        "usual_at": {
+            "fma": by_depth(sass, _FLOAT32, True),
+            **{pipe: by_depth(sass, dict.fromkeys(names, 1), True) for pipe, names in _PIPES.items()},
+        },
         "frnd": ops["FRND"],
         "stg": ops["STG"],
         "instructions": sum(ops.values()),

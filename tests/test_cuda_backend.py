@@ -23,7 +23,7 @@ from tolerances import UNIT, tolerance
 import fused_inr as fi
 from fused_inr import activations, native, native_cuda
 from fused_inr.activations import lookup, registered
-from fused_inr.ops import backends, raw
+from fused_inr.ops import backends, moments, raw
 
 MAPS = {m.name: m for m in registered()}
 LEVELS = ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True))
@@ -48,7 +48,9 @@ needs_compiler = pytest.mark.skipif(bool(reason_without(native.compiler)), reaso
 SAMPLE = {"float": ("sine", "split"), "double": ("split",)}
 
 
-def resources(scalar: str, chosen: tuple[str, ...], folder: Path) -> dict[tuple[str, str], dict[str, int]]:
+def resources(
+    scalar: str, chosen: tuple[str, ...], folder: Path, source: str = "maps.cu"
+) -> dict[tuple[str, str], dict[str, int]]:
     """(architecture, kernel) -> registers, and bytes of stack, spill stores and spill loads, as ptxas tells."""
     command, _ = native_cuda.nvcc()
     rows = " ".join(f"X({m.name}, {m.branches}, {m.outputs}, {m.n_params})" for m in (lookup(n) for n in chosen))
@@ -59,7 +61,7 @@ def resources(scalar: str, chosen: tuple[str, ...], folder: Path) -> dict[tuple[
         [
             *native_cuda._nvcc_command(command, native_cuda.SHIPPED),
             *("-Xptxas", "-v", f"-DFUSED_INR_SCALAR={scalar}", f'-DFUSED_INR_MAPS_HEADER="{header}"', f"-I{sources}"),
-            *("-c", str(sources / "cuda" / "maps.cu"), "-o", str(folder / "maps.o")),
+            *("-c", str(sources / "cuda" / source), "-o", str(folder / "maps.o")),
         ],
         capture_output=True,
         text=True,
@@ -99,6 +101,25 @@ def check_resources(scalar: str, chosen: tuple[str, ...], folder: Path) -> None:
 @pytest.mark.parametrize("scalar", SAMPLE)
 def test_nvcc_compiles_a_sample_for_three_architectures_without_spills(scalar, tmp_path):
     check_resources(scalar, SAMPLE[scalar], tmp_path)
+
+
+def check_moments_resources(chosen: tuple[str, ...], folder: Path) -> None:
+    found = resources("float", chosen, folder, "moments.cu")
+    assert len(found) == len(chosen) * len(native_cuda.SHIPPED)
+    for kernel, figures in found.items():
+        assert figures["stores"] == figures["loads"] == figures["stack"] == 0, (kernel, figures)
+        assert figures["registers"] <= 128, (kernel, figures)  # two blocks on a multiprocessor
+
+
+@needs_nvcc
+def test_nvcc_compiles_moments_for_three_architectures_without_spills(tmp_path):
+    check_moments_resources(SAMPLE["float"], tmp_path)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_nvcc_compiles_moments_of_the_whole_registry_without_spills(tmp_path):
+    check_moments_resources(tuple(MAPS), tmp_path)
 
 
 @pytest.mark.slow
@@ -150,7 +171,7 @@ class OnHost(backends.Cuda):
     def _compile(self, map):
         if map.key not in self._compiled:
             library = ctypes.CDLL(str(native_cuda.build_maps(self.folder / f"{map.key}.so", map.cpp_source(), [])))
-            tables = (ctypes.c_int64 * 2)()
+            tables = (ctypes.c_int64 * 3)()
             library.fused_inr_cuda_user_maps(tables)
             self._operators().register_activation(map.key, *tables)
             self._compiled[map.key] = ""
@@ -370,6 +391,108 @@ def test_a_formula_at_run_time(on_host):
     torch.testing.assert_close(y, torch.sin(1.5 * z**2))
     (dz,) = raw.act_map([z, g], [None], [1.5], formula.map.key, "cuda", 1, False)
     torch.testing.assert_close(dz, g * 3 * z * torch.cos(1.5 * z**2))
+
+
+# -- moments
+
+CHUNK = moments.CHUNK
+
+
+def exact_moments(m, sigmas, params, start, samples, seed):
+    """Sums per chunk of the jet in float64, and of the absolute values."""
+    words = [moments.random_bits(start, -(-samples // 4) * 4, b, seed).view(-1, 2) for b in range(m.branches)]
+    normals = []
+    for w in words:
+        u = (w[:, 0].float() * 2.0**-32 + 2.0**-33).double()
+        t = ((w[:, 1] - ((w[:, 1] >> 31) << 32)).float() * (torch.pi * 2.0**-31)).double()
+        r = (-2 * u.log()).clamp_min(0).sqrt()
+        normals.append(torch.stack((r * t.cos(), r * t.sin()), -1).flatten()[:samples])
+    z = [sigmas[:, b : b + 1].double() * n for b, n in enumerate(normals)]
+    values = m.torch_jet()(*z, *(p[:, None] for p in params.double().unbind(1)))
+    v = torch.stack([torch.as_tensor(value).expand_as(z[0]) for value in values], 1)  # [G, V, samples]
+    powers = torch.stack((v, v**2, v**4), 2).split(CHUNK, -1)
+    return torch.stack([p.sum(-1) for p in powers]), torch.stack([p.abs().sum(-1) for p in powers])
+
+
+def check_moments(m, sigmas, params, start, samples, seed):
+    out = torch.ops.fused_inr_cuda_on_host.moments(sigmas, params, start, samples, seed, m.key)
+    exact, size = exact_moments(m, sigmas, params, start, samples, seed)
+    assert out.dtype == torch.float64 and out.shape == exact.shape
+    # a few units in the last place of the largest value; steep maps multiply the error of z
+    assert ((out - exact).abs() <= 2e-5 * size + 1e-9).all(), ((out - exact).abs() / size).amax((0, 1))
+    return out
+
+
+def moment_parameters(m, G):
+    return torch.tensor([[min(c, 3.0) for c in m.defaults.values()]] * G).reshape(G, m.n_params)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_moments_of_every_activation(name, on_host):
+    m = MAPS[name]
+    sigmas = torch.linspace(0.4, 1.3, 2 * m.branches).view(2, m.branches)
+    check_moments(m, sigmas, moment_parameters(m, 2), 0, CHUNK + 1001, 7)
+
+
+@pytest.mark.parametrize(("start", "seed"), [(0, 0), (4 * (2**32 - 2), -1), (2**63 - 16, 2**62 + 5)])
+def test_the_stream_of_random_numbers(start, seed, host_library):
+    ops = torch.ops.fused_inr_cuda_on_host
+    for branch in (0, 3):
+        found = ops.random_bits(start, 16, branch, seed, CPU)
+        assert torch.equal(found, moments.random_bits(start, 16, branch, seed))
+    answer = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert ops.random_bits(0, 4, 0, 0, CPU).tolist() == answer
+
+
+def test_bits_of_moments_do_not_depend_on_the_call(on_host):
+    m, ops = MAPS["gabor"], torch.ops.fused_inr_cuda_on_host
+    sigmas, params = torch.rand(70, 2) + 0.2, moment_parameters(MAPS["gabor"], 70)
+    params[:, 0] += torch.arange(70) / 70  # parameters of each setting
+    samples = 5 * CHUNK + 6
+    whole = ops.moments(sigmas, params, 8, samples, 1, m.key)
+    assert torch.equal(ops.moments(sigmas, params, 8, samples, 1, m.key), whole)
+    assert torch.equal(ops.moments(sigmas, params, 8 + 2 * CHUNK, 2 * CHUNK, 1, m.key), whole[2:4])
+    assert torch.equal(ops.moments(sigmas, params, 8 + 5 * CHUNK, 6, 1, m.key), whole[5:])
+    assert torch.equal(ops.moments(sigmas[69:], params[69:], 8, samples, 1, m.key), whole[:, 69:])
+    # more settings than make one a block
+    many = ops.moments(sigmas.repeat(20, 1), params.repeat(20, 1), 8, CHUNK, 1, m.key)
+    assert torch.equal(many, whole[:1].repeat(1, 20, 1, 1))
+
+
+def test_few_draws_and_none(on_host):
+    m, ops = MAPS["tanh"], torch.ops.fused_inr_cuda_on_host
+    for samples in (1, 3, CHUNK):
+        check_moments(m, torch.ones(1, 1), torch.zeros(1, 0), 2**63 - CHUNK, samples, 3)
+    assert ops.moments(torch.ones(0, 1), torch.ones(0, 0), 0, 5000, 0, "tanh").shape == (2, 0, 2, 3)
+    assert ops.moments(torch.ones(2, 1), torch.ones(2, 0), 0, 0, 0, "tanh").shape == (0, 2, 2, 3)
+
+
+def test_moments_of_a_formula_at_run_time(on_host):
+    import sympy
+
+    m = activations.define("test_cuda_moments", lambda z, w, a: (sympy.sin(a * z), z * w), a=1.5).map
+    on_host._compile(m)
+    check_moments(m, torch.tensor([[0.5, 1.0]]), torch.tensor([[2.0]]), 0, 1000, 3)
+
+
+BAD_MOMENTS = [
+    ((torch.ones(2, 2), torch.ones(2, 1), 0, 10, 0, "sine"), ValueError, r"sigmas: expected \[2, 1\]"),
+    ((torch.ones(2, 1), torch.ones(1, 1), 0, 10, 0, "sine"), ValueError, r"params: expected \[2, 1\]"),
+    ((torch.ones(2), torch.ones(1, 1), 0, 10, 0, "sine"), ValueError, "sigmas"),
+    ((torch.ones(2, 1).double(), torch.ones(2, 1), 0, 10, 0, "sine"), TypeError, "float32"),
+    ((torch.ones(2, 1), torch.ones(2, 1), 2, 10, 0, "sine"), ValueError, "multiple of 4"),
+    ((torch.ones(2, 1), torch.ones(2, 1), -4, 10, 0, "sine"), ValueError, "multiple of 4"),
+    ((torch.ones(2, 1), torch.ones(2, 1), 0, -1, 0, "sine"), ValueError, "samples"),
+    ((torch.ones(2, 1), torch.ones(2, 1), 2**63 - 8, 9, 0, "sine"), ValueError, "samples"),
+    ((torch.ones(2, 1), torch.ones(2, 1), 0, 10, 0, "no_such"), ValueError, "knows no"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(BAD_MOMENTS)))
+def test_bad_moments_are_refused(index, host_library):
+    arguments, error, message = BAD_MOMENTS[index]
+    with pytest.raises(error, match=message):
+        torch.ops.fused_inr_cuda_on_host.moments(*arguments)
 
 
 # -- why it is not there

@@ -19,6 +19,8 @@ import pytest
 triton = pytest.importorskip("triton")
 static_report = pytest.importorskip("fused_inr.bench.static_report")
 
+from fused_inr.activations import names  # noqa: E402
+
 
 def failures(rows: list[dict]) -> list[str]:
     return static_report.failures(rows, triton.__version__)
@@ -45,6 +47,8 @@ QUICK = [
     ("sm100", "forward", "sine", "float32", "tf32", 256, 256, False, False, 0),
     ("sm100", "gz", "sine", "float32", "bf16x3", 256, 256, True, False, 0),
     ("sm100", "weight_grad", "-", "float32", "tf32", 256, 256, True, False, 0),
+    ("sm80", "moments", "complex_gabor", "float32", "ieee", 64, 4096, True, False, 0),
+    ("sm100", "moments", "split", "float32", "ieee", 64, 4096, True, False, 0),
 ]
 
 
@@ -93,6 +97,41 @@ def test_every_shipped_configuration(arch):
 def test_every_activation():
     rows = static_report.run(("sm90",), ["all"], scope="quick")
     assert not failures(rows), "\n".join(failures(rows))
+
+
+@pytest.mark.slow
+def test_moments_of_every_activation():
+    rows = static_report.run(activations=["all"], kernels=["moments"])
+    assert len(rows) == 3 * len(names())
+    assert not failures(rows), "\n".join(failures(rows))
+
+
+def test_the_sample_has_each_kernel_in_each_type():
+    """On every architecture, and each activation and width somewhere: what `make compat` compiles."""
+    code = """
+from fused_inr.kernels import aot
+sample, every = aot.jobs(scope="sample"), aot.jobs()
+assert {(j.arch, j.kernel, j.dtype, j.precision, j.level) for j in sample} == {
+    (j.arch, j.kernel, j.dtype, j.precision, j.level) for j in every}
+assert {(j.kernel, j.activation) for j in sample if j.kernel == "forward"} == {
+    ("forward", n) for n in aot.REPRESENTATIVES}
+assert {j.N for j in sample} == {j.N for j in every}
+assert set(sample) <= set(every) and 3 * len(sample) < len(every) + 100 and sample == aot.jobs(scope="sample")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.9.0"])
+def test_what_counts_under_another_version(version):
+    """Spills bind the Triton that torch 2.13 requires; an empty kernel or too much memory counts everywhere."""
+    row = {"arch": "sm90", "kernel": "sum", "type": "t", "activation": "-", "level": 0, "N": 1, "K": 1, "aligned": True}
+    spills = row | {"broken": [], "problems": ["8 bytes of stack"]}
+    empty = row | {"broken": ["the PTX traps"], "problems": ["the PTX traps", "8 bytes of stack"]}
+    found = static_report.failures([spills, empty], version)
+    expected = ["8 bytes of stack", "the PTX traps", "8 bytes of stack"] if version == "3.7.1" else ["the PTX traps"]
+    assert [f.rpartition(": ")[2] for f in found] == expected
 
 
 def test_row_offsets_are_64_bit():

@@ -40,6 +40,9 @@ def test_peak_rates_are_those_of_the_data_sheets():
         assert 2e-12 * DEVICE[name].fma == pytest.approx(tflops, rel=0.01)
         assert DEVICE[name].arch in roofline.LIMITS
     assert DEVICE["H200"].sfu == 132 * 16 * 1.98e9
+    for name, tflops in {"A100": 9.7, "H100": 34, "H200": 34, "B200": 37}.items():
+        assert 2e-12 * DEVICE[name].fp64 == pytest.approx(tflops, rel=0.02)
+    assert DEVICE["A100"].imul == 108 * 64 * 1.41e9 == DEVICE["A100"].alu
 
 
 def test_each_unit_can_bind():
@@ -49,6 +52,9 @@ def test_each_unit_can_bind():
         "tensor": Work(0, 989_000, "half", 0, 0),
         "sfu": Work(0, 0, "half", 132 * 16 * 1.98, 0),
         "fma": Work(0, 0, "half", 0, 132 * 128 * 1.98),
+        "imul": Work(0, 0, "half", 0, 0, imul=132 * 64 * 1.98),
+        "alu": Work(0, 0, "half", 0, 0, alu=132 * 64 * 1.98),
+        "fp64": Work(0, 0, "half", 0, 0, fp64=132 * 64 * 1.98),
     }.items():
         found = estimate(work, device)
         assert found["bound"] == unit
@@ -132,6 +138,17 @@ def test_work_of_a_map():
     assert (found.sfu, found.fma, found.tensor) == (256, 100 * 128 * 4 / 16, 0)
 
 
+def test_work_of_moments():
+    """A program of 256 threads: 16 draws a thread for each of 64 settings, which share what it takes to make them."""
+    at = {"fma": [640, 320], "xu": [64, 32], "imul": [256, 16], "alu": [128, 256, 16], "fp64": [0, 128]}
+    row = ROW | {"kernel": "moments", "type": "float32 ieee", "N": 64, "K": 4096, "usual_at": at}
+    found = roofline.work(row)
+    assert (found.fma, found.sfu, found.imul, found.alu, found.fp64) == (20.625, 2.0625, 1.25, 17.125, 8)
+    assert found.bytes == 2 * 3 * 8 / 4096  # three sums of a value and its derivative
+    time = estimate(found, DEVICE["H200"])
+    assert time["bound"] == "alu" and time["floor"] == pytest.approx(17.125 / (132 * 64 * 1.98e9) * 1e12)
+
+
 def test_what_did_not_compile_has_no_estimate():
     row = {"arch": "sm90", "problems": ["CompilationError: .."]}
     roofline.annotate(row)
@@ -167,15 +184,45 @@ def test_loops_are_found_in_the_sass():
     assert aot.by_depth("", aot._FLOAT32) == [0]
 
 
+SKIPPING = """
+kernel:
+        /*0000*/              @!P1 BRA `(.L_x_9) ;
+.L_x_0:
+        /*0010*/                   FFMA R1, R2, R3, R4 ;
+        /*0020*/              @!P2 BRA `(.L_x_1) ;
+        /*0030*/                   FADD R1, R2, R3 ;
+        /*0040*/                   FADD R1, R2, R3 ;
+.L_x_1:
+        /*0050*/                   FFMA R1, R2, R3, R4 ;
+        /*0060*/               @P0 BRA `(.L_x_0) ;
+.L_x_9:
+        /*0070*/                   FMUL R1, R2, R3 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_what_a_jump_skips_is_told_from_what_is_usual():
+    """A path for rare arguments is left out; a loop that may run no time is not."""
+    aot = pytest.importorskip("fused_inr.kernels.aot")
+    assert aot.by_depth(SKIPPING, aot._FLOAT32) == [1, 4]
+    assert aot.by_depth(SKIPPING, aot._FLOAT32, usual=True) == [1, 2]
+
+
 def test_a_compiled_sample():
     """Compiled in the report's worker: what the SASS holds agrees with what the map is known to do."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("triton")
     job = {"arch": "sm90", "dtype": torch.bfloat16, "precision": "ieee", "activation": "sine"}
-    layer, network = static_report.compile_all(
-        [job | {"kernel": "forward", "N": 256, "K": 256}, job | {"kernel": "mlp_forward", "N": 32, "K": 2}], processes=1
+    moment = {"kernel": "moments", "N": 64, "K": 4096, "dtype": torch.float32}
+    layer, network, moments = static_report.compile_all(
+        [
+            job | {"kernel": "forward", "N": 256, "K": 256},
+            job | {"kernel": "mlp_forward", "N": 32, "K": 2},
+            job | moment,
+        ],
+        processes=1,
     )
-    for row in (layer, network):
+    for row in (layer, network, moments):
         assert not row["problems"]
         assert set(row["roofline"]) == {"H200", "H100"}
         assert 0 < row["occupancy"]["warps"] <= 64
@@ -186,6 +233,13 @@ def test_a_compiled_sample():
     assert layer["roofline"]["H200"]["bound"] == "memory"
     # the activations of a network never reach memory
     assert network["roofline"]["H200"]["bound"] != "memory"
+    # two values a draw, each widened, and of each two sums and a product and a multiply-add twice, in float64
+    pipes = {
+        unit: moments["roofline"]["H200"][unit] * getattr(DEVICE["H200"], unit) * 1e-12 for unit in ("sfu", "fp64")
+    }
+    assert 2 <= pipes["sfu"] < 2.5
+    assert 8 <= pipes["fp64"] < 14
+    assert moments["roofline"]["H200"]["bound"] in ("alu", "fma", "fp64")
     text = static_report.table([layer, network])
     assert "what binds, H200: 1" in text
     assert layer["occupancy"]["by"] in text

@@ -20,6 +20,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "moments.h"
 #include "rows.h"
 
 #ifndef FUSED_INR_STAMP
@@ -82,6 +83,7 @@ void* stream_of(const Tensor& like) {
 struct Activation {
   int branches = 1, outputs = 1, params = 0;
   const Maps* maps[2] = {};  // float, double
+  const Moments* moments = nullptr;
 };
 
 std::shared_mutex registry_mutex;
@@ -97,6 +99,7 @@ std::unordered_map<std::string, Activation>& table() {
         a.params = m->params;
         a.maps[type] = m;
       }
+    for (const Moments* m = cuda_moments; m->name; ++m) built_in[m->name].moments = m;
     return built_in;
   }();
   return all;
@@ -128,12 +131,13 @@ bool has_activation(const std::string& key) {
   return find_activation(key, &a);
 }
 
-// The addresses of two tables of one activation, as fused_inr_cuda_user_maps gives them.
-void register_activation(const std::string& key, int64_t of_float, int64_t of_double) {
+// The addresses of three tables of one activation, as fused_inr_cuda_user_maps gives them.
+void register_activation(const std::string& key, int64_t of_float, int64_t of_double, int64_t of_moments) {
   Activation a;
   a.maps[0] = reinterpret_cast<const Maps*>(of_float);
   a.maps[1] = reinterpret_cast<const Maps*>(of_double);
-  TORCH_CHECK_VALUE(a.maps[0] && a.maps[1], "tables: expected two addresses");
+  a.moments = reinterpret_cast<const Moments*>(of_moments);
+  TORCH_CHECK_VALUE(a.maps[0] && a.maps[1] && a.moments, "tables: expected three addresses");
   a.branches = a.maps[0]->branches;
   a.outputs = a.maps[0]->outputs;
   a.params = a.maps[0]->params;
@@ -449,6 +453,48 @@ std::vector<Tensor> act_map(at::TensorList inputs, const OptionalTensors& params
   return results;
 }
 
+// Random draws at a position of the stream that is given, so no generator's state (docs/architecture.md, section 8).
+Tensor moments(const Tensor& sigmas_, const Tensor& params_, int64_t start, int64_t samples, int64_t seed,
+               c10::string_view activation) {
+  const Activation a = activation_of(activation);
+  const auto columns = [](const Tensor& t, int64_t n, const char* name, const Tensor& like) {
+    TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, name, ": expected float32, got ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.dim() == 2 && t.size(1) == n && t.size(0) == like.size(0), name, ": expected [", like.size(0), ", ", n,
+                      "], got ", t.sizes());
+    same_device(t, like, name);
+    return t.contiguous();
+  };
+  TORCH_CHECK_VALUE(sigmas_.dim() == 2, "sigmas: expected [G, ", a.branches, "], got ", sigmas_.sizes());
+  TORCH_CHECK_VALUE(start >= 0 && start % 4 == 0, "start: expected a multiple of 4, got ", start);
+  TORCH_CHECK_VALUE(samples >= 0 && samples - 1 <= INT64_MAX - start, "samples: expected 0 to 2^63 - start, got ", samples);
+  const Surroundings surroundings(sigmas_);
+  const Tensor sigmas = columns(sigmas_, a.branches, "sigmas", sigmas_), params = columns(params_, a.params, "params", sigmas_);
+  MomentsCall call;
+  call.settings = sigmas.size(0);
+  call.chunks = samples / kChunk + (samples % kChunk != 0);
+  const Tensor out = at::empty({call.chunks, call.settings, a.outputs * (1 + a.branches), 3}, sigmas.options().dtype(at::kDouble));
+  call.sigmas = sigmas.data_ptr<float>();
+  call.params = params.data_ptr<float>();
+  call.out = out.data_ptr<double>();
+  call.start = start;
+  call.samples = samples;
+  call.seed = static_cast<uint64_t>(seed);
+  const char* error = a.moments->launch(call, stream_of(sigmas));
+  TORCH_CHECK(error == nullptr, "fused_inr: the CUDA kernel of moments of '", activation, "' could not be launched: ", error);
+  return out;
+}
+
+Tensor random_bits(int64_t start, int64_t count, int64_t branch, int64_t seed, c10::Device device) {
+  TORCH_CHECK_VALUE(start >= 0 && start % 4 == 0 && count >= 0 && count % 4 == 0,
+                    "start and count: expected multiples of 4, got ", start, " and ", count);
+  const Tensor out = at::empty({count}, at::TensorOptions().dtype(at::kLong).device(device));
+  const Surroundings surroundings(out);
+  const char* error = cuda_random_bits(out.data_ptr<int64_t>(), start, count, static_cast<uint32_t>(branch),
+                                       static_cast<uint64_t>(seed), stream_of(out));
+  TORCH_CHECK(error == nullptr, "fused_inr: the CUDA kernel of random_bits could not be launched: ", error);
+  return out;
+}
+
 std::string stamp() { return FUSED_INR_STAMP; }
 
 }  // namespace
@@ -462,8 +508,13 @@ FI_LIBRARY(FI_NAMESPACE, m) {
       "str activation, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, int level, bool learnable) -> Tensor[]");
-  m.def("register_activation(str key, int of_float, int of_double) -> ()",
-        [](const std::string& key, int64_t f, int64_t d) { register_activation(key, f, d); });
+  m.def("moments(Tensor sigmas, Tensor params, int start, int samples, int seed, str activation) -> Tensor");
+  m.def("random_bits(int start, int count, int branch, int seed, Device device) -> Tensor",
+        [](int64_t start, int64_t count, int64_t branch, int64_t seed, c10::Device device) {
+          return random_bits(start, count, branch, seed, device);
+        });
+  m.def("register_activation(str key, int of_float, int of_double, int of_moments) -> ()",
+        [](const std::string& key, int64_t f, int64_t d, int64_t m) { register_activation(key, f, d, m); });
   m.def("has_activation(str key) -> bool", [](const std::string& key) { return has_activation(key); });
   m.def("refusal(int device) -> str", [](int64_t device) { return refusal(device); });
   m.def("stamp() -> str", []() { return stamp(); });
@@ -473,6 +524,7 @@ FI_LIBRARY_IMPL(FI_NAMESPACE, FI_KEY, m) {
   m.impl("linear_act", linear_act);
   m.impl("linear_act_backward", linear_act_backward);
   m.impl("act_map", act_map);
+  m.impl("moments", moments);
 }
 
 }  // namespace fused_inr
