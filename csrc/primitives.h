@@ -124,7 +124,7 @@ inline constexpr double kRound = 12582912.0;
 
 #if !FI_HAS_FMA
 template <class V>
-FI_INLINE V less_multiple(V x, V n, double part1, double part2) {
+FI_INLINE V less_exactly(V x, V n, double part1, double part2) {
   // without fused multiply-add the products round; in double precision 33 bits of pi times 17 of n are exact
   typedef double Wide __attribute__((vector_size(2 * V::bytes)));
   const Wide wx = __builtin_convertvector(x.v, Wide), wn = __builtin_convertvector(n.v, Wide);
@@ -132,26 +132,18 @@ FI_INLINE V less_multiple(V x, V n, double part1, double part2) {
 }
 #endif
 
-// x - n pi. The parts of pi are all positive (rounded towards zero), so that n = 0 leaves -0 as it is.
-template <class V>
-FI_INLINE V less_pi(V x, V n) {
+// x less n times pi / (1 << Halvings), in two steps: after the first, `near`, products with it are right to float's precision;
+// the second adds what counts close to a zero. The parts of pi are all positive (rounded towards zero), so that n = 0 leaves
+// -0 as it is.
+template <int Halvings, class V>
+FI_INLINE V less_multiple(V x, V n, V& near) {
+  constexpr double unit = 1.0 / (1 << Halvings);
 #if FI_HAS_FMA
-  V r = fnma(n, V(0x1.921fb4p+1), x);  // exact
-  r = fnma(n, V(0x1.4442dp-23), r);
-  return fnma(n, V(0x1.84698ap-47), r);
+  near = fnma(n, V(0x1.921fb4p+1 * unit), x);  // exact
+  near = fnma(n, V(0x1.4442dp-23 * unit), near);
+  return fnma(n, V(0x1.84698ap-47 * unit), near);
 #else
-  return less_multiple(x, n, 0x1.921fb544p+1, 0x1.0b4611a626331p-33);
-#endif
-}
-
-template <class V>
-FI_INLINE V less_half_pi(V x, V n) {
-#if FI_HAS_FMA
-  V r = fnma(n, V(0x1.921fb4p+0), x);
-  r = fnma(n, V(0x1.4442dp-24), r);
-  return fnma(n, V(0x1.84698ap-48), r);
-#else
-  return less_multiple(x, n, 0x1.921fb544p+0, 0x1.0b4611a626331p-34);
+  return near = less_exactly(x, n, 0x1.921fb544p+1 * unit, 0x1.0b4611a626331p-33 * unit);
 #endif
 }
 
@@ -169,7 +161,7 @@ FI_COLD void slow_cos(const float* x, float* y, int n) {
 
 template <class V>
 FI_INLINE bool beyond_trig_limit(V x) {  // or NaN
-  return __builtin_expect(any(~(absolute(x) <= V(kTrigLimit))), false);
+  return __builtin_expect(any(absolute(x).bits() > V(kTrigLimit).bits()), false);
 }
 
 #if !FI_ONE_LANE
@@ -183,18 +175,11 @@ FI_INLINE V with_slow_lanes(void (*slow)(const float*, float*, int), V x, V y) {
 }
 #endif
 
-// y with the sign of r where y has none: -0 + 0 is 0
+// sin r on [-pi/2, pi/2], `near`: r but for its last bits. The 0 that the polynomial ends with makes u = 0 give +0, and -0 stay.
 template <class V>
-FI_INLINE V keep_sign(V y, V r) {
-  return V::from_bits(y.bits() | (r.bits() & sign_bit<V>()));
-}
-
-// sin on [-pi/2, pi/2]
-template <class V>
-FI_INLINE V sin_half_turn(V r) {
-  const V u = r * r;
-  const V p = polynomial(u, -0.166666672, 0.00833333097, -0.000198408437, 2.75240791e-06, -2.38655868e-08);
-  return keep_sign(fma(r * u, p, r), r);
+FI_INLINE V sin_half_turn(V near, V r) {
+  const V u = near * near;
+  return fma(r, polynomial(u, 0.0, -0.166666597, 0.00833306927, -0.000198097769, 2.6060957e-06), r);
 }
 
 template <class V>
@@ -205,11 +190,15 @@ FI_INLINE V fi_sin(V x) {
 #if FI_ONE_LANE
     int32_t turns = 0;
     if (beyond_trig_limit(x)) x = far_remainder<1>(x, turns);
-    const V near = fma(x, V(0.31830988618379067), V(kRound));
-    return V::from_bits(sin_half_turn(less_pi(x, near - V(kRound))).bits() ^ ((near.bits() + turns) << 31));
+    const V t = fma(x, V(0.31830988618379067), V(kRound));
+    V near;
+    const V r = less_multiple<0>(x, t - V(kRound), near);
+    return V::from_bits(sin_half_turn(near, r).bits() ^ ((t.bits() + turns) << 31));
 #else
     const V t = fma(x, V(0.31830988618379067), V(kRound));
-    const V y = sin_half_turn(less_pi(x, t - V(kRound)));
+    V near;
+    const V r = less_multiple<0>(x, t - V(kRound), near);
+    const V y = sin_half_turn(near, r);
     const V signed_y = V::from_bits(y.bits() ^ (t.bits() << 31));
     return beyond_trig_limit(x) ? with_slow_lanes(slow_sin, x, signed_y) : signed_y;
 #endif
@@ -224,19 +213,35 @@ FI_INLINE void quadrant(V x, V& sine, V& cosine, typename V::Mask& q) {
   if (beyond_trig_limit(x)) x = far_remainder<2>(x, turns);
 #endif
   const V t = fma(x, V(0.63661977236758138), V(kRound));
-  const V r = less_half_pi(x, t - V(kRound));
+  V near;
+  const V r = less_multiple<1>(x, t - V(kRound), near);
   q = t.bits();
 #if FI_ONE_LANE
   q += turns;
 #endif
-  const V u = r * r;
-  sine = keep_sign(fma(r * u, polynomial(u, -0.166666672, 0.00833332911, -0.000198391514, 2.71660429e-06), r), r);
-  cosine = fma(u * u, polynomial(u, 0.0416666418, -0.00138871849, 2.44181265e-05), fma(V(-0.5), u, V(1.0)));
+  const V u = near * near;
+  sine = fma(r, polynomial(u, 0.0, -0.166666552, 0.00833218917, -0.000195182846), r);  // as in sin_half_turn
+  cosine = polynomial(u, 1.0, -0.5, 0.0416666456, -0.00138873095, 2.44323273e-05);
 }
 
+// a where the sign bit of m is set, else b
+template <class V>
+FI_INLINE V by_sign(typename V::Mask m, V a, V b) {
+#if FI_ONE_LANE
+  return select(m < 0, a, b);
+#else
+  return select_by_sign(m, a, b);
+#endif
+}
+
+// sin and cos in the quadrant q: exchanged in the odd ones; the signs of sin are those of bit 1 of q, of cos of bit 1 of q + 1
+template <class V>
+FI_INLINE V sin_of_quadrant(V sine, V cosine, typename V::Mask q) {
+  return V::from_bits(by_sign(q << 31, cosine, sine).bits() ^ ((q << 30) & sign_bit<V>()));
+}
 template <class V>
 FI_INLINE V cos_of_quadrant(V sine, V cosine, typename V::Mask q) {
-  return V::from_bits(select((q << 31) < 0, sine, cosine).bits() ^ (((q + 1) & 2) << 30));
+  return V::from_bits(by_sign(q << 31, sine, cosine).bits() ^ (((q << 31) ^ (q << 30)) & sign_bit<V>()));
 }
 
 // One reduction serves both.
@@ -256,7 +261,7 @@ FI_INLINE void fi_sincos(V x, V& s, V& c) {
     V sine, cosine;
     typename V::Mask q;
     quadrant(x, sine, cosine, q);
-    const V ys = V::from_bits(select((q << 31) < 0, cosine, sine).bits() ^ ((q & 2) << 30));
+    const V ys = sin_of_quadrant(sine, cosine, q);
     const V yc = cos_of_quadrant(sine, cosine, q);
 #if FI_ONE_LANE
     s = ys;

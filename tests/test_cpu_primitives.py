@@ -256,7 +256,30 @@ def check_layers() -> None:
                 )
 
 
+def check_streams() -> None:
+    """Inputs of a map that are one value for all elements, or one a feature, in any mixture; a last vector in part."""
+    ops = torch.ops.fused_inr_native
+    generator = torch.Generator().manual_seed(0)
+    rows, n = 37, 19
+    for dtype in (torch.float32, torch.float64):
+        z = torch.randn(rows, n, generator=generator, dtype=torch.float64).to(dtype)
+        g = torch.randn(1, n, generator=generator, dtype=torch.float64).to(dtype).expand(rows, n)
+        scales = [1.7, torch.rand(n, generator=generator, dtype=torch.float64).to(dtype) + 0.5]
+        for scale in scales:
+            given = scale if isinstance(scale, torch.Tensor) else None
+            constant = 0.0 if given is not None else scale
+            for cotangent in (g, g.contiguous(), g[:, :1].expand(rows, n)):
+                (y,) = ops.act_map([z], [given], [constant], "sine", 0, False)
+                (dz,) = ops.act_map([z, cotangent], [given], [constant], "sine", 1, False)
+                exact = torch.sin(z.double() * scale)
+                slope = torch.cos(z.double() * scale) * scale * cotangent.double()
+                unit = torch.finfo(dtype).eps
+                assert (y.double() - exact).abs().max() <= 8 * unit
+                assert (dz.double() - slope).abs().max() <= 16 * unit * slope.abs().max()
+
+
 CHECKS = {
+    "streams": (check_streams,),
     **{f"unary {name}": (check_unary, name) for name in UNARY},
     **{f"sinc{n}": (check_sinc, n) for n in range(7)},
     "sincos": (check_sincos,),

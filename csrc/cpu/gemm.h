@@ -166,15 +166,23 @@ FI_INLINE void steps(Count count, const typename V::scalar* a, int64_t lda, cons
   }
 }
 
-// C[R, kPanel] (+)= A B (+ bias) for R rows and one panel; C's rows lie side by side.
+// What happens to a block of a product before it is stored.
+template <class T>
+struct Finish {
+  const T* bias = nullptr;   // of the panel's columns, added
+  bool accumulate = false;   // onto what stands in C
+  const T* times = nullptr;  // the result is multiplied by this, which lies as C does
+};
+
+// C[R, kPanel] (+)= A B for R rows and one panel, finished; C's rows lie side by side.
 template <class V, int R, Left Kind>
 __attribute__((noinline)) void block_product(int64_t depth, const Operand<typename V::scalar>& left,
                                              const typename V::scalar* b, typename V::scalar* c,
-                                             const typename V::scalar* bias, bool accumulate) {
+                                             const Finish<typename V::scalar>& finish) {
   using T = typename V::scalar;
   constexpr int N = Block<V>::vectors;
   constexpr int64_t P = kPanel<V>;
-  if (accumulate)
+  if (finish.accumulate)
     for (int i = 0; i < R; ++i) __builtin_prefetch(c + i * P, 1, 3);
   V sum[R][N];
 #pragma GCC unroll 16
@@ -202,11 +210,22 @@ __attribute__((noinline)) void block_product(int64_t depth, const Operand<typena
     }
   }
   // last, not first: the partial sums are smaller without it, and so are their rounding errors
-  if (bias) {
+  if (const T* bias = finish.bias) {
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) sum[i][j] += V::load(bias + j * V::size);
+  }
+  const bool accumulate = finish.accumulate;
+  if (const T* times = finish.times) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        const int64_t at = i * P + j * V::size;
+        ((accumulate ? sum[i][j] + V::load(c + at) : sum[i][j]) * V::load(times + at)).store(c + at);
+      }
+    return;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
@@ -224,22 +243,23 @@ constexpr int rows_of_block(int full, int64_t left) {
 
 template <class V, Left Kind>
 FI_INLINE void block_rows(int rows, int64_t depth, const Operand<typename V::scalar>& a, const typename V::scalar* b,
-                          typename V::scalar* c, const typename V::scalar* bias, bool accumulate) {
+                          typename V::scalar* c, const Finish<typename V::scalar>& finish) {
   constexpr int full = Block<V>::rows;
-  if (rows == full) return block_product<V, full, Kind>(depth, a, b, c, bias, accumulate);
+  if (rows == full) return block_product<V, full, Kind>(depth, a, b, c, finish);
   if constexpr (full > 8)
-    if (rows == 8) return block_product<V, 8, Kind>(depth, a, b, c, bias, accumulate);
+    if (rows == 8) return block_product<V, 8, Kind>(depth, a, b, c, finish);
   if constexpr (full > 4)
-    if (rows == 4) return block_product<V, 4, Kind>(depth, a, b, c, bias, accumulate);
-  if (rows == 2) return block_product<V, 2, Kind>(depth, a, b, c, bias, accumulate);
-  block_product<V, 1, Kind>(depth, a, b, c, bias, accumulate);
+    if (rows == 4) return block_product<V, 4, Kind>(depth, a, b, c, finish);
+  if (rows == 2) return block_product<V, 2, Kind>(depth, a, b, c, finish);
+  block_product<V, 1, Kind>(depth, a, b, c, finish);
 }
 
-// C[m, panels begin .. end] (+)= A[m, depth] B (+ bias). B's panels lie `b_panel` apart, C's `c_panel`; c is that of `begin`.
+// C[m, panels begin .. end] (+)= A[m, depth] B (+ bias), times `times` where there is one. B's panels lie `b_panel` apart, those
+// of C and `times` `c_panel`; c and `times` are those of `begin`, bias that of all panels.
 template <class V, Left Kind>
 void product(int64_t m, int64_t begin, int64_t end, int64_t depth, const Operand<typename V::scalar>& left,
              const typename V::scalar* packed, int64_t b_panel, typename V::scalar* c, int64_t c_panel,
-             const typename V::scalar* bias, bool accumulate, Ahead* ahead) {
+             const typename V::scalar* bias, bool accumulate, Ahead* ahead, const typename V::scalar* times = nullptr) {
   using T = typename V::scalar;
   Operand<T> a = left;
   int64_t k = 0;
@@ -260,12 +280,13 @@ void product(int64_t m, int64_t begin, int64_t end, int64_t depth, const Operand
     for (int64_t j = begin; j < end; ++j) {
       const T* panel = packed + j * b_panel + k * kPanel<V>;
       T* to = c + (j - begin) * c_panel;
-      const T* added = k == 0 && bias ? bias + j * kPanel<V> : nullptr;
+      Finish<T> finish{k == 0 && bias ? bias + j * kPanel<V> : nullptr, accumulate || k > 0, nullptr};
       for (int64_t i = 0; i < m;) {
         const int rows = rows_of_block(Block<V>::rows, m - i);
         Operand<T> block = a;
         block.data += Kind == Left::kTile ? i * kPanel<V> : i * a.row;
-        block_rows<V, Kind>(rows, part, block, panel, to + i * kPanel<V>, added, accumulate || k > 0);
+        if (times && k + part >= depth) finish.times = times + (j - begin) * c_panel + i * kPanel<V>;
+        block_rows<V, Kind>(rows, part, block, panel, to + i * kPanel<V>, finish);
         if (ahead) ahead->step();
         i += rows;
       }
@@ -294,12 +315,38 @@ void outer_product(int64_t m, int64_t channel, int64_t columns, int64_t begin, i
       for (int64_t i = 0; i < count;) {
         const int rows = rows_of_block(Block<V>::rows, count - i);
         block_rows<V, Left::kColumns>(rows, m, Operand<T>{a + (panel - begin) * a_panel + i}, b + j * b_panel,
-                                      to + i * kPanel<V>, nullptr, accumulate);
+                                      to + i * kPanel<V>, Finish<T>{nullptr, accumulate, nullptr});
         i += rows;
       }
       if (ahead) ahead->step();
     });
   }
+}
+
+// Up to so many columns of B the transposed product does less in vain.
+constexpr int64_t kNarrow = 4;
+
+// The same for one panel of B with `k_columns` <= kNarrow columns of use: B^T A, its rows written as columns of C. What lies
+// beyond them in C stays as it is.
+template <class V>
+void narrow_outer_product(int64_t m, int64_t channel, int64_t begin, int64_t end,
+                          const typename V::scalar* a, int64_t a_panel, int64_t k_columns, const typename V::scalar* b,
+                          typename V::scalar* c, bool accumulate) {
+  using T = typename V::scalar;
+  each_panel<V>(channel, begin, end, [&](int64_t panel, int64_t first, int64_t count) {
+    alignas(64) T part[kNarrow * kPanel<V>];
+    for (int64_t k = 0; k < k_columns;) {
+      const int rows = rows_of_block(static_cast<int>(kNarrow), k_columns - k);
+      block_rows<V, Left::kColumns>(rows, m, Operand<T>{b + k}, a + (panel - begin) * a_panel, part + k * kPanel<V>,
+                                    Finish<T>{});
+      k += rows;
+    }
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < k_columns; ++k) {
+        T& to = c[(first + i) * kPanel<V> + k];
+        to = accumulate ? to + part[k * kPanel<V> + i] : part[k * kPanel<V> + i];
+      }
+  });
 }
 
 }  // namespace

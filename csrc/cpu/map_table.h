@@ -13,19 +13,19 @@ constexpr int in2(int B, int C, int P) { return in1(B, C, P) + B; }
 constexpr int in3(int B, int C, int P) { return in2(B, C, P) + B + C; }
 constexpr int in2p(int B, int C, int P) { return in1(B, C, P) + B + P; }
 
-#define FI_MAP(function, In, Out)                                                                       \
-  void map_##function(int64_t n, const T* const* in, const int64_t* stride, T* const* out) {            \
-    run_map<V, In, Out>([](const V* a, V* r) FI_LAMBDA { function<V>(a, r); }, n, in, stride, out); \
+#define FI_MAP(function, B, P, In, Out)                                                                   \
+  void map_##function(int64_t n, const T* const* in, const int64_t* stride, T* const* out) {              \
+    run_map<V, In, Out, B, P>([](const auto* a, auto* r) FI_LAMBDA { function(a, r); }, n, in, stride, out); \
   }
 #define FI_MAPS(name, B, C, P)                     \
-  FI_MAP(name##_l0, in0(B, C, P), C)               \
-  FI_MAP(name##_l1, in1(B, C, P), B)               \
-  FI_MAP(name##_l2, in2(B, C, P), B + C)           \
-  FI_MAP(name##_l3, in3(B, C, P), B + C + B)       \
-  FI_MAP(name##_p1, in1(B, C, P), B + P)           \
-  FI_MAP(name##_p2, in2p(B, C, P), B + P + C)      \
-  FI_MAP(name##_j, in0(B, C, P), C + C * B)        \
-  FI_MAP(name##_jp, in0(B, C, P), C + C * (B + P))
+  FI_MAP(name##_l0, B, P, in0(B, C, P), C)               \
+  FI_MAP(name##_l1, B, P, in1(B, C, P), B)               \
+  FI_MAP(name##_l2, B, P, in2(B, C, P), B + C)           \
+  FI_MAP(name##_l3, B, P, in3(B, C, P), B + C + B)       \
+  FI_MAP(name##_p1, B, P, in1(B, C, P), B + P)           \
+  FI_MAP(name##_p2, B, P, in2p(B, C, P), B + P + C)      \
+  FI_MAP(name##_j, B, P, in0(B, C, P), C + C * B)        \
+  FI_MAP(name##_jp, B, P, in0(B, C, P), C + C * (B + P))
 
 #define FI_ROW(name, B, C, P)                                                                 \
   {#name, B, C, P,                                                                            \

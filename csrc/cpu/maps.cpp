@@ -18,11 +18,11 @@ FUSED_INR_ACTIVATIONS(FI_MAPS)
 
 #define FI_UNARY(name)                                                                                 \
   void primitive_##name(int64_t n, const T* const* in, const int64_t* stride, T* const* out) {         \
-    run_map<V, 1, 1>([](const V* a, V* r) FI_LAMBDA { r[0] = fi_##name(a[0]); }, n, in, stride, out); \
+    run_map<V, 1, 1, 0, 0>([](const auto* a, auto* r) FI_LAMBDA { r[0] = fi_##name(a[0]); }, n, in, stride, out); \
   }
 #define FI_BINARY(name)                                                                                \
   void primitive_##name(int64_t n, const T* const* in, const int64_t* stride, T* const* out) {         \
-    run_map<V, 2, 1>([](const V* a, V* r) FI_LAMBDA { r[0] = fi_##name(a[0], a[1]); }, n, in, stride, out); \
+    run_map<V, 2, 1, 0, 0>([](const auto* a, auto* r) FI_LAMBDA { r[0] = fi_##name(a[0], a[1]); }, n, in, stride, out); \
   }
 #define FI_EACH_UNARY(X)                                                                               \
   X(sin) X(cos) X(tan) X(exp) X(log) X(log1p) X(expm1) X(tanh) X(sinh) X(cosh) X(sigmoid) X(softplus) X(erf) X(sqrt) \
@@ -31,10 +31,10 @@ FUSED_INR_ACTIVATIONS(FI_MAPS)
 FI_EACH_UNARY(FI_UNARY)
 FI_EACH_BINARY(FI_BINARY)
 void primitive_where(int64_t n, const T* const* in, const int64_t* stride, T* const* out) {
-  run_map<V, 3, 1>([](const V* a, V* r) FI_LAMBDA { r[0] = fi_where(a[0], a[1], a[2]); }, n, in, stride, out);
+  run_map<V, 3, 1, 0, 0>([](const auto* a, auto* r) FI_LAMBDA { r[0] = fi_where(a[0], a[1], a[2]); }, n, in, stride, out);
 }
 void primitive_sincos(int64_t n, const T* const* in, const int64_t* stride, T* const* out) {
-  run_map<V, 1, 2>([](const V* a, V* r) FI_LAMBDA { fi_sincos(a[0], r[0], r[1]); }, n, in, stride, out);
+  run_map<V, 1, 2, 0, 0>([](const auto* a, auto* r) FI_LAMBDA { fi_sincos(a[0], r[0], r[1]); }, n, in, stride, out);
 }
 
 #define FI_UNARY_ROW(name) {#name, 1, 1, (void*)primitive_##name},

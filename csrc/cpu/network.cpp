@@ -315,8 +315,17 @@ class TrainingTile {
         const NetworkLayer& before = n_.layer[i - 1];
         const int64_t of_channel = panels_of<V>(1, before.features);
         begin_layer(i - 1);
+        const bool plain = before.value && before.branches == 1 && before.outputs == 1 && !before.gp;
         for (int64_t p = 0; p < of_channel; ++p) {
           jet(i - 1, p);
+          if (plain) {  // gz = gy times the one derivative, on the way out of the product
+            T* const to = next + p * m * P;
+            product<V, Left::kTile>(m, p, p + 1, columns, left, packed_[i].input, columns * P, to, m * P, nullptr, false,
+                                    nullptr, derivative_);
+            if (sums_[i - 1].gb)
+              add_panel<T>(to, m, smaller(P, before.features - p * P), sums_[i - 1].gb + p * P);
+            continue;
+          }
           for (int c = 0; c < before.outputs; ++c)
             product<V, Left::kTile>(m, c * of_channel + p, c * of_channel + p + 1, columns, left, packed_[i].input,
                                     columns * P, s_.gy + c * m * P, m * P, nullptr, false, nullptr);
@@ -328,7 +337,9 @@ class TrainingTile {
                                 false, nullptr);
         write_rows<T>(f_.gx, 0, row, m, l.in_channels, l.in_channel, next, gx_streamed);
       }
-      if (sums_[i].gw)
+      if (sums_[i].gw && l.in_channels == 1 && l.in_channel <= kNarrow)
+        narrow_outer_product<V>(m, l.features, 0, z_panels<T>(l), gz, m * P, l.in_channel, input, sums_[i].gw, !fresh);
+      else if (sums_[i].gw)
         outer_product<V>(m, l.features, columns, 0, z_panels<T>(l), gz, m * P, in_panels<T>(l), input, m * P,
                          sums_[i].gw, !fresh, nullptr);
       T* const done = gz;

@@ -23,6 +23,14 @@
 
 namespace fused_inr {
 
+#if defined(__AVX512F__)
+inline constexpr int kRegisterBytes = 64;
+#elif defined(__AVX__)
+inline constexpr int kRegisterBytes = 32;
+#else
+inline constexpr int kRegisterBytes = 16;
+#endif
+
 template <class T>
 struct BitsOf;
 template <>
@@ -80,6 +88,19 @@ struct Vec {
 template <class V>
 FI_INLINE V select(typename V::Mask m, V a, V b) {
   return V(m ? a.v : b.v);
+}
+
+// by the sign bit of each lane of m, whatever the others are
+template <class V>
+FI_INLINE V select_by_sign(typename V::Mask m, V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (V::bytes == 64 && sizeof(typename V::scalar) == 4)
+    return V(_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)m), b.v, a.v));
+#endif
+#if defined(__AVX__)
+  if constexpr (V::bytes == 32 && sizeof(typename V::scalar) == 4) return V(_mm256_blendv_ps(b.v, a.v, (__m256)m));
+#endif
+  return select(m < 0, a, b);
 }
 
 template <class V>
@@ -174,6 +195,13 @@ FI_INLINE V fma(V a, V b, V c) {
 // c - a * b
 template <class V>
 FI_INLINE V fnma(V a, V b, V c) {
+  // said where the machine can, for a compiler that shares -a between several of these
+#if defined(__AVX512F__)
+  if constexpr (V::bytes == 64 && sizeof(typename V::scalar) == 4) return V(_mm512_fnmadd_ps(a.v, b.v, c.v));
+#endif
+#if defined(__FMA__)
+  if constexpr (V::bytes == 32 && sizeof(typename V::scalar) == 4) return V(_mm256_fnmadd_ps(a.v, b.v, c.v));
+#endif
   return fma(-a, b, c);
 }
 
