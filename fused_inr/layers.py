@@ -30,7 +30,7 @@ ActivationLike = str | Activation | ActivationMap | None
 _INITS: dict[str, Callable[[nn.Module], object] | None] = {
     "default": None,
     "siren": siren_init_,
-    "vi3nr": vi3nr_init_,
+    "vi3nr": partial(vi3nr_init_, sigma_p=None),  # the rule: no search while layers are made
 }
 
 

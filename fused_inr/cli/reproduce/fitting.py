@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import losses
+from ...init.walk import watch
 from .. import CliError
 from ..pictures import Picture, read_picture
 
@@ -28,6 +29,20 @@ def fit(model: nn.Module, x: Tensor, target: Tensor, steps: int, lr: float) -> l
     with torch.no_grad():
         curve.append(nn.functional.mse_loss(model(x), target))
     return torch.stack(curve).tolist()
+
+
+def spreads(model: nn.Module, x: Tensor) -> list[dict[str, float]]:
+    """Of each product: standard deviation of its input and of its pre-activation, over rows and features."""
+    found: list[dict[str, float]] = []
+
+    def visit(name: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = nn.functional.linear(rows, weight, bias)
+        found.append({"x": rows.std().item(), "z": z.std().item()})
+        return z
+
+    with torch.no_grad(), watch(model, visit):
+        model(x)
+    return found
 
 
 def decibel(mse: float, peak: float = 2.0) -> float:

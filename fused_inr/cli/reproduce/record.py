@@ -70,7 +70,7 @@ def run(arguments: Namespace) -> int:
     stem = f"{name}-{'full' if arguments.full else 'quick'}"
     path = Path(arguments.json) if arguments.json else folder / f"{stem}.json"
     options = json.loads(json.dumps(work.options))
-    done, seconds = _resume(path, name, options, work.cells)
+    done, seconds = _resume(path, name, options)
     prepare_folder(folder)
     if path.parent != folder and not path.parent.is_dir():
         raise CliError(f"--json {path}: the folder {path.parent} does not exist; make it first")
@@ -86,9 +86,9 @@ def run(arguments: Namespace) -> int:
             "python": platform.python_version(),
             "machine": machine(),
             "threads": torch.get_num_threads(),
-            "finished": len(done) == len(work.cells),
+            "finished": bool(tables),
             "options": options,
-            "tables": tables if len(done) == len(work.cells) else None,
+            "tables": tables or None,
             "seconds": seconds,
             "cells": done,
         }
@@ -99,7 +99,7 @@ def run(arguments: Namespace) -> int:
         start = time.perf_counter()
         done[cell] = plain(work.cells[cell]())
         seconds[cell] = round(time.perf_counter() - start, 2)
-        if len(done) < len(work.cells):
+        if cell != list(work.cells)[-1]:
             write_all({path: document()})
     tables.update(work.tables(done))
     picture = folder / f"{stem}.png"
@@ -112,14 +112,17 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def _resume(path: Path, name: str, options: dict, cells: dict) -> tuple[dict[str, Any], dict[str, float]]:
+def _resume(path: Path, name: str, options: dict) -> tuple[dict[str, Any], dict[str, float]]:
     """Cells that an earlier run with the same options has computed."""
     if not path.exists():
         return {}, {}
     try:
         found = json.loads(path.read_text())
-        same = (found["format"], found["name"], found["options"]) == (_FORMAT, name, options)
-        done = {cell: found["cells"][cell] for cell in cells if same and cell in found["cells"]}
+        same = (found["format"], found["name"]) == (_FORMAT, name)
+        # other seeds are other cells: they stay, and a later run with them need not repeat them
+        if not same or {**found["options"], "seeds": 0} != {**options, "seeds": 0}:
+            return {}, {}
+        done = dict(found["cells"])
         return done, {cell: found["seconds"].get(cell, 0.0) for cell in done}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{path}: is no result of fused-inr reproduce ({error}); remove it or give another --out"
@@ -130,7 +133,9 @@ def _progress(work: Work, done: dict, quiet: bool) -> Iterator[str]:
     from tqdm import tqdm
 
     todo = [cell for cell in work.cells if cell not in done]
-    with tqdm(total=len(work.cells), initial=len(done), disable=quiet, unit="cell", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(work.cells), initial=len(work.cells) - len(todo), disable=quiet, unit="cell", dynamic_ncols=True
+    ) as bar:
         for cell in todo:
             bar.set_description(cell)
             yield cell

@@ -9,14 +9,14 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...init.walk import watch
 from ...models import SIREN
-from .fitting import decibel, fit, picture, shown_curve, thinned
+from .fitting import decibel, fit, picture, shown_curve, spreads, thinned
 from .record import Request, Work, seeds
 
 PAIRS = {"published (1, 6)": (1.0, 6.0), "tuned (2, 40)": (2.0, 40.0)}
@@ -52,7 +52,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
     x, y = target.coordinates(), target.target()
 
     def spread(pair: str, seed: int) -> dict[str, Any]:
-        return {"layers": spreads(pair, whole.coordinates(), options.spread_width, options.depth, seed)}
+        return {"layers": sine_spreads(pair, whole.coordinates(), options.spread_width, options.depth, seed)}
 
     def psnr(pair: str, width: int, seed: int) -> dict[str, Any]:
         flic, initc = PAIRS[pair]
@@ -79,23 +79,13 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
     )
 
 
-def spreads(pair: str, x: Tensor, width: int, depth: int, seed: int) -> list[dict[str, float]]:
+def sine_spreads(pair: str, x: Tensor, width: int, depth: int, seed: int) -> list[dict[str, float]]:
     """Of each sine layer: standard deviation of omega z and of its sine, over rows and features."""
     flic, initc = PAIRS[pair]
     torch.manual_seed(seed)
     net = SIREN(x.shape[1], width, depth, 3, omega=_OMEGA, first_omega=_OMEGA, flic=flic, initc=initc)
-    found: list[dict[str, float]] = []
-
-    def visit(name: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if found:
-            found[-1]["sine"] = rows.std().item()
-        z = nn.functional.linear(rows, weight, bias)
-        found.append({"z": _OMEGA * z.std().item()})
-        return z
-
-    with torch.no_grad(), watch(net, visit):
-        net(x)
-    return found[:-1]
+    found = spreads(net, x)
+    return [{"z": _OMEGA * layer["z"], "sine": after["x"]} for layer, after in pairwise(found)]
 
 
 def _tables(options: Options, numbers: list[int], cells: dict[str, Any]) -> dict[str, list[list[str]]]:
