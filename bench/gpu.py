@@ -322,6 +322,11 @@ def _in_order(device: torch.device, full: bool) -> Iterator[dict[str, Any]]:
     for precision in precisions[:3]:
         yield bench(layer("split", precision), compiled if precision == "bf16" or full else plain)
     yield bench(network("training", "ieee", width=width // 4, rows=small), graphs)
+    for settings, samples in ((1, 1_000_000), (10_000, 1_000_000)) if cuda else ((1, 10_000), (20, 10_000)):
+        for activation in ("gaussian", "split") if full else ("gaussian",):
+            cell = {"activation": activation, "settings": settings, "samples": samples}
+            name = f"moments {activation}, {settings} x {samples}"
+            yield {"cell": name, "group": "moments", "run": "moments", **cell}
     for activation in ("split", "gaussian", "relu"):
         for precision in precisions:
             yield accuracy(activation, precision)
@@ -678,11 +683,73 @@ def _sweep(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {"worst": worst}
 
 
+def moments_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of sums [chunks, G, V, 3] over the same draws, the largest difference relative to what the sums are made of: v by
+    the root mean square, v^2 and v^4 by themselves."""
+    from ..ops import moments
+
+    total, exact = found.double().sum(0), expected.double().sum(0)
+    draws = len(expected) * moments.CHUNK
+    size = torch.cat(((exact[..., 1:2] * draws).sqrt(), exact[..., 1:]), -1)
+    return ((total - exact).abs() / (size + 1e-6 * draws)).max().item()
+
+
+def _moments(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Sums of a map over draws for a grid of sigma: each backend's words and sums against the reference's, then
+    milliseconds, beside the expression in PyTorch (fresh draws, autograd) at one sigma."""
+    from .. import activations
+    from ..ops import backends, moments
+    from . import timing
+
+    act = activations.get(cell["activation"])
+    map, samples, settings = act.map, cell["samples"], cell["settings"]
+    sigmas = torch.logspace(-2, 1, settings, device=device).unsqueeze(1).repeat(1, map.branches)
+    numbers = torch.tensor([float(v) for v in act.params.values()], device=device)
+    params = numbers.expand(settings, -1).contiguous()
+    some = torch.linspace(0, settings - 1, min(settings, 5), device=device).long()
+    expected = moments.reference(sigmas[some], params[some], 0, min(samples, 20_000), 1, map)
+    result: dict[str, Any] = {"work": cell["cell"], "moments": {}, "failed": {}}
+    calls: dict[str, Callable[[], object]] = {}
+    for name in ("triton", "cuda") if device.type == "cuda" else ("cpu",):
+        backend = backends.implementation(name)
+        try:
+            found = backend.moments(sigmas[some], params[some], 0, min(samples, 20_000), 1, map)
+            worst = moments_error(found, expected)
+            if not worst <= 1e-3:
+                raise ValueError(f"sums differ from the reference's by {worst:.2g} of their size")
+            calls[name] = partial(backend.moments, sigmas, params, 0, samples, 1, map)
+            first = calls[name]()
+            if not torch.equal(first, calls[name]()):
+                raise ValueError("the bits differ from call to call")
+            result["moments"][name] = {"error": worst}
+        except Exception as error:
+            calls.pop(name, None)
+            result["moments"].pop(name, None)
+            result["failed"][name] = one_line(error)
+    if settings == 1:
+
+        def expression() -> torch.Tensor:
+            z = (torch.randn(samples, map.branches, device=device) * sigmas[0]).requires_grad_()
+            y = act(z)
+            (dz,) = torch.autograd.grad(y.sum(), z)
+            return torch.stack((y.detach().square().mean(), dz.square().mean()))
+
+        calls["eager"] = expression
+    timed = timing.interleaved(calls, device, seconds=2.0 if device.type == "cuda" else 0.2, rounds=(3, 50))
+    for name, each in timed.items():
+        figures = result["moments"].setdefault(name, {})
+        figures |= {**each.summary(), "ps_per_draw": each.ms * 1e9 / (samples * settings)}
+    if not set(result["moments"]) - {"eager"}:
+        result["error"] = "; ".join(f"{name}: {reason}" for name, reason in result["failed"].items())
+    return result
+
+
 RUNS: dict[str, Callable[[dict[str, Any], torch.device], dict[str, Any]]] = {
     "ceilings": _ceilings,
     "accuracy": _accuracy,
     "bench": _bench,
     "sweep": _sweep,
+    "moments": _moments,
 }
 
 
@@ -816,6 +883,11 @@ def brief(result: dict[str, Any]) -> str:
         return f"{number(result['of_bound'])} of its bound" + ("" if result["passed"] else ": WRONG")
     if "variants" in result:
         return ", ".join(f"{name} {number(v['ms'])} ms" for name, v in result["variants"].items())
+    if "moments" in result:
+        return ", ".join(
+            f"{name} {number(m['ms'])} ms ({number(m['ps_per_draw'])} ps a draw)"
+            for name, m in result["moments"].items()
+        )
     if "worst" in result:
         return "; ".join(f"{where}: {number(w['ulp'])} ulp" for where, w in result["worst"].items())
     return "passed" if result.get("passed") else "FAILED"
@@ -879,7 +951,7 @@ def summary(content: dict[str, Any]) -> str:
             f"closest: {worst['cell']}, {number(worst['of_bound'])} of its bound"
         )
     for result in results:
-        if result["group"] in ("tests", "sanitizer", "ceilings", "sweep") and "error" not in result:
+        if result["group"] in ("tests", "sanitizer", "ceilings", "sweep", "moments") and "error" not in result:
             parts.append(f"{result['cell']}: {brief(result)}")
         for name in result.get("failed_tests", [])[:20]:
             parts.append(f"  failed: {name}")

@@ -165,6 +165,15 @@ def test_verdicts():
     assert table.verdicts(row, {"ratios": {}}, warmed=False) == []
 
 
+def test_torch_compile_is_judged_by_the_better_of_its_modes():
+    assert table.compiled({"compile": 1.5, "max-autotune": 1.2, "eager": 1.0}) == 1.2
+    assert table.compiled({"eager": 1.0}) is None
+    assert "pixels" in table.NAMES and "pixels" not in table.DEFAULT
+    row = table.Row("r", Case("network", "training"), {"compile": 1.4})
+    result = {"ratios": {"compile": 1.5, "max-autotune": 1.2}}
+    assert [v["met"] for v in table.verdicts(row, result, warmed=False)] == [False]
+
+
 def test_numbers_for_people():
     shown = [report.number(v) for v in (None, 0.0, 1.2345, 123.456, 1234.5, 0.01234, 1e-7, math.inf)]
     assert shown == ["-", "0", "1.23", "123", "1234", "0.0123", "1.00e-07", "inf"]
@@ -199,20 +208,23 @@ def test_the_table_in_quick_form(tmp_path):
         "--figure",
         str(figure),
         "--only",
-        "training,split,import,psnr",
+        "training,split,import,psnr,pixels",
     )
     assert done.returncode == 0, done.stderr
     content = json.loads(path.read_text())
     assert content["finished"]
-    assert [r["name"] for r in content["results"]] == ["training", "split", "import", "psnr"]
-    training, split, imported, fit = content["results"]
+    assert [r["name"] for r in content["results"]] == ["training", "split", "import", "psnr", "pixels"]
+    training, split, imported, fit, picture = content["results"]
     for result in (training, split):
         assert {"fused", "eager"} <= set(result["timings"]) <= {"fused", "eager", "floor"}
         assert set(result["peak_mib"]) == {"fused", "eager"}
         assert "verdicts" not in result  # sizes differ from those that demands are about
         assert result["check"]["of_bound"] <= 1
     assert set(imported["seconds"]) == {"import fused_inr", "with all that it names"}
-    assert abs(fit["difference"]) < 0.1
+    assert len(fit["fused_less_eager"]["each"]) == 2 and abs(fit["fused_less_eager"]["mean"]) < 0.1
+    assert fit["moved_less_eager"]["each"] != fit["fused_less_eager"]["each"]
+    assert picture["pixels"] == 64 * 64 and len(picture["s_a_step"]) == 2
+    assert picture["loss"][1] < picture["loss"][0]
     assert content["versions"]["torch"] == torch.__version__
     assert {"device", "threads", "command", "time", "backends"} <= set(content)
     for word in ("training", "split", "vs eager", "torch"):
@@ -394,6 +406,27 @@ class OfCuda:
     type = "cuda"
 
 
+def test_a_cell_of_moments():
+    """Against the reference first, then timed; beside the expression at one sigma only."""
+    for settings, names in ((1, {"cpu", "eager"}), (20, {"cpu"})):
+        cell = {"cell": "m", "activation": "split", "settings": settings, "samples": 5000}
+        result = gpu._moments(cell, CPU)
+        assert not result["failed"] and set(result["moments"]) == names
+        assert result["moments"]["cpu"]["error"] < 1e-4
+        assert result["moments"]["cpu"]["ps_per_draw"] > 0
+        assert "ps a draw" in gpu.brief({"group": "moments", **result})
+
+
+def test_an_error_of_moments_is_seen():
+    expected = torch.rand(2, 3, 2, 3, dtype=torch.float64) * 4096
+    assert gpu.moments_error(expected, expected) == 0
+    for k in range(3):
+        wrong = expected.clone()
+        wrong[1, 2, 1, k] += 100
+        assert gpu.moments_error(wrong, expected) > 1e-3
+    assert not gpu.moments_error(expected * float("nan"), expected) <= 1
+
+
 def test_the_cells_of_a_gpu_cover_what_was_asked(monkeypatch):
     from types import SimpleNamespace
 
@@ -407,6 +440,8 @@ def test_the_cells_of_a_gpu_cover_what_was_asked(monkeypatch):
     names = {v for cell in few if "variants" in cell for v in cell["variants"]}
     assert {"compile", "max-autotune", "layers", "one-pass", "recompute", "tcnn", "cuda", "fused bf16x3"} <= names
     assert {"fused graph", "eager graph", "compile graph", "layers graph"} <= names
+    moments = {(cell["settings"], cell["samples"]) for cell in few if cell["group"] == "moments"}
+    assert moments == {(1, 1_000_000), (10_000, 1_000_000)}
     cases_ = [Case(**cell["case"]) for cell in every if cell["group"] == "bench"]
     assert {c.width for c in cases_} >= {32, 64, 128, 256, 512, 1024}
     assert {c.rows for c in cases_} >= {1 << 14, 1 << 17, 1 << 20, 1 << 21}

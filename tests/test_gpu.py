@@ -12,12 +12,12 @@ import pytest
 import torch
 from fused_inr.bench import bounds
 from fused_inr.bench.cases import PRECISIONS, Case, Work, matmul_precision
-from fused_inr.bench.gpu import layer_accuracy
+from fused_inr.bench.gpu import layer_accuracy, moments_error
 
 import fused_inr as fi
 from fused_inr import activations
 from fused_inr.functional import linear_act
-from fused_inr.ops import backends, raw
+from fused_inr.ops import backends, moments, raw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
 
@@ -515,3 +515,49 @@ def test_float32_sine_at_every_exponent(backend):
     ulp = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(2.0**-126))) - 23)
     error = (y.double() - exact).abs()
     assert (error <= torch.maximum(2 * ulp, torch.full_like(ulp, 2.0**-23))).all(), error.max()
+
+
+# -- moments
+
+
+def moments_backend(name: str):
+    usable, reason = backends.TABLE[name].available()
+    if not usable:
+        pytest.skip(f"backend {name!r}: {reason}")
+    return backends.implementation(name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_stream_of_random_numbers_is_the_cpus(backend):
+    moments_backend(backend)
+    if backend == "triton":
+        from fused_inr.kernels.moments import random_bits
+    else:
+        random_bits = torch.ops.fused_inr_cuda.random_bits
+    for start, branch, seed in ((0, 0, 0), (4 * (2**32 - 100), 3, 2**62 + 7), (2**63 - 8192, 1, 1)):
+        words = random_bits(start, 8192, branch, seed, CUDA)
+        assert torch.equal(words.cpu(), moments.random_bits(start, 8192, branch, seed))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("name", sorted(NAMES, key=lambda name: (name not in SOME, name)))
+def test_moments_agree_with_the_cpus_and_are_the_same_bits(name, backend):
+    """Means of v, v^2, v^4 over the same draws, within five standard errors; small parameters, so that float32 keeps
+    the phase."""
+    run = moments_backend(backend).moments
+    map, samples = activations.lookup(name), 10 * moments.CHUNK + 77
+    sigmas = torch.linspace(0.3, 1.2, 3 * map.branches).view(3, map.branches)
+    params = torch.tensor([[min(c, 3.0) for c in map.defaults.values()]] * 3).reshape(3, map.n_params)
+    expected = moments.reference(sigmas, params, 0, samples, 5, map)
+    sigmas, params = sigmas.to(CUDA), params.to(CUDA)
+    found = run(sigmas, params, 0, samples, 5, map)
+    assert torch.equal(found, run(sigmas, params, 0, samples, 5, map))
+    assert torch.equal(found[3:5], run(sigmas, params, 3 * moments.CHUNK, 2 * moments.CHUNK, 5, map))
+    assert torch.equal(found[:, 1:2], run(sigmas[1:2], params[1:2], 0, samples, 5, map))
+    ours, theirs = found.cpu().sum(0) / samples, expected.sum(0) / samples
+    spread = ((theirs[..., 1] - theirs[..., 0] ** 2).clamp_min(0) / samples).sqrt()
+    assert ((ours - theirs)[..., 0].abs() <= 5 * spread + 1e-6).all()
+    spread = ((theirs[..., 2] - theirs[..., 1] ** 2).clamp_min(0) / samples).sqrt()
+    assert ((ours - theirs)[..., 1].abs() <= 5 * spread + 1e-6).all()
+    # the draws are the same: far closer than that
+    assert moments_error(found.cpu(), expected) <= 1e-3
