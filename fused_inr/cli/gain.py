@@ -73,10 +73,11 @@ class Answer:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the answer and write its figure; the exit code."""
+    path = Path(arguments.figure)
+    if arguments.figure:
+        prepare_folder(path.parent, "--figure")
     answer = examine(arguments)
     if arguments.figure:
-        path = Path(arguments.figure)
-        prepare_folder(path.parent, "--figure")
         write_all({path: draw(answer)})
     print(json.dumps(answer.as_json(), indent=1) if arguments.json else answer)
     if arguments.figure and not arguments.json:

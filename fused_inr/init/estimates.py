@@ -177,6 +177,10 @@ class _Grid:
         self.device = torch.device(device if device is not None else tensors[0].device if tensors else "cpu")
         if self.device.type == "meta" or any(t.is_meta for t in tensors):
             raise ValueError("device must hold data to estimate moments, got 'meta'")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {self.device} cannot be used here: {error}") from None
         sigma = _sigma(sigma, self.branches)
         sizes = {v.shape[0] for n, v in own.items() if isinstance(v, Tensor) and v.dim() == 1 and n not in given}
         if len(sizes) > 1:
