@@ -297,7 +297,7 @@ def test_tuner_finds_the_bandwidth_of_the_signal():
     target = torch.sin(12 * x)
     net = fi.MLP(1, 32, 1, 1, activation=fi.activations.gaussian(sigma=0.05))
     before = [p.clone() for p in net.parameters()]
-    found = tune_sigma_p(net, x, target, [0.002, 0.1], [None], steps=60, lr=1e-2, seeds=2, apply=False)
+    found = tune_sigma_p(net, x, target, [0.002, 0.1], [None], steps=30, lr=1e-2, seeds=2, apply=False)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
     assert {t.sigma_p for t in found.trials} == {None, 0.002, 0.1}
     losses = {t.sigma_p: t.loss for t in found.trials}
@@ -338,3 +338,17 @@ X = torch.zeros(3, 1)
 def test_tuner_explains_bad_input(arguments, error, words):
     with pytest.raises(error, match=words):
         tune_sigma_p(*arguments)
+
+
+def test_fit_offers_the_tuned_pair():
+    from fused_inr.cli.options import FitOptions
+    from fused_inr.cli.training import build_model
+
+    net = build_model(FitOptions(width=64, depth=1, init="siren-tuned"), 3)
+    assert 0.97 < net.net[0].weight.abs().max().item() <= 1  # U(-2/2, 2/2)
+    bound = math.sqrt(40 / 64) / 30
+    assert 0.97 * bound < net.net[1].weight.abs().max().item() <= bound
+    finer = build_model(FitOptions(activation="finer:omega=10", width=64, depth=1, init="siren-tuned"), 3)
+    assert 0.97 < finer.net[0].weight.abs().max().item() <= 1
+    with pytest.raises(CliError, match=r"siren-tuned.*omega"):
+        build_model(FitOptions(activation="split", init="siren-tuned"), 3)

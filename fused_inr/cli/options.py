@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16", "float64")
-INITS = ("paper", "default", "siren", "vi3nr")
+INITS = ("paper", "default", "siren", "siren-tuned", "vi3nr")
 METHODS = ("auto", "montecarlo", "quadrature")  # of moments
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 

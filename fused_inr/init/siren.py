@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from .._checks import boolean, finite_float
 from .walk import fused_layers, sees_coordinates
 
+#: The tuned pair as arguments: `siren_init_(net, **TUNED)`, `SIREN(..., **TUNED)`.
+TUNED = {"flic": 2.0, "initc": 40.0}
+
 
 def siren_uniform_(
     weight: Tensor,
