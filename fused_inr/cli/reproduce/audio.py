@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
 class Options:
     duration: float = 1.0
     steps: int = 300
-    width: int = 128
+    width: int = 64
     depth: int = 3
     lr: float = 1e-4
     first_omega: float = 3000.0

@@ -33,8 +33,8 @@ _OMEGA = 30.0
 
 @dataclass(frozen=True)
 class Options:
-    size: int = 128
-    steps: int = 200
+    size: int = 64
+    steps: int = 300
     widths: tuple[int, ...] = (128, 256, 512)
     depth: int = 3
     lr: float = 1e-4
