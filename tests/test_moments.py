@@ -1,5 +1,5 @@
-"""Moments: the random numbers, bits over tilings and backends, estimates against quadrature and closed forms, errors that
-are what they say."""
+"""Moments: the random numbers, bits over tilings and backends, estimates against quadrature and closed forms, errors
+that are what they say."""
 
 import math
 
@@ -113,8 +113,8 @@ def test_sums_are_those_of_the_formula(backend, name):
             sums, expected = sums[:, :, :1], oracle(activation, sigmas, params, start, samples, 3)[:, :1]
         else:
             expected = oracle(activation, sigmas, params, start, samples, 3)
-        # values are float32: each is off by some units in the last place of the largest that occurs (omega z is rounded,
-        # too), which sums add up
+        # values are float32: each is off by some units in the last place of the largest that occurs (omega z is
+        # rounded, too), which sums add up
         size = expected[..., 1:2].sqrt() * math.sqrt(samples)
         size = torch.cat((size, expected[..., 1:]), -1)
         assert bool(((sums.sum(0) - expected).abs() <= 1e-4 * size + 1e-30).all())
@@ -200,7 +200,7 @@ def test_the_operator_checks_its_arguments():
         (one, one, 0, 8, 0, "sin"),
     ]
     for arguments in bad:
-        with pytest.raises(ValueError, match="expected|knows no"):
+        with pytest.raises(ValueError, match=r"expected|knows no"):
             engine.moments(*arguments)
     for start, count in ((1, 4), (0, 3), (-4, 4)):
         with pytest.raises(ValueError, match="multiples of 4"):
@@ -214,7 +214,7 @@ CASES_EACH = 53
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thousand_cases_lie_within_five_standard_errors_of_quadrature(name):
-    """53 cases for each activation of one or two branches, sigma and seed; first and second moments of f and its derivatives."""
+    """53 cases for each activation of one or two branches: first and second moments of f and its derivatives."""
     activation = A.get(name)
     if name == "split":
         activation = A.split(m=3.0)
@@ -354,7 +354,7 @@ def test_further_draws_continue_the_stream():
 
 
 def test_quadrature_says_when_it_does_not_converge():
-    with pytest.raises(ValueError, match="does not converge.*montecarlo"):
+    with pytest.raises(ValueError, match=r"does not converge.*montecarlo"):
         moments("sine", 1e4, method="quadrature")
     assert moments("sine", 1e4, method="auto", samples=1000).method == "montecarlo"
     assert moments("sine", 0.1, method="auto").method == "quadrature"

@@ -9,6 +9,7 @@ from . import CliError
 #: name on the command line -> module of fused_inr.bench with a `main(argv) -> exit code`, and what it does
 BENCHES = {
     "table": ("table", "layers and networks against eager PyTorch and torch.compile, on this machine"),
+    "moments": ("moments", "moments and the search for sigma_p against the expressions of VI3NR's code"),
     "static": ("static_report", "every Triton kernel compiled ahead of time: registers, spills, instructions"),
     "tune": ("tune", "configurations of the Triton kernels measured on this GPU, and their table rewritten"),
     "gpu": ("gpu", "a CUDA machine's tests and benches, most important first, under a time budget"),

@@ -67,7 +67,7 @@ class Answer:
                 f"  condition  {_number(a['condition'], a['condition_error'])}",
                 f"  E[f] {a['mean']:.6g}   E[f^2] {a['second']:.6g}",
             ]
-        lines.append("weights of a layer after it: uniform within gain sqrt(3 / fan_in), or of variance gain^2 / fan_in")
+        lines.append("weights of a layer after it: uniform within gain sqrt(3 / fan_in), or variance gain^2 / fan_in")
         return "\n".join(lines)
 
 
@@ -134,15 +134,15 @@ def draw(answer: Answer) -> bytes:
     except ImportError as error:
         raise CliError("the figure needs matplotlib: pip install 'fused_inr[fit]', or --no-figure") from error
     s = answer.search
-    sigma, condition, error, gain = s.curve
+    sigma, condition, off, gain = s.curve
     near = (sigma > s.sigma_p / _SHOWN) & (sigma < s.sigma_p * _SHOWN)
-    shown = torch.isfinite(condition) & (condition > 0) & (error < 0.2 * condition) & near
-    sigma, condition, error, gain = sigma[shown], condition[shown], error[shown], gain[shown]
+    shown = torch.isfinite(condition) & (condition > 0) & (off < 0.2 * condition) & near
+    sigma, condition, off, gain = sigma[shown], condition[shown], off[shown], gain[shown]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(f"{answer.activation!r}, fan ratio {answer.fan_ratio:g}: {s.status}, sigma_p = {s.sigma_p:.5g}")
     left, right = figure.subplots(1, 2)
     left.fill_between(
-        sigma, (condition - 2 * error).clamp_min(1e-12), condition + 2 * error, alpha=0.3, label="two standard errors"
+        sigma, (condition - 2 * off).clamp_min(1e-12), condition + 2 * off, alpha=0.3, label="two standard errors"
     )
     left.loglog(sigma, condition, label="condition")
     left.axhline(1, color="grey", linewidth=1)

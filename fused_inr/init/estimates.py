@@ -112,7 +112,8 @@ def moments(
     Args:
         activation: an activation of this package or its name; or a differentiable callable on tensors [n] (one branch,
             one output; complex values count by their absolute value, with abs(df/dz)).
-        sigma: standard deviation of z before omega, > 0: a number or a tensor [..]; or a tuple of B of them, one a branch.
+        sigma: standard deviation of z before omega, > 0: a number or a tensor [..]; or a tuple of B of them, one a
+            branch.
         parameters: other values for parameters of the activation, numbers or tensors that broadcast with [..].
         method: "montecarlo"; "quadrature", in float64, which raises where it does not converge; "auto": the latter
             where it converges, else the former.
@@ -123,8 +124,8 @@ def moments(
 
     An activation's own tensors of shape [features] are averaged over the features.
 
-    Returns `Moments` of shape [..]. Raises TypeError or ValueError for other arguments, and where f or its derivative is
-    not finite.
+    Returns `Moments` of shape [..]. Raises TypeError or ValueError for other arguments, and where f or its derivative
+    is not finite.
     """
     f = _function(activation)
     method = one_of("method", method, METHODS)
@@ -165,7 +166,7 @@ def _seed(seed: object) -> int:
 
 
 class _Grid:
-    """The settings, flat: sigmas [G, B], params [G, P], float64; `shape` is theirs, `features` the ones averaged over."""
+    """The settings, flat: sigmas [G, B], params [G, P], float64; `shape` is theirs, `features` are averaged over."""
 
     def __init__(self, f, sigma, parameters, device) -> None:
         self.f = f
@@ -259,7 +260,7 @@ def _sigma(sigma: object, branches: int) -> Tensor:
     """[.., B]."""
     if isinstance(sigma, tuple | list):
         if len(sigma) != branches:
-            raise ValueError(f"sigma must have one entry a branch, {branches}, or be a number or a tensor, got {len(sigma)}")
+            raise ValueError(f"sigma must be a number, a tensor or one entry a branch, {branches}, got {len(sigma)}")
         entries = [_numbers(f"sigma[{b}]", s) for b, s in enumerate(sigma)]
         try:
             value = torch.stack(torch.broadcast_tensors(*entries), -1)

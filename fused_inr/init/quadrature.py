@@ -1,9 +1,9 @@
 """Moments by quadrature, in float64: the other way to what Monte Carlo estimates, and its oracle.
 
 One branch: Gauss-Hermite rules of three sizes; where they do not agree (a kink, a narrow bump, many periods), adaptive
-Gauss-Legendre panels against the normal density, graded towards 0. Several branches: products of trapezoidal rules, which
-converge faster than Gauss-Hermite where the function has poles near the real axis (tanh), until two agree. A function that is
-smooth almost everywhere and has a bump between all nodes is not noticed.
+Gauss-Legendre panels against the normal density, graded towards 0. Several branches: products of trapezoidal rules,
+which converge faster than Gauss-Hermite where the function has poles near the real axis (tanh), until two agree. A
+function that is smooth almost everywhere and has a bump between all nodes is not noticed.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def _panels(grid, g: int) -> tuple[Tensor, Tensor]:
         t = (low + high).unsqueeze(1) / 2 + half * points
         w = half * weights * torch.exp(-t * t / 2) / math.sqrt(2 * math.pi)
         v = grid.values([(sigma * t).reshape(1, -1)], params)
-        return torch.stack([torch.stack(((w * x).sum(1), (w * x * x).sum(1)), -1) for x in (r.view_as(t) for r in v)], 1)
+        rows = [x.view_as(t) for x in v]
+        return torch.stack([torch.stack(((w * x).sum(1), (w * x * x).sum(1)), -1) for x in rows], 1)
 
     edges = torch.cat((torch.zeros(1), _END * 2.0 ** torch.arange(-40.0, 1.0))).double()
     low = torch.cat((-edges.flip(0)[:-1], edges[:-1]))

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .._checks import finite_float, one_of, positive_int
 from ..activations import Activation
-from . import estimates
-from . import quadrature
+from . import estimates, quadrature
 from .estimates import METHODS, Moments
 
 STATUSES = ("solved", "everywhere", "limit_zero", "limit_infinity", "never")
@@ -89,14 +88,14 @@ def search_sigma_p(
         method: "auto", by quadrature where that converges (one or two branches), else Monte Carlo; or one of these.
         samples, seed, device: of Monte Carlo; every sigma sees the same draws.
 
-    Returns a `SigmaSearch`. Where there are several solutions, sigma_p is the smallest at which the condition rises, so that
-    gradients neither vanish nor explode if sigma_p is a little off to the side of the linear range; `roots` has all.
+    Returns a `SigmaSearch`. Where there are several solutions, sigma_p is the smallest at which the condition rises;
+    `roots` has all.
     Where there is none, sigma_p is the best compromise: in a limit, the value farthest from it with the condition still
     `within` of 1 (nearer to the limit the activation is linear, or constant); else the one with the smallest
     abs(log(condition)).
 
-    Raises TypeError or ValueError for other arguments, an activation whose values or derivatives are not finite or that is
-    constant, and one about which no estimate in the range says anything.
+    Raises TypeError or ValueError for other arguments, an activation whose values or derivatives are not finite or that
+    is constant, and one about which no estimate in the range says anything.
     """
     fan_ratio = finite_float("fan_ratio", fan_ratio, above=0)
     bias_variance = finite_float("bias_variance", bias_variance, least=0)
@@ -119,7 +118,7 @@ class _Problem:
         self.method, self.samples, self.own = method, samples, own
 
     def look(self, sigma: Tensor) -> tuple[Tensor, Tensor, Moments]:
-        """`log_condition` over the whole range. By quadrature where it is cheap: far out it takes long, and a few digits do."""
+        """`log_condition` over the whole range, by quadrature where that is cheap: far out few digits do."""
         if self.method == "quadrature":
             return self.log_condition(*sigma.tolist())
         samples = min(_COARSE_SAMPLES, self.samples)
@@ -155,7 +154,8 @@ class _Problem:
         clear = torch.isfinite(value) & (error < _VAGUE)
         if not bool(clear.any()):
             raise ValueError(
-                f"no sigma_p in [{lower:g}, {upper:g}] gives a usable estimate for {self.f!r}; give lower, upper, or more samples"
+                f"no sigma_p in [{lower:g}, {upper:g}] gives a usable estimate for {self.f!r}; "
+                "give lower, upper, or more samples"
             )
         sigma, value, error = sigma[clear], value[clear], error[clear]
         known = _ERRORS * error + _NONE
@@ -171,14 +171,15 @@ class _Problem:
             roots = [self._refine(a, b, tolerance) for a, b, _ in brackets]
             rising = [r for r, (_, _, rises) in zip(roots, brackets) if rises]
             chosen = rising[0] if rising else roots[0]
-            more = f"; further solutions: {', '.join(f'{r:.6g}' for r in roots if r != chosen)}" if len(roots) > 1 else ""
+            others = ", ".join(f"{r:.6g}" for r in roots if r != chosen)
+            more = f"; further solutions: {others}" if others else ""
             return self._outcome("solved", chosen, tuple(sorted(roots)), f"both conditions hold{more}", curve)
         side = "above" if v[0] > 0 else "below"
         if float(value[0].abs()) <= max(within / 10, float(known[0])):
             at = self._last_within(sigma, value, within)
             why = (
-                f"no solution: the condition is {side} 1 for every sigma_p and tends to 1 for sigma_p -> 0, where f is linear; "
-                f"the largest sigma_p with a condition within {within:g} of 1 is the compromise"
+                f"no solution: the condition is {side} 1 for every sigma_p and tends to 1 for sigma_p -> 0, where f is "
+                f"linear; the largest sigma_p with a condition within {within:g} of 1 is the compromise"
             )
             return self._outcome("limit_zero", at, (), why, curve)
         if float(value[-1].abs()) <= max(within, float(known[-1])):
@@ -191,12 +192,13 @@ class _Problem:
         least = float(value.abs().min())
         good = value.abs() <= least + known
         if bool(good[0]) or bool(good[-1]):  # nearest to 1 in a limit
-            end = "zero, the largest" if bool(good[0]) else "infinity, the smallest"
+            end = "0; the largest" if bool(good[0]) else "infinity; the smallest"
             order = slice(None) if bool(good[0]) else torch.arange(len(sigma) - 1, -1, -1)
             at = self._last_within(sigma[order], value[order], within, least)
             why = (
-                f"no solution: the condition is {side} 1 for every sigma_p and nearest to it, {math.exp(float(value[order][0])):.4g}, "
-                f"for sigma_p to {end} with a condition within {within:g} of that is the compromise"
+                f"no solution: the condition is {side} 1 for every sigma_p and nearest to it, "
+                f"{math.exp(float(value[order][0])):.4g}, for sigma_p -> {end} with a condition within {within:g} of that "
+                "is the compromise"
             )
         else:
             at = self._nearest(sigma, value)
@@ -235,7 +237,7 @@ class _Problem:
         return math.exp(b)
 
     def _last_within(self, sigma: Tensor, value: Tensor, within: float, least: float = 0.0) -> float:
-        """From the limit on, the last sigma up to which abs(log(condition)) stays within of `least`, refined between two."""
+        """From the limit on, the last sigma up to which abs(log(condition)) stays `within` of `least`."""
         most = least + math.log1p(within)
         off = value.abs() > most
         if not bool(off.any()):

@@ -28,7 +28,6 @@ from ..ops import moments as raw
 from . import estimates
 from .siren import _described
 
-
 # -- gains
 
 
@@ -70,8 +69,8 @@ def vi3nr_gain_MC(
             std(f^2) / (2 E[f^2] sqrt(samples)): 0.11 % for relu at the default.
         device: where to draw; by default the CPU, or where the activation's parameters are.
         generator: source of the seed, or
-        seed: of the draws (`fused_inr.init.moments`), 0 <= seed < 2^63; PyTorch's global generator gives one if neither is
-            given. The same seed gives the same bits on the same kind of device, whatever the threads.
+        seed: of the draws (`fused_inr.init.moments`), 0 <= seed < 2^63; PyTorch's global generator gives one if neither
+            is given. The same seed gives the same bits on the same kind of device, whatever the threads.
 
     Returns the gain as a float. Raises TypeError or ValueError for other arguments, and where f returns something
     that is not finite, zero everywhere, or of another shape.

@@ -64,7 +64,7 @@ def normals(start: int, count: int, branch: int, seed: int, device: torch.device
 def powers(values: Tensor) -> Tensor:
     """[.., n] -> [.., 3] float64: sums of v, v^2, v^4 over the last dimension of at most a chunk.
 
-    In one order, whatever the other dimensions and the threads: PyTorch splits no sum of 64 numbers that is one of many.
+    In one order, whatever the other dimensions and the threads: PyTorch splits no sum of 64 numbers among many.
     """
     v = torch.nn.functional.pad(values.double(), (0, CHUNK - values.shape[-1])).unflatten(-1, (64, 64))
     square = v * v
@@ -85,7 +85,7 @@ def reference(sigmas: Tensor, params: Tensor, start: int, samples: int, seed: in
     sums = torch.empty(chunks, len(sigmas), values, 3, dtype=torch.float64, device=sigmas.device)
     jet = map.torch_jet()
     own = params.float().unsqueeze(-1).unbind(1)
-    # fewer numbers than PyTorch divides among threads: where a thread's part ends, its elementary functions round differently
+    # fewer numbers than PyTorch divides among threads: where a part ends, elementary functions round differently
     at_a_time = ((1 << 15) - 1) // CHUNK
     for chunk in range(chunks):
         n = min(CHUNK, samples - chunk * CHUNK)
