@@ -204,11 +204,12 @@ def _draw(rows: list[Row], numbers: list[int], figure: Any, cells: dict[str, Any
             if row.published is not None:
                 axis.plot(x, row.published[key == "E_b"], "x", color="k", markersize=5)
         axis.set_ylabel(f"{key}, percent")
-        axis.set_yscale("symlog", linthresh=10)
+        if key == "E_f":
+            axis.set_yscale("symlog", linthresh=10)
         axis.grid(alpha=0.3, axis="y")
         axis.set_xticks(range(len(labels)), labels if key == "E_b" else [""] * len(labels), rotation=60, ha="right")
-    axes = figure.axes
+    first = figure.axes[0]
     for name, color in zip(DISTRIBUTIONS, ("C0", "C1", "C2")):
-        axes[0].plot([], [], "_", color=color, label=name)
-    axes[0].plot([], [], "x", color="k", label="published (one draw)")
-    axes[0].legend(fontsize=8, ncols=4)
+        first.plot([], [], "_", color=color, label=name)
+    first.plot([], [], "x", color="k", label="published (one draw)")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", fontsize=8, ncols=4)
