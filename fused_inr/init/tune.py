@@ -123,10 +123,10 @@ def tune_sigma_p(
             rng = torch.Generator(device=next(net.parameters()).device).manual_seed(seed)
             vi3nr_init_(net, x, sigma, first_sigma_p=first, generator=rng)
         elif seed:
-            modules = [net] if hasattr(net, "reset_parameters") else net.modules()
-            for m in modules:
-                if hasattr(m, "reset_parameters"):
-                    m.reset_parameters()
+            for m in [net] if hasattr(net, "reset_parameters") else net.modules():
+                reset: Callable[[], object] | None = getattr(m, "reset_parameters", None)
+                if reset is not None:
+                    reset()
 
     trials = []
     with torch.random.fork_rng(devices=()):
