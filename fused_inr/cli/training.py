@@ -41,7 +41,8 @@ def build_model(options: FitOptions, channels: int) -> nn.Module:
     learnable = tuple(activation.learnable)
     init: dict[str, Any] = {} if options.init == "paper" else {"init": options.init}
     if options.init == "siren-tuned":
-        init = TUNED if activation.name == "sine" else {"init": partial(siren_init_, flic=TUNED["flic"], initc=TUNED["initc"])}
+        own = partial(siren_init_, flic=TUNED["flic"], initc=TUNED["initc"])
+        init = TUNED if activation.name == "sine" else {"init": own}
     try:
         model: nn.Module
         if activation.name == "sine":
