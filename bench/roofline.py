@@ -44,8 +44,8 @@ REGISTER_UNIT, SCHEDULERS, SHARED_UNIT, SHARED_SYSTEM = 256, 4, 128, 1024
 @dataclass(frozen=True)
 class Device:
     """Peak rates: bytes/s; FLOP/s of the dense product of half types and of TF32; multiprocessors; the clock that the
-    data sheet's float32 rate implies; and of a multiprocessor a clock: float32 and float64 lanes, special functions (and
-    conversions to float64), integer multiplications, other integer operations."""
+    data sheet's float32 rate implies; and of a multiprocessor a clock: float32 and float64 lanes, special functions
+    (and conversions to float64), integer multiplications, other integer operations."""
 
     name: str
     arch: str

@@ -1,15 +1,17 @@
-"""`fused-inr bench tune`: measure configurations of the layer kernels on this GPU and rewrite `kernels/tuned.py`.
+"""`fused-inr bench tune`: measure configurations of the kernels on this GPU and rewrite their tables.
 
-For each entry of the table, most used first: from the configuration in use step by step to better neighbours (one
-number doubled or halved, a pipeline stage more or less, a tile reshaped), all valid by `kernels/tune.py`'s predicate.
-A candidate's results are held to the bounds of `bounds.py` before it is timed; the candidates of a step are timed
-interleaved, as CUDA graphs, at each of the entry's shapes. One replaces the configuration in use where it is faster by
-more than noise in a second measurement as well, and compiles without a spill.
+The tables are `kernels/tuned.py` (layers) and `kernels/mlp_tuned.py` (whole networks, `tune_networks.py`). For each
+entry: from the configuration in use step by step to better neighbours (one number doubled or halved, a pipeline stage
+more or less, a tile reshaped), all valid by the predicates of `kernels/tune.py` and `kernels/mlp_tune.py`. The results
+of a candidate are held to the bounds of `bounds.py` before it is timed; the candidates of a step are timed interleaved,
+as CUDA graphs, at each of the entry's shapes. One replaces the configuration in use where it is faster by more than
+noise in a second measurement as well, and compiles without a spill.
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib
 import math
 import sys
 import time
@@ -22,7 +24,7 @@ import torch
 
 from ..cli import CliError
 from ..cli.files import write_all
-from . import report
+from . import report, tune_networks
 
 #: What is a gain: below, differences between runs decide.
 GAIN = 0.98
@@ -43,8 +45,8 @@ TYPES = {
 }
 ACTIVATIONS = {1: "sine", 2: "gabor", 4: "split"}
 
-Key = tuple[str, str, str, str, int]
-Numbers = tuple[int, int, int, int, int]
+Key = tuple  # of a layer's entry five parts, of a network's six, as the tables have them
+Numbers = tuple
 
 
 class Measurer(Protocol):
@@ -156,7 +158,7 @@ class Result:
         return self.new != self.old
 
     def line(self) -> str:
-        name = " ".join(map(str, self.key[1:]))
+        name, _text = name_of(self.key), table_of(self.key).text
         what = f"{_text(self.old)} -> {_text(self.new)}, {self.ratio:.3f} of the time" if self.changed else (
             f"{_text(self.old)} stays"
         )  # fmt: skip
@@ -167,6 +169,52 @@ class Result:
 def _text(numbers: Numbers) -> str:
     m, n, k, w, s = numbers
     return f"{m}x{n}x{k} w{w} s{s}"
+
+
+def _numbers(key: Key) -> Numbers:
+    from ..kernels import tune
+
+    return tune.numbers(key)
+
+
+def _numbers_of_network(key: Key) -> Numbers:
+    from ..kernels import mlp_tune
+
+    return mlp_tune.numbers(key)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the search needs of a table, and how its file reads."""
+
+    module: str
+    types: tuple[str, str]
+    numbers: Callable[[Key], Numbers]
+    neighbours: Callable[[Key, Numbers], list[Numbers]]
+    candidates: Callable[[Key, Numbers], list[Numbers]]
+    text: Callable[[Numbers], str]
+
+
+LAYERS = Table(
+    "tuned",
+    ("tuple[str, str, str, str, int]", "tuple[int, int, int, int, int]"),
+    _numbers,
+    neighbours,
+    candidates,
+    _text,
+)
+NETWORKS = Table(
+    "mlp_tuned", ("tuple[str, str, str, int, int, int]", "tuple[int, int, int, int, int, bool, bool]"),
+    _numbers_of_network, tune_networks.neighbours, tune_networks.candidates, tune_networks.text,
+)  # fmt: skip
+
+
+def table_of(key: Key) -> Table:
+    return LAYERS if len(key) == 5 else NETWORKS
+
+
+def name_of(key: Key) -> str:
+    return " ".join(map(str, key[1:] if table_of(key) is LAYERS else ("network", *key[1:])))
 
 
 def search(
@@ -180,7 +228,7 @@ def search(
     left = left or (lambda: math.inf)
     result = Result(key, old, old, 1.0, 0, {})
     if problem := measurer.problem(key, old):
-        raise CliError(f"{' '.join(map(str, key))}: the configuration in use, {_text(old)}: {problem}")
+        raise CliError(f"{key[0]} {name_of(key)}: the configuration in use, {table_of(key).text(old)}: {problem}")
     seen = {old}
     relative = {old: 1.0}
 
@@ -203,13 +251,13 @@ def search(
             relative[numbers] = relative[beside] * _mean_ratio(each, base)
 
     if everything:
-        rest = [c for c in candidates(key, old) if c != old]
+        rest = [c for c in table_of(key).candidates(key, old) if c != old]
         for i in range(0, len(rest), 8):
             measure(rest[i : i + 8], old)
     else:
         best = old
         while left() > 0:
-            measure([c for c in neighbours(key, best) if c not in seen], best)
+            measure([c for c in table_of(key).neighbours(key, best) if c not in seen], best)
             step = min(relative, key=lambda c: relative[c])
             if relative[step] > GAIN * relative[best]:
                 break
@@ -235,38 +283,39 @@ def _mean_ratio(times: Sequence[float], base: Sequence[float]) -> float:
 # -- the file
 
 
-def render(tuned: dict[Key, Numbers], why: dict[Key, str]) -> str:
-    """The text of `kernels/tuned.py`."""
-    from ..kernels import tuned as module
-
-    lines = [f'"""{(module.__doc__ or "").strip()}', '"""', "", "Key = tuple[str, str, str, str, int]"]
-    lines += ["Numbers = tuple[int, int, int, int, int]", "", "TUNED: dict[Key, Numbers] = {"]
+def render(tuned: dict[Key, Numbers], why: dict[Key, str], table: Table = LAYERS) -> str:
+    """The text of the table's file."""
+    key_type, numbers_type = table.types
+    lines = [f'"""{(_module(table).__doc__ or "").strip()}', '"""', "", f"Key = {key_type}"]
+    lines += [f"Numbers = {numbers_type}", "", "TUNED: dict[Key, Numbers] = {"]
     lines += [f"    {_literal(key)}: {tuned[key]}," for key in sorted(tuned)]
-    lines += ["}", "", "WHY: dict[Key, str] = {"]
-    lines += [f'    {_literal(key)}: "{why[key]}",' for key in sorted(tuned) if key in why]
-    return "\n".join([*lines, "}", ""])
+    reasons = [f'    {_literal(key)}: "{why[key]}",' for key in sorted(tuned) if key in why]
+    lines += ["}", "", *(["WHY: dict[Key, str] = {", *reasons, "}"] if reasons else ["WHY: dict[Key, str] = {}"])]
+    return "\n".join([*lines, ""])
+
+
+def _module(table: Table) -> Any:
+    return importlib.import_module(f"..kernels.{table.module}", __package__)
 
 
 def _literal(key: Key) -> str:
     return "(" + ", ".join(f'"{part}"' if isinstance(part, str) else str(part) for part in key) + ")"
 
 
-def rewrite(path: Path, results: Sequence[Result], device: str) -> None:
+def rewrite(path: Path, results: Sequence[Result], device: str, table: Table = LAYERS) -> None:
     """Put what changed into the table: the whole file, atomically, after reading it back.
 
     Raises:
         CliError: the file cannot be written; the old one is as it was.
     """
-    from ..kernels.tuned import TUNED, WHY
-
-    tuned, why = dict(TUNED), dict(WHY)
+    tuned, why = dict(_module(table).TUNED), dict(_module(table).WHY)
     today = datetime.date.today().isoformat()
     name = device.replace('"', "").replace("\\", "")
     for result in results:
         if result.changed:
             tuned[result.key] = result.new
-            why[result.key] = f"{name}, {today}: {result.ratio:.3f} of the time of {_text(result.old)}"
-    text = render(tuned, why)
+            why[result.key] = f"{name}, {today}: {result.ratio:.3f} of the time of {table.text(result.old)}"
+    text = render(tuned, why, table)
     read: dict[str, Any] = {}
     exec(compile(text, str(path), "exec"), read)
     if (read["TUNED"], read["WHY"]) != (tuned, {k: v for k, v in why.items() if k in tuned}):
@@ -282,6 +331,7 @@ class Kernels:
 
     def __init__(self, device: torch.device, *, rows: int = ROWS, seconds: float = 1.0):
         self.device, self.rows, self.seconds = device, rows, seconds
+        self.networks = tune_networks.Networks(device, rows=rows, seconds=seconds)
 
     def tensors(self, key: Key, rows: int, N: int, K: int) -> dict[str, Any]:
         """Random operands of a layer, the same each time."""
@@ -308,6 +358,8 @@ class Kernels:
 
     def problem(self, key: Key, numbers: Numbers) -> str:
         """Output and gradients of a layer with tails in every direction, element by element."""
+        if table_of(key) is NETWORKS:
+            return self.networks.problem(key, numbers)
         from ..kernels import linear_act, tune
         from . import bounds
 
@@ -376,6 +428,8 @@ class Kernels:
 
     def milliseconds(self, key: Key, candidates: Sequence[Numbers]) -> list[list[float]]:
         """Operands are shared, and of about the same size at each shape: larger than a cache."""
+        if table_of(key) is NETWORKS:
+            return self.networks.milliseconds(key, candidates)
         from ..kernels import tune
         from . import timing
         from .gpu import _captured
@@ -397,6 +451,8 @@ class Kernels:
 
     def static_problems(self, key: Key, numbers: Numbers) -> list[str]:
         """As `fused-inr bench static` has it, at the widest of the entry's table of 256 columns."""
+        if table_of(key) is NETWORKS:
+            return self.networks.static_problems(key, numbers)
         from ..kernels import aot, tune
 
         arch, op, kind, cls, branches = key
@@ -418,7 +474,11 @@ def parser() -> report.Parser:
     p = report.Parser(prog="fused-inr bench tune", description=__doc__.splitlines()[0])
     p.add_argument("--device", default="cuda", help="cuda, cuda:1, .. (cuda)")
     p.add_argument("--budget", type=report.positive, default=1800.0, metavar="S", help="seconds for everything (1800)")
-    p.add_argument("--only", metavar="TEXT", help='only entries whose name ("forward dot half 1") contains TEXT')
+    p.add_argument(
+        "--only",
+        metavar="TEXT",
+        help='only entries whose name ("forward dot half 1", "network train half 1 1 64") contains TEXT',
+    )
     p.add_argument("--all", action="store_true", help="every valid configuration instead of steps to better ones")
     p.add_argument(
         "--rows",
@@ -427,7 +487,8 @@ def parser() -> report.Parser:
         help=f"rows that are timed where a layer has 256 columns ({ROWS})",
     )
     p.add_argument("--dry-run", action="store_true", help="measure and print, change nothing")
-    p.add_argument("--out", type=Path, metavar="FILE", help="the table (kernels/tuned.py of this installation)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="the layers' table (kernels/tuned.py of this installation)")
+    p.add_argument("--out-networks", type=Path, metavar="FILE", help="the networks' (kernels/mlp_tuned.py)")
     return p
 
 
@@ -453,17 +514,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arch: str, measurer: Measurer, options, device: str, clock: Callable[[], float] = time.monotonic) -> int:
-    """Search through the entries, print old and new, rewrite the table."""
-    from ..kernels import tune, tuned
-
-    path = options.out or Path(tuned.__file__)
-    if not path.parent.is_dir() or path.is_dir():
-        raise CliError(f"--out {path}: not a file in a folder that exists")
-    wanted = [key for key in keys(arch) if not options.only or options.only in " ".join(map(str, key[1:]))]
+    """Search through the entries, networks of one branch first, print old and new, rewrite the tables."""
+    paths = {table.module: path or Path(_module(table).__file__) for table, path in (
+        (LAYERS, options.out), (NETWORKS, options.out_networks),
+    )}  # fmt: skip
+    for option, path in zip(("--out", "--out-networks"), paths.values()):
+        if not path.parent.is_dir() or path.is_dir():
+            raise CliError(f"{option} {path}: not a file in a folder that exists")
+    networks = list(tune_networks.keys(arch))
+    first = [key for key in networks if key[3] == 1]
+    every = [*first, *keys(arch), *(key for key in networks if key not in first)]
+    wanted = [key for key in every if not options.only or options.only in name_of(key)]
     if not wanted:
-        raise CliError(
-            f"--only {options.only!r}: no entry contains it; one is {' '.join(map(str, next(keys(arch))[1:]))!r}"
-        )
+        raise CliError(f"--only {options.only!r}: no entry contains it; one is {name_of(next(keys(arch)))!r}")
     end = clock() + options.budget
     results: list[Result] = []
     interrupted, reached = False, 0
@@ -472,7 +535,8 @@ def run(arch: str, measurer: Measurer, options, device: str, clock: Callable[[],
             if clock() >= end:
                 break
             try:
-                result = search(key, tune.numbers(key), measurer, everything=options.all, left=lambda: end - clock())
+                old = table_of(key).numbers(key)
+                result = search(key, old, measurer, everything=options.all, left=lambda: end - clock())
             except CliError as error:
                 print(f"{error}", file=sys.stderr, flush=True)
                 reached += 1
@@ -487,11 +551,13 @@ def run(arch: str, measurer: Measurer, options, device: str, clock: Callable[[],
     changed = [result for result in results if result.changed]
     if not changed:
         print("nothing is faster by more than noise: the table stays as it is")
-    elif options.dry_run:
-        print(f"{len(changed)} entries would change in {path} (--dry-run)")
-    else:
-        rewrite(path, changed, device)
-        print(f"{len(changed)} entries changed in {path}; `fused-inr bench static` compiles them all")
+    for table in (LAYERS, NETWORKS):
+        path, own = paths[table.module], [result for result in changed if table_of(result.key) is table]
+        if own and options.dry_run:
+            print(f"{len(own)} entries would change in {path} (--dry-run)")
+        elif own:
+            rewrite(path, own, device, table)
+            print(f"{len(own)} entries changed in {path}; `fused-inr bench static` compiles them all")
     return 130 if interrupted else 0
 
 

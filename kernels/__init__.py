@@ -6,7 +6,9 @@
 | `act_map.py` | `act_map`: a generated map of any level, elementwise |
 | `mlp.py` | `mlp`, `mlp_backward`, `mlp_loss`: whole networks, forward and training pass |
 | `primitives.py`, `maps.py`, `generated/` | the functions that the kernels take as a constexpr argument |
-| `tune.py`, `mlp_tune.py` | block sizes |
+| `moments.py` | sums of a map's value and derivatives over normal draws |
+| `tune.py`, `mlp_tune.py` | block sizes: predicates of validity and look-ups |
+| `tuned.py`, `mlp_tuned.py` | their tables, rewritten by `fused-inr bench tune` |
 | `aot.py` | compiles all of it without a GPU |
 
 Importing this package needs no Triton; its modules do.

@@ -1,11 +1,12 @@
-"""Configurations of the whole-network kernels: data, one predicate of validity, and `pick`, a look-up.
+"""Configurations of the whole-network kernels: one predicate of validity, and `pick`, a look-up in `mlp_tuned.py`.
 
-The table holds what `fused-inr bench static` has compiled for every architecture without a spill. What is not in it is
-not served: the layers then run one by one.
+The table there holds what `fused-inr bench static` has compiled for every architecture without a spill; `fused-inr
+bench tune` rewrites it. What is not in it is not served: the layers then run one by one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import tune
+from .mlp_tuned import TUNED, Key, Numbers
 
 #: Persistent programs of eight warps: one for each multiprocessor of an A100, RTX 4090, H200, B200. A constant of the
 #: architecture, so that the order of sums is one as well.
@@ -73,128 +75,8 @@ def valid(config: Config, arch: str, op: str, B: int, C: int, WIDTH: int, itemsi
     return B * c.block_m * WIDTH // (32 * c.num_warps) <= 128
 
 
-#: (architecture, operation, class of type, branches, outputs, width): what compiled without a spill and within the
-#: device, larger tiles first. No GPU has timed it yet.
-_TABLE: dict[tuple[str, str, str, int, int, int], Config] = {
-    ("sm80", "forward", "half", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
-    ("sm90", "forward", "half", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
-    ("sm100", "forward", "half", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
-    ("sm80", "forward", "half", 1, 1, 64): Config(128, 1, 4, stages=2, resident=3),
-    ("sm90", "forward", "half", 1, 1, 64): Config(128, 1, 4, stages=2, resident=3),
-    ("sm100", "forward", "half", 1, 1, 64): Config(64, 1, 4, stages=2, resident=3),
-    ("sm80", "forward", "half", 1, 1, 128): Config(128, 1, 8, stages=2),
-    ("sm90", "forward", "half", 1, 1, 128): Config(128, 1, 8, stages=2, resident=3),
-    ("sm100", "forward", "half", 1, 1, 128): Config(128, 1, 8, stages=2),
-    ("sm80", "forward", "half", 1, 1, 256): Config(64, 1, 8),
-    ("sm90", "forward", "half", 1, 1, 256): Config(128, 1, 8),
-    ("sm100", "forward", "half", 1, 1, 256): Config(128, 1, 8),
-    ("sm80", "forward", "tf32", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
-    ("sm90", "forward", "tf32", 1, 1, 32): Config(128, 1, 4, stages=2, resident=3),
-    ("sm100", "forward", "tf32", 1, 1, 32): Config(64, 1, 4, stages=2, resident=3),
-    ("sm80", "forward", "tf32", 1, 1, 64): Config(64, 1, 4, stages=2, resident=3),
-    ("sm90", "forward", "tf32", 1, 1, 64): Config(64, 1, 4, stages=2, resident=3),
-    ("sm100", "forward", "tf32", 1, 1, 64): Config(128, 1, 8, stages=2, resident=3),
-    ("sm80", "forward", "tf32", 1, 1, 128): Config(128, 1, 8),
-    ("sm90", "forward", "tf32", 1, 1, 128): Config(64, 1, 8, stages=2),
-    ("sm100", "forward", "tf32", 1, 1, 128): Config(64, 1, 4, stages=2),
-    ("sm100", "forward", "tf32", 1, 1, 256): Config(64, 2, 8),
-    ("sm80", "forward", "half", 2, 1, 32): Config(128, 1, 4, stages=2, resident=3),
-    ("sm90", "forward", "half", 2, 1, 32): Config(128, 1, 4, stages=2, resident=3),
-    ("sm100", "forward", "half", 2, 1, 32): Config(128, 1, 4, stages=2, resident=3),
-    ("sm80", "forward", "half", 2, 1, 64): Config(64, 1, 4, stages=2),
-    ("sm90", "forward", "half", 2, 1, 64): Config(64, 1, 4, stages=2, resident=3),
-    ("sm100", "forward", "half", 2, 1, 64): Config(64, 1, 4, stages=2),
-    ("sm80", "forward", "half", 2, 1, 128): Config(64, 1, 8, stages=2),
-    ("sm90", "forward", "half", 2, 1, 128): Config(64, 1, 8, stages=2),
-    ("sm100", "forward", "half", 2, 1, 128): Config(64, 1, 8, stages=2),
-    ("sm80", "forward", "tf32", 2, 1, 32): Config(128, 1, 4, stages=2, resident=3),
-    ("sm90", "forward", "tf32", 2, 1, 32): Config(128, 1, 4, stages=2, resident=3),
-    ("sm100", "forward", "tf32", 2, 1, 32): Config(64, 1, 4, stages=2, resident=3),
-    ("sm80", "forward", "tf32", 2, 1, 64): Config(64, 1, 4, stages=2),
-    ("sm90", "forward", "tf32", 2, 1, 64): Config(64, 1, 4, stages=2, resident=3),
-    ("sm100", "forward", "tf32", 2, 1, 64): Config(64, 1, 4, stages=2),
-    ("sm80", "forward", "tf32", 2, 1, 128): Config(64, 1, 8),
-    ("sm90", "forward", "tf32", 2, 1, 128): Config(32, 1, 8, stages=2),
-    ("sm100", "forward", "tf32", 2, 1, 128): Config(32, 1, 8, stages=2),
-    ("sm80", "forward", "half", 2, 2, 32): Config(64, 1, 4, stages=2, resident=3),
-    ("sm90", "forward", "half", 2, 2, 32): Config(64, 1, 4, stages=2, resident=3),
-    ("sm100", "forward", "half", 2, 2, 32): Config(64, 1, 4, stages=2, resident=3),
-    ("sm80", "forward", "half", 2, 2, 64): Config(64, 1, 8, stages=2),
-    ("sm90", "forward", "half", 2, 2, 64): Config(64, 1, 8, stages=2, resident=3),
-    ("sm100", "forward", "half", 2, 2, 64): Config(64, 1, 8, stages=2),
-    ("sm80", "forward", "half", 2, 2, 128): Config(32, 1, 8, stages=2),
-    ("sm90", "forward", "half", 2, 2, 128): Config(32, 1, 8, stages=2),
-    ("sm100", "forward", "half", 2, 2, 128): Config(32, 1, 8, stages=2),
-    ("sm80", "forward", "half", 4, 1, 32): Config(64, 1, 8, stages=2),
-    ("sm90", "forward", "half", 4, 1, 32): Config(64, 1, 8, stages=2, resident=3),
-    ("sm100", "forward", "half", 4, 1, 32): Config(64, 1, 8, stages=2),
-    ("sm80", "forward", "half", 4, 1, 64): Config(32, 1, 8, stages=2),
-    ("sm90", "forward", "half", 4, 1, 64): Config(32, 1, 8, stages=2, resident=3),
-    ("sm100", "forward", "half", 4, 1, 64): Config(32, 1, 8, stages=2),
-    ("sm80", "forward", "tf32", 4, 1, 32): Config(64, 1, 8, stages=2),
-    ("sm90", "forward", "tf32", 4, 1, 32): Config(64, 1, 8, stages=2, resident=3),
-    ("sm100", "forward", "tf32", 4, 1, 32): Config(64, 1, 8, stages=2),
-    ("sm80", "forward", "tf32", 4, 1, 64): Config(32, 1, 8, stages=2),
-    ("sm90", "forward", "tf32", 4, 1, 64): Config(32, 1, 8, stages=2),
-    ("sm100", "forward", "tf32", 4, 1, 64): Config(32, 1, 8, stages=2),
-    ("sm80", "save", "half", 1, 1, 128): Config(64, 1, 4, stages=2),
-    ("sm90", "save", "half", 1, 1, 128): Config(64, 1, 4, stages=2, resident=3),
-    ("sm100", "save", "half", 1, 1, 128): Config(64, 1, 4, stages=2),
-    ("sm80", "save", "half", 1, 1, 256): Config(32, 1, 8),
-    ("sm90", "save", "half", 1, 1, 256): Config(64, 1, 8),
-    ("sm100", "save", "half", 1, 1, 256): Config(64, 1, 8),
-    ("sm100", "save", "half", 2, 1, 32): Config(64, 1, 4),
-    ("sm80", "save", "tf32", 2, 1, 32): Config(64, 1, 4),
-    ("sm90", "save", "tf32", 2, 1, 32): Config(64, 1, 4),
-    ("sm80", "save", "tf32", 2, 1, 64): Config(16, 1, 4),
-    ("sm90", "save", "tf32", 2, 1, 64): Config(64, 1, 8),
-    ("sm100", "save", "tf32", 2, 1, 64): Config(64, 1, 8),
-    ("sm90", "save", "half", 4, 1, 64): Config(32, 1, 8),
-    ("sm80", "save", "tf32", 4, 1, 32): Config(16, 1, 4),
-    ("sm80", "train", "half", 1, 1, 32): Config(128, 1, 8),
-    ("sm90", "train", "half", 1, 1, 32): Config(128, 1, 8),
-    ("sm100", "train", "half", 1, 1, 32): Config(128, 1, 8),
-    ("sm80", "train", "half", 1, 1, 64): Config(64, 1, 8),
-    ("sm90", "train", "half", 1, 1, 64): Config(128, 1, 8),
-    ("sm100", "train", "half", 1, 1, 64): Config(128, 1, 8),
-    ("sm80", "train", "half", 1, 1, 128): Config(32, 1, 8, sums=False),
-    ("sm90", "train", "half", 1, 1, 128): Config(64, 1, 8),
-    ("sm100", "train", "half", 1, 1, 128): Config(64, 1, 8, stages=2),
-    ("sm80", "train", "tf32", 1, 1, 32): Config(128, 1, 8),
-    ("sm90", "train", "tf32", 1, 1, 32): Config(128, 1, 8),
-    ("sm100", "train", "tf32", 1, 1, 32): Config(128, 1, 8),
-    ("sm80", "train", "tf32", 1, 1, 64): Config(64, 1, 8),
-    ("sm90", "train", "tf32", 1, 1, 64): Config(128, 1, 8, reload=True),
-    ("sm100", "train", "tf32", 1, 1, 64): Config(128, 1, 8),
-    ("sm90", "train", "tf32", 1, 1, 128): Config(64, 1, 8),
-    ("sm100", "train", "tf32", 1, 1, 128): Config(32, 1, 8, stages=2, sums=False),
-    ("sm80", "train", "half", 2, 1, 32): Config(64, 1, 8),
-    ("sm90", "train", "half", 2, 1, 32): Config(128, 1, 8, reload=True),
-    ("sm100", "train", "half", 2, 1, 32): Config(128, 1, 8, stages=2),
-    ("sm80", "train", "half", 2, 1, 64): Config(32, 1, 8),
-    ("sm90", "train", "half", 2, 1, 64): Config(64, 1, 8, reload=True),
-    ("sm100", "train", "half", 2, 1, 64): Config(64, 1, 8),
-    ("sm80", "train", "tf32", 2, 1, 32): Config(32, 1, 8),
-    ("sm90", "train", "tf32", 2, 1, 32): Config(64, 1, 8),
-    ("sm100", "train", "tf32", 2, 1, 32): Config(64, 1, 8, reload=True),
-    ("sm80", "train", "tf32", 2, 1, 64): Config(32, 1, 8),
-    ("sm90", "train", "tf32", 2, 1, 64): Config(64, 1, 8),
-    ("sm100", "train", "tf32", 2, 1, 64): Config(32, 1, 8, stages=2),
-    ("sm80", "train", "half", 2, 2, 32): Config(32, 1, 8),
-    ("sm90", "train", "half", 2, 2, 32): Config(64, 1, 8),
-    ("sm100", "train", "half", 2, 2, 32): Config(64, 1, 8),
-    ("sm80", "train", "half", 2, 2, 64): Config(32, 1, 8, stages=2),
-    ("sm90", "train", "half", 2, 2, 64): Config(32, 1, 8),
-    ("sm100", "train", "half", 2, 2, 64): Config(32, 1, 8, stages=2),
-    ("sm80", "train", "half", 4, 1, 32): Config(32, 1, 8, reload=True),
-    ("sm90", "train", "half", 4, 1, 32): Config(32, 1, 8),
-    ("sm100", "train", "half", 4, 1, 32): Config(32, 1, 8),
-    ("sm80", "one_pass", "half", 1, 1, 32): Config(32, 1, 4, resident=3),
-    ("sm90", "one_pass", "half", 1, 1, 32): Config(32, 1, 4, resident=3),
-    ("sm100", "one_pass", "half", 1, 1, 32): Config(64, 1, 8, resident=3),
-    ("sm90", "backward", "tf32", 1, 1, 128): Config(64, 1, 8, sums=False),
-    ("sm90", "backward", "tf32", 2, 1, 64): Config(64, 1, 8, reload=True),
-}
+def numbers(key: Key) -> Numbers:
+    return TUNED[key]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -208,12 +90,29 @@ def pick(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int,
         resident = 2 if WIDTH == 16 else 0
         return Config(16, tiles, 1, resident=resident, sums=WIDTH <= 32, reload=WIDTH == 32, programs=2)
     cls = tune.type_class(dtype, precision)
-    found = _TABLE.get((arch, op, cls, B, C, WIDTH))
+    found = TUNED.get((arch, op, cls, B, C, WIDTH))
     # what writes or reads pre-activations takes more registers, and sometimes another tile
     other = {"save": "forward", "backward": "train"}.get(op)
     if found is None:
         return pick(arch, other, dtype, precision, B, C, WIDTH) if other else None
-    return replace(found, programs=PROGRAMS[arch] * max(1, 8 // found.num_warps))
+    config = Config(*found)
+    return replace(config, programs=PROGRAMS[arch] * max(1, 8 // config.num_warps))
+
+
+@contextlib.contextmanager
+def using(key: Key, value: Numbers) -> Iterator[None]:
+    """Another entry of the table within the block: for whoever measures."""
+    before = TUNED.get(key)
+    TUNED[key] = value
+    pick.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del TUNED[key]
+        else:
+            TUNED[key] = before
+        pick.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -230,7 +129,7 @@ class Shipped:
 def shipped(arch: str, types, kinds) -> Iterator[Shipped]:
     """The entries of an architecture for these types and kinds of maps, and what they serve besides."""
     besides = {"forward": ("forward", "save"), "train": ("train", "backward"), "one_pass": ("one_pass",)}
-    for a, op, cls, B, C, WIDTH in _TABLE:
+    for a, op, cls, B, C, WIDTH in TUNED:
         for dtype, precision in types:
             if a == arch and tune.type_class(dtype, precision) == cls and (B, C) in kinds:
                 for each in besides.get(op, ()):

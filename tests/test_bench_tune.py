@@ -18,7 +18,8 @@ pytest.importorskip("triton")
 tune = pytest.importorskip("fused_inr.kernels.tune")
 
 from fused_inr.bench import tune as bench  # noqa: E402
-from fused_inr.kernels import tuned  # noqa: E402
+from fused_inr.bench import tune_networks as networks  # noqa: E402
+from fused_inr.kernels import mlp_tune, mlp_tuned, tuned  # noqa: E402
 
 from fused_inr.cli import CliError  # noqa: E402
 
@@ -224,7 +225,7 @@ def test_rewriting_keeps_the_rest_and_says_why(tmp_path):
 def test_half_a_file_never_replaces_a_table(tmp_path, monkeypatch):
     path = tmp_path / "tuned.py"
     path.write_text("old")
-    monkeypatch.setattr(bench, "render", lambda tuned, why: "TUNED = {}\nWHY = {}\n")
+    monkeypatch.setattr(bench, "render", lambda tuned, why, table: "TUNED = {}\nWHY = {}\n")
     with pytest.raises(CliError, match="nothing is changed"):
         bench.rewrite(path, [result()], "H200")
     monkeypatch.undo()
@@ -240,6 +241,7 @@ def test_half_a_file_never_replaces_a_table(tmp_path, monkeypatch):
 
 def options(tmp_path, **more):
     values = {"budget": 1e9, "only": "forward dot", "all": False, "dry_run": False, "out": tmp_path / "tuned.py"}
+    values["out_networks"] = tmp_path / "mlp_tuned.py"
     return argparse.Namespace(**(values | more))
 
 
@@ -348,3 +350,128 @@ print("fails", kernels.problem(key, tune.numbers(key)))
     assert len(fine) == 6 and all(line.endswith("''") for line in fine), done.stdout
     assert wrong.startswith("wrong gw is ") and wrong.endswith("of its bound")
     assert fails == "fails ZeroDivisionError: division by zero"
+
+
+# -- whole networks
+
+NETWORK = ("sm90", "forward", "half", 1, 1, 64)
+IN_USE = mlp_tuned.TUNED[NETWORK]
+
+
+def network_distance(target):
+    """Smooth over what an entry decides, least at `target`."""
+
+    def time(numbers):
+        return 1 + sum(abs(math.log2((a + 1) / (b + 1))) for a, b in zip(numbers, target))
+
+    return time
+
+
+class NetworkMachine(Machine):
+    def milliseconds(self, key, candidates):
+        assert set(candidates) <= set(self.checked), "timed before it was checked"
+        self.timed += candidates
+        return [[self.time(c), 2 * self.time(c)] for c in candidates]
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90", "sm100"])
+def test_every_network_has_valid_neighbours(arch):
+    keys = list(networks.keys(arch))
+    assert len(set(keys)) == len(keys) > 20
+    assert keys[0][1:] == ("forward", "half", 1, 1, 32)
+    for key in keys:
+        numbers = mlp_tune.numbers(key)
+        assert networks.is_valid(key, numbers), key
+        around = networks.neighbours(key, numbers)
+        assert around and numbers not in around, key
+        assert len(set(around)) == len(around) and all(networks.is_valid(key, c) for c in around)
+        assert set(around) < set(networks.candidates(key, numbers))
+        fixed = {"one_pass": (1, 3, 4, 5, 6)}.get(key[1], (5, 6) if key[1] in ("forward", "save") else (4,))
+        assert {tuple(c[i] for i in fixed) for c in around} == {tuple(numbers[i] for i in fixed)}
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (96, 1, 4, 2, 3, True, False),  # no power of two
+        (8, 1, 4, 2, 3, True, False),  # below the tensor cores' tile
+        (256, 1, 1, 2, 3, True, False),  # 512 accumulators a thread
+        (128, 1, 4, 2, 2, True, False),  # some of the hidden weights on chip: all or none
+        (128, 1, 4, 9, 3, True, False),
+    ],
+)
+def test_networks_that_the_predicate_refuses(numbers):
+    assert not networks.is_valid(NETWORK, numbers)
+
+
+def test_a_network_is_searched_and_written(tmp_path, capsys):
+    target = (64, 1, 4, 1, 0, True, False)
+    machine = NetworkMachine(network_distance(target))
+    assert bench.run("sm90", machine, options(tmp_path, only="network forward half 1 1 64"), "H200") == 0
+    out = capsys.readouterr().out
+    assert "network forward half 1 1 64: 128 rows, 1 tiles, w4 s2 r3 -> 64 rows, 1 tiles, w4 s1 r0, " in out
+    assert [p.name for p in tmp_path.iterdir()] == ["mlp_tuned.py"]
+    table, why = read(tmp_path / "mlp_tuned.py")
+    assert table == mlp_tuned.TUNED | {NETWORK: target}
+    assert "of the time of 128 rows, 1 tiles, w4 s2 r3" in why[NETWORK]
+
+
+def test_both_tables_in_one_run(tmp_path, capsys):
+    class Both(NetworkMachine):
+        def milliseconds(self, key, candidates):
+            shapes = 2 if len(key) == 6 else len(bench.SHAPES[key[2]])
+            return [[1 / sum(map(float, c))] * shapes for c in candidates]
+
+    assert bench.run("sm90", Both(None), options(tmp_path, only="forward"), "H200") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mlp_tuned.py", "tuned.py"]
+    out = capsys.readouterr().out
+    assert out.index("network forward half 1 1 32") < out.index("forward dot half 1") < out.index("half 4 1 32")
+
+
+def test_the_networks_table_is_as_the_command_writes_it():
+    from pathlib import Path
+
+    assert bench.render(mlp_tuned.TUNED, mlp_tuned.WHY, bench.NETWORKS) == Path(mlp_tuned.__file__).read_text()
+    assert set(mlp_tuned.WHY) <= set(mlp_tuned.TUNED)
+
+
+def test_looking_at_networks_does_not_change_the_table():
+    import torch
+
+    before = dict(mlp_tuned.TUNED)
+    found = mlp_tune.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64)
+    networks.candidates(NETWORK, IN_USE)
+    with mlp_tune.using(NETWORK, (32, 2, 8, 1, 0, True, False)):
+        inside = mlp_tune.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64)
+        assert mlp_tune.pick("sm90", "save", torch.bfloat16, "ieee", 1, 1, 64) == inside  # served by the same entry
+    assert (inside.block_m, inside.tiles, inside.num_warps, inside.programs) == (32, 2, 8, 132)
+    assert mlp_tuned.TUNED == before
+    assert mlp_tune.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64) == found
+
+
+def test_what_is_measured_of_networks_runs():
+    """In the interpreter: every operation is held to its bounds, a wrong result is seen, and the calls work."""
+    code = """
+import torch
+from fused_inr.bench import tune as bench
+from fused_inr.kernels import mlp, mlp_tune
+kernels = bench.Kernels(torch.device("cpu"), rows=4, seconds=0.0)
+for op in ("forward", "save", "train", "one_pass"):
+    numbers = (16, 1, 1, 1, 2, True, False)  # the interpreter has its own; 16 columns, so that one pass is in registers
+    print(op, repr(kernels.problem(("sm90", op, "half", 1, 1, 16), numbers)))
+key = ("sm90", "forward", "half", 1, 1, 32)
+times = kernels.milliseconds(key, [mlp_tune.numbers(key), (16, 1, 4, 1, 0, True, False)])
+assert [len(t) for t in times] == [2, 2] and min(min(t) for t in times) > 0
+right = mlp.mlp
+def wrong(*arguments):
+    y, saved = right(*arguments)
+    return y * 1.1, saved
+mlp.mlp = wrong
+print("wrong", kernels.problem(key, mlp_tune.numbers(key)))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *fine, wrong = done.stdout.splitlines()
+    assert len(fine) == 4 and all(line.endswith("''") for line in fine), done.stdout
+    assert wrong.startswith("wrong ") and "output is off by" in wrong

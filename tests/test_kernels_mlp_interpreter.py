@@ -466,7 +466,7 @@ def test_serves():
 
 
 def test_table():
-    for (arch, op, cls, B, C, width), config in mlp_tune._TABLE.items():
-        itemsize = 2 if cls == "half" else 4
+    for (arch, op, cls, B, C, width), numbers in mlp_tune.TUNED.items():
+        config, itemsize = mlp_tune.Config(*numbers), 2 if cls == "half" else 4
         assert mlp_tune.valid(config, arch, op, B, C, width, itemsize), (arch, op, cls, B, C, width, config)
     assert mlp_tune.width(33, "sm90") == 64 and mlp_tune.width(1, "sm90") == 32

@@ -1,0 +1,185 @@
+"""Configurations of whole networks for `fused-inr bench tune`: their candidates, and how one is checked and timed.
+
+As `tune.py` has it for layers: the entries of `kernels/mlp_tuned.py`, candidates by `kernels/mlp_tune.py`'s predicate,
+results held to the bounds of `bounds.py`, times of CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+Key = tuple[str, str, str, int, int, int]
+Numbers = tuple[int, int, int, int, int, bool, bool]
+
+#: An activation of each kind (branches, outputs); a type of each class, as `cases.py` names it.
+ACTIVATIONS = {(1, 1): "sine", (2, 1): "gabor", (2, 2): "complex_gabor", (4, 1): "split"}
+PRECISIONS = {"half": "bf16", "tf32": "tf32"}
+#: Steps that an entry decides, as (step, way) of `cases.Case`; the first one is timed.
+STEPS = {
+    "forward": (("inference", "default"),),
+    "save": (("training", "default"),),
+    "train": (("training", "recompute"), ("training", "one-pass")),
+    "backward": (("training", "default"),),
+    "one_pass": (("training", "one-pass"),),
+}
+#: Hidden products of the networks that are measured: the weights of all may stay on chip, or none.
+HIDDEN = 3
+#: Rows that are timed, relative to `--rows` and for a width of 64.
+SHARES = (1.0, 1 / 16)
+
+#: block_m, tiles, warps, stages, resident, sums, reload: which of them an operation decides.
+_NAMES = ("m", "t", "w", "s", "r", "sums", "reload")
+_FREE = {
+    "forward": ("m", "t", "w", "s", "r"),
+    "save": ("m", "t", "w", "s", "r"),
+    "train": ("m", "t", "w", "s", "sums", "reload"),
+    "backward": ("m", "t", "w", "s", "sums", "reload"),
+    "one_pass": ("m", "w"),
+}
+_RANGES: dict[str, tuple] = {
+    "m": (16, 32, 64, 128, 256),
+    "t": (1, 2, 4),
+    "w": (1, 2, 4, 8, 16),
+    "s": (1, 2, 3),
+    "r": (0, HIDDEN),
+    "sums": (False, True),
+    "reload": (False, True),
+}
+
+
+def keys(arch: str) -> Iterator[Key]:
+    """The entries of an architecture, those of one branch first."""
+    from ..kernels import mlp_tuned
+
+    operations = list(STEPS)
+    entries = [key for key in mlp_tuned.TUNED if key[0] == arch]
+    yield from sorted(entries, key=lambda k: (k[3] * k[4], k[2], k[5], operations.index(k[1])))
+
+
+def is_valid(key: Key, numbers: Numbers) -> bool:
+    """Within the ranges, and by the predicate of the kernels."""
+    from ..kernels import mlp_tune
+
+    arch, op, cls, B, C, width = key
+    named = dict(zip(_NAMES, numbers))
+    if any(named[name] not in _RANGES[name] for name in _FREE[op]):
+        return False
+    return mlp_tune.valid(mlp_tune.Config(*numbers), arch, op, B, C, width, 2 if cls == "half" else 4)
+
+
+def neighbours(key: Key, numbers: Numbers) -> list[Numbers]:
+    """The valid configurations one step away: a number to its next, or rows of a tile and warps together."""
+    found = []
+    named = dict(zip(_NAMES, numbers))
+    moves = [{name: step} for name in _FREE[key[1]] for step in (1, -1)] + [{"m": 1, "w": 1}, {"m": -1, "w": -1}]
+    for move in moves:
+        places = {name: _RANGES[name].index(named[name]) + step for name, step in move.items()}
+        if all(0 <= place < len(_RANGES[name]) for name, place in places.items()):
+            other = tuple({**named, **{name: _RANGES[name][place] for name, place in places.items()}}.values())
+            if is_valid(key, other):
+                found.append(other)
+    return found
+
+
+def candidates(key: Key, start: Numbers) -> list[Numbers]:
+    """Every valid configuration of an entry, `start` first."""
+    grid: list[tuple] = [()]
+    for name, value in zip(_NAMES, start):
+        choices = _RANGES[name] if name in _FREE[key[1]] else (value,)
+        grid = [(*head, choice) for head in grid for choice in choices]
+    return [start] + [c for c in grid if c != start and is_valid(key, c)]
+
+
+def text(numbers: Numbers) -> str:
+    m, t, w, s, r, sums, reload = numbers
+    more = ("" if sums else " chunks") + (" reload" if reload else "")
+    return f"{m} rows, {t} tiles, w{w} s{s} r{r}{more}"
+
+
+class Networks:
+    """Networks on a device (in Triton's interpreter: the program, without meaning to its times)."""
+
+    def __init__(self, device: torch.device, *, rows: int, seconds: float):
+        self.device, self.rows, self.seconds = device, rows, seconds
+
+    def work(self, key: Key, step: str, way: str, rows: int):
+        """A network of the entry's width that runs as one operation, whatever would be chosen."""
+        from . import cases
+
+        _, _, cls, B, C, width = key
+        case = cases.Case(
+            "network", step, ACTIVATIONS[B, C], width, rows, PRECISIONS[cls], hidden_layers=HIDDEN, way=way
+        )
+        work = cases.Work(case, self.device)
+        work.fused.fusion = "network"
+        return work
+
+    def problem(self, key: Key, numbers: Numbers) -> str:
+        """Output, loss and gradients of a network whose rows end within a tile, against float64."""
+        from ..kernels import mlp_tune
+        from .cases import Wrong
+
+        try:
+            for step, way in STEPS[key[1]]:
+                with mlp_tune.using(key, numbers), self._triton():
+                    self.work(key, step, way, 5001 if self.device.type == "cuda" else 37).check()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except Wrong as error:
+            return str(error)
+        except Exception as error:
+            first = next(iter(str(error).strip().splitlines()), "")
+            return f"{type(error).__name__}: {first[:200]}"
+        return ""
+
+    def _triton(self) -> contextlib.AbstractContextManager:
+        from ..ops import backends
+
+        return backends.use("triton")
+
+    def milliseconds(self, key: Key, candidates: Sequence[Numbers]) -> list[list[float]]:
+        """One time for each number of rows."""
+        from ..kernels import mlp_tune
+        from . import cases, timing
+        from .gpu import _captured, _within
+
+        times: list[list[float]] = [[] for _ in candidates]
+        step, way = STEPS[key[1]][0]
+        for share in SHARES:
+            work = self.work(key, step, way, max(1, int(self.rows * share * 64 / key[5])))
+            call = _within(self._triton, work.call("fused"))
+            steps: dict[str, Callable[[], object]] = {}
+            with cases.matmul_precision(work.case.precision):
+                for i, numbers in enumerate(candidates):
+                    if self.device.type == "cuda":
+                        with mlp_tune.using(key, numbers):
+                            call()
+                            steps[str(i)] = _captured(call)  # keeps the launch as it is now
+                    else:
+                        steps[str(i)] = _within(lambda numbers=numbers: mlp_tune.using(key, numbers), call)
+                timed = timing.interleaved(steps, self.device, seconds=self.seconds, rounds=(5, 50), block_ms=2.0)
+            for i, each in enumerate(times):
+                each.append(timed[str(i)].ms)
+        return times
+
+    def static_problems(self, key: Key, numbers: Numbers) -> list[str]:
+        """As `fused-inr bench static` has it: every kernel and type that the entry serves."""
+        from ..kernels import aot, mlp_tune, mlp_tuned
+
+        arch, op, cls, B, C, width = key
+        types = [(torch.bfloat16, "ieee"), (torch.float16, "ieee")] if cls == "half" else [(torch.float32, "tf32")]
+        besides = {"forward": "save", "train": "backward"}.get(op, op)
+        serves = {op} if (arch, besides, *key[2:]) in mlp_tuned.TUNED else {op, besides}
+        found: list[str] = []
+        with mlp_tune.using(key, numbers):
+            for dtype, precision in types:
+                for kernel, operation in aot.MLP.items():
+                    if operation in serves:
+                        job = aot.Job(arch, kernel, dtype, precision, ACTIVATIONS[B, C], width, 2)
+                        row = aot.compile_job(job)
+                        assert isinstance(row["problems"], list)
+                        found += row["problems"]
+        return found
