@@ -500,12 +500,13 @@ struct NetworkOperands {
   bool has_bias = false;
 
   NetworkOperands(const Tensor& x_, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& params_,
-                  at::ArrayRef<double> constants, const c10::List<std::string>& keys)
+                  at::ArrayRef<double> constants, const c10::List<std::string>& keys, const c10::List<bool>& skips)
       : compute(x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {
     const size_t count = weights.size();
     TORCH_CHECK_VALUE(count >= 1 && biases.size() == count && keys.size() == count,
                       "weights, biases, activations: expected one for each layer, got ", count, ", ", biases.size(), ", ",
                       keys.size());
+    TORCH_CHECK_VALUE(skips.empty() || skips.size() == count, "skips: expected none, or one for each layer, got ", skips.size());
     storage_of(x_, "x");
     TORCH_CHECK_VALUE(x_.dim() == 2, "x: expected [M, K], got ", x_.sizes());
     x = with_unit_columns(x_);
@@ -553,6 +554,9 @@ struct NetworkOperands {
         l.param_stride[j] = params.back().stride[static_cast<size_t>(j)];
       }
       l.value = key == "identity" ? nullptr : map_of(a, key, float64(), 0, false);
+      l.skip = !skips.empty() && skips.get(i);
+      TORCH_CHECK_VALUE(!l.skip || (l.value && l.outputs == channels && l.features == channel), "skips[", i,
+                        "]: a skip connection passes by a layer with an activation and with as many columns as its input");
       channels = a.outputs;
       channel = l.features;
     }
@@ -592,8 +596,8 @@ struct NetworkOperands {
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, at::TensorList weights, const OptionalTensors& biases,
                                const OptionalTensors& params, at::ArrayRef<double> constants,
-                               const c10::List<std::string>& activations, bool save) {
-  const NetworkOperands o(x, weights, biases, params, constants, activations);
+                               const c10::List<std::string>& activations, const c10::List<bool>& skips, bool save) {
+  const NetworkOperands o(x, weights, biases, params, constants, activations, skips);
   Tensor y = o.empty() ? at::zeros({o.rows(), o.out_features()}, at::TensorOptions().dtype(x.scalar_type()))
                        : fresh({o.rows(), o.out_features()}, x.scalar_type());
   if (o.empty()) return {y, nothing(o.compute)};
@@ -654,9 +658,9 @@ struct NetworkGradients {
 
 std::vector<Tensor> mlp_backward(const Tensor& g_, const Tensor& x, at::TensorList weights, const OptionalTensors& biases,
                                  const OptionalTensors& params, at::ArrayRef<double> constants,
-                                 const c10::List<std::string>& activations, const OptionalTensor& saved,
+                                 const c10::List<std::string>& activations, const c10::List<bool>& skips, const OptionalTensor& saved,
                                  std::array<bool, 4> needs) {
-  NetworkOperands o(x, weights, biases, params, constants, activations);
+  NetworkOperands o(x, weights, biases, params, constants, activations, skips);
   const std::vector<int64_t> expected{o.rows(), o.out_features()};
   TORCH_CHECK_VALUE(g_.sizes() == at::IntArrayRef(expected), "g: expected ", at::IntArrayRef(expected), ", got ", g_.sizes());
   o.differentiate(activations, needs[3]);
@@ -676,9 +680,9 @@ std::vector<Tensor> mlp_backward(const Tensor& g_, const Tensor& x, at::TensorLi
 
 std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const OptionalTensor& row_weights, at::TensorList weights,
                              const OptionalTensors& biases, const OptionalTensors& params, at::ArrayRef<double> constants,
-                             const c10::List<std::string>& activations, c10::string_view loss,
+                             const c10::List<std::string>& activations, const c10::List<bool>& skips, c10::string_view loss,
                              at::ArrayRef<double> loss_constants, double scale, std::array<bool, 4> needs) {
-  NetworkOperands o(x, weights, biases, params, constants, activations);
+  NetworkOperands o(x, weights, biases, params, constants, activations, skips);
   const std::vector<int64_t> expected{o.rows(), o.out_features()};
   TORCH_CHECK_VALUE(target_.sizes() == at::IntArrayRef(expected), "target: expected ", at::IntArrayRef(expected), ", got ",
                     target_.sizes());
@@ -807,14 +811,14 @@ TORCH_LIBRARY(fused_inr_native, m) {
   m.def(
       "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, int level, bool learnable) -> Tensor[]");
   m.def(
-      "mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, str[] activations, bool save) "
-      "-> (Tensor, Tensor)");
+      "mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, str[] activations, bool[] skips, "
+      "bool save) -> (Tensor, Tensor)");
   m.def(
       "mlp_backward(Tensor g, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, "
-      "str[] activations, Tensor? saved, bool[4] needs) -> Tensor[]");
+      "str[] activations, bool[] skips, Tensor? saved, bool[4] needs) -> Tensor[]");
   m.def(
       "mlp_loss(Tensor x, Tensor target, Tensor? row_weights, Tensor[] weights, Tensor?[] biases, Tensor?[] params, "
-      "float[] constants, str[] activations, str loss, float[] loss_constants, float scale, bool[4] needs) -> Tensor[]");
+      "float[] constants, str[] activations, bool[] skips, str loss, float[] loss_constants, float scale, bool[4] needs) -> Tensor[]");
   m.def("moments(Tensor sigmas, Tensor params, int start, int samples, int seed, str activation) -> Tensor");
   m.def("random_bits(int start, int count, int branch, int seed) -> Tensor",
         [](int64_t start, int64_t count, int64_t branch, int64_t seed) { return random_bits(start, count, branch, seed); });

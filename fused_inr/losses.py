@@ -154,7 +154,7 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
     rows, layers = net._cast(rows, layers)
     flat = None if weight is None else weight.detach().reshape(-1)
     target = target.detach().reshape(-1, target.shape[-1])
-    return _op.network_loss(rows, target, flat, layers, criterion, backend, precision)
+    return _op.network_loss(rows, target, flat, layers, criterion, backend, precision, net._skips)
 
 
 def _why_composed(form, x, target, weight, reduction, backend, needed, layers) -> str:

@@ -39,8 +39,33 @@ _DERIVED = (
     "the coordinates require a gradient, as where a loss takes derivatives of the network: "
     "layers differentiate twice without computing anything again"
 )
+_NORMED = "LayerNorm between the layers: they run one by one"
 _FUSIONS = ("auto", "network", "layers")
 _SAVES = ("preactivations", "nothing")
+
+
+class Chain(nn.Sequential):
+    """Layers one after the other: x <- norm(layer(x)), and where `skips` says so x <- (norm(layer(x)) + x) / sqrt(2).
+
+    `norms` belong to the network that holds the chain; the first layers have one each.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], skips: tuple[bool, ...], norms: nn.ModuleList | None):
+        super().__init__(*layers)
+        self.skips = skips
+        self._norms = (norms,)  # in a tuple: not a child
+
+    def __getitem__(self, index):
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = [] if self._norms[0] is None else list(self._norms[0])
+        for i, layer in enumerate(self):
+            y = layer(x)
+            if i < len(norms):
+                y = norms[i](y)
+            x = backends.add_skip(y, x) if self.skips[i] else y
+        return x
 
 
 class _Network(nn.Module):
@@ -70,6 +95,10 @@ class _Network(nn.Module):
         encoding: nn.Module | None,
         fusion: str,
         save: str,
+        residual: bool,
+        norm: str | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ):
         super().__init__()
         self.fusion = one_of("fusion", fusion, _FUSIONS)
@@ -79,6 +108,8 @@ class _Network(nn.Module):
         self.hidden_layers = positive_int("hidden_layers", hidden_layers, minimum=0)
         self.out_features = positive_int("out_features", out_features)
         self.outermost_linear = boolean("outermost_linear", outermost_linear)
+        self.residual = boolean("residual", residual)
+        self.norm = None if norm is None else one_of("norm", norm, ("layer",))
         self.encoding = encoding
 
         layers = [first(_encoded_features(encoding, self.in_features), self.hidden_features)]
@@ -94,7 +125,14 @@ class _Network(nn.Module):
                     f"an activation (outermost_linear=False), got {self.out_features}"
                 )
             layers.append(hidden(layers[-1].output_features, self.out_features // outputs))
-        self.net = nn.Sequential(*layers)
+        skips = tuple(self.residual and 1 <= i <= self.hidden_layers for i in range(len(layers)))
+        norms = None
+        if self.norm is not None:
+            norms = nn.ModuleList(nn.LayerNorm(m.output_features, device=device, dtype=dtype) for m in layers[:-1])
+        plain = norms is None and not any(skips)
+        self.net = nn.Sequential(*layers) if plain else Chain(layers, skips, norms)
+        if norms is not None:
+            self.norms = norms
 
         self._init = inits[init] if isinstance(init, str) else init
         function = getattr(init, "func", init)  # of a functools.partial
@@ -102,9 +140,14 @@ class _Network(nn.Module):
         if self._init is not None:
             self._init(self)
 
+    @property
+    def _skips(self) -> tuple[bool, ...]:
+        skips = getattr(self.net, "skips", ())
+        return skips if any(skips) else ()
+
     def reset_parameters(self) -> None:
         """Draw everything again as at construction (also an encoding that has a `reset_parameters`)."""
-        for module in (self.encoding, *self.net):
+        for module in (self.encoding, *self.net, *getattr(self, "norms", ())):
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
@@ -124,7 +167,7 @@ class _Network(nn.Module):
         layers, backend, precision, reason = self._whole(coordinates)
         if not reason:
             x, layers = self._cast(coordinates, layers)
-            return _op.network(x, layers, backend, precision, self.save == "preactivations")
+            return _op.network(x, layers, backend, precision, self.save == "preactivations", self._skips)
         if self.fusion == "network":
             raise RuntimeError(f"fusion='network': {reason}; fusion='auto' runs this call layer by layer")
         backends.record_layers(reason)
@@ -137,6 +180,8 @@ class _Network(nn.Module):
             return [], "", "", f"an input that is a {type(x).__name__}"
         if _has_hooks(self.net) or nn.modules.module._has_any_global_hook():
             return [], "", "", "there are hooks, which a whole network would not call"
+        if self.norm is not None:
+            return [], "", "", _NORMED
         for module in self.net:
             if not isinstance(module, FusedLayer) or type(module).forward not in _OUR_FORWARDS:
                 return [], "", "", f"{type(module).__name__} is not one of the fused layers"
@@ -148,7 +193,7 @@ class _Network(nn.Module):
         if self.fusion == "auto" and direction == "forward" and derived:
             return [], "", "", _DERIVED
         given, operands = self._cast(x, layers)
-        backend, precision, reason = _op.why_not(given, operands, direction=direction)
+        backend, precision, reason = _op.why_not(given, operands, self._skips, direction=direction)
         if not reason and self.fusion == "auto":
             shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
             reason = backends.implementation(backend).prefers_layers(shapes, [a.map for _, _, a in layers])
@@ -168,6 +213,10 @@ class _Network(nn.Module):
             parts.append(f"fusion={self.fusion!r}")
         if self.save != "preactivations":
             parts.append(f"save={self.save!r}")
+        if self.residual:
+            parts.append("residual=True")
+        if self.norm is not None:
+            parts.append(f"norm={self.norm!r}")
         return ", ".join(parts)
 
 
@@ -187,6 +236,20 @@ def _encoded_features(encoding: nn.Module | None, in_features: int) -> int:
             f"got {width!r} from {type(encoding).__name__}"
         )
     return positive_int("encoding.out_features", width)
+
+
+def _last(layer: Callable[..., FusedLayer], output_activation: ActivationLike, outermost_linear: bool):
+    """The last layer, linear or with the output's own activation, of one output a feature."""
+    if output_activation is None:
+        return layer
+    chosen = activations.get(output_activation)
+    if not outermost_linear:
+        raise ValueError("output_activation: with outermost_linear=False the last layer has the network's activation")
+    if chosen.outputs != 1:
+        raise ValueError(
+            f"output_activation: {chosen.name!r} has {chosen.outputs} outputs; one of a single output is needed"
+        )
+    return partial(layer, activation=chosen)
 
 
 def _checked_init(init: ModelInit, accepted: Iterable[str]) -> ModelInit:
@@ -213,6 +276,11 @@ class MLP(_Network):
         bias: whether the layers have biases.
         encoding: a module from coordinates [.., in_features] to [.., encoding.out_features], e.g. `FourierFeatures`.
         sigma_p, first_sigma_p: for init="vi3nr" (pre-activations before omega); by default `init.default_sigma_p`.
+        output_activation: of the last layer in place of none, e.g. "sigmoid"; one output, and outermost_linear=True.
+        residual: True gives the hidden-to-hidden layers skip connections, x <- (activation(W x + b) + x) / sqrt(2): the
+            factor keeps the mean square of a sum of two independent terms.
+        norm: "layer" puts a `nn.LayerNorm` behind the activation of every layer but the last, before the sum of a skip
+            connection, each with its weight and bias (`norms.0.weight`, ...). Such networks run layer by layer.
         fusion: "auto" (the whole network as one operation where that serves, else layer by layer), "network", "layers".
         save: "preactivations" or "nothing": what the forward of a whole network stores for its backward.
         device, dtype: of the layers' parameters (not of an encoding, which keeps its own).
@@ -234,6 +302,9 @@ class MLP(_Network):
         encoding: nn.Module | None = None,
         sigma_p: float | None = None,
         first_sigma_p: float | None = None,
+        output_activation: ActivationLike = None,
+        residual: bool = False,
+        norm: str | None = None,
         fusion: str = "auto",
         save: str = "preactivations",
         device: torch.device | str | None = None,
@@ -248,13 +319,17 @@ class MLP(_Network):
             out_features,
             first=partial(layer, activation=chosen),
             hidden=partial(layer, activation=chosen),
-            linear=layer,
+            linear=_last(layer, output_activation, outermost_linear),
             init=_checked_init(init, ("default", "siren", "vi3nr")),
             inits={"default": None, "siren": siren_init_, "vi3nr": _vi3nr(sigma_p, first_sigma_p)},
             outermost_linear=outermost_linear,
             encoding=encoding,
             fusion=fusion,
             save=save,
+            residual=residual,
+            norm=norm,
+            device=device,
+            dtype=dtype,
         )
 
 
@@ -269,7 +344,7 @@ class SIREN(_Network):
         outermost_linear: whether the last layer is linear, or a sine too.
         bias: whether the layers have biases.
         init: "siren", "default", "vi3nr", or a function that is given the network.
-        encoding, sigma_p, first_sigma_p, fusion, save, device, dtype: see `MLP`.
+        encoding, sigma_p, first_sigma_p, output_activation, residual, norm, fusion, save, device, dtype: see `MLP`.
         learnable: True makes every omega a parameter (`net.0.omega`), 0-D or with `per_feature` one a feature.
 
     State dict keys: `net.0.linear.weight`, ..., and `net.4.weight` for the last linear layer, as in the published
@@ -298,6 +373,9 @@ class SIREN(_Network):
         first_sigma_p: float | None = None,
         learnable: bool | str | Iterable[str] = (),
         per_feature: bool = False,
+        output_activation: ActivationLike = None,
+        residual: bool = False,
+        norm: str | None = None,
         fusion: str = "auto",
         save: str = "preactivations",
         device: torch.device | str | None = None,
@@ -332,13 +410,21 @@ class SIREN(_Network):
             out_features,
             first=partial(sine, is_first=True, omega=first_omega),
             hidden=partial(sine, omega=omega),
-            linear=partial(FusedLinear, bias=bias, init=last, device=device, dtype=dtype),
+            linear=_last(
+                partial(FusedLinear, bias=bias, init=last, device=device, dtype=dtype),
+                output_activation,
+                outermost_linear,
+            ),
             init=init,
             inits={"siren": None, "default": None, "vi3nr": _vi3nr(sigma_p, first_sigma_p)},
             outermost_linear=outermost_linear,
             encoding=encoding,
             fusion=fusion,
             save=save,
+            residual=residual,
+            norm=norm,
+            device=device,
+            dtype=dtype,
         )
 
 
@@ -353,8 +439,8 @@ class SplitNet(_Network):
         bias: whether the layers have biases.
         init: "vi3nr" by default, with pre-activations of standard deviation 1 in every branch (what LSUV, the
             original's way, tunes them to) and zero biases; "default" (as `nn.Linear`), or a function.
-        encoding, sigma_p, first_sigma_p, fusion, save, device, dtype: see `MLP`. The published pictures use
-            `FourierFeatures(2, 128, std=10.0)`, `outermost_linear=False` and omegas of 1.
+        encoding, sigma_p, first_sigma_p, output_activation, residual, norm, fusion, save, device, dtype: see `MLP`.
+            The published pictures use `FourierFeatures(2, 128, std=10.0)`, `outermost_linear=False` and omegas of 1.
         learnable: True or some of "m", "w1" .. "w4": parameters of each split layer; `per_feature`: one a feature.
 
     State dict keys: `net.0.linear.weight` [4N, K], ..., and `net.4.weight` for a last linear layer.
@@ -377,6 +463,9 @@ class SplitNet(_Network):
         first_sigma_p: float | None = None,
         learnable: bool | str | Iterable[str] = (),
         per_feature: bool = False,
+        output_activation: ActivationLike = None,
+        residual: bool = False,
+        norm: str | None = None,
         fusion: str = "auto",
         save: str = "preactivations",
         device: torch.device | str | None = None,
@@ -399,11 +488,17 @@ class SplitNet(_Network):
             out_features,
             first=split,
             hidden=split,
-            linear=partial(FusedLinear, bias=bias, device=device, dtype=dtype),
+            linear=_last(
+                partial(FusedLinear, bias=bias, device=device, dtype=dtype), output_activation, outermost_linear
+            ),
             init=_checked_init(init, ("vi3nr", "default")),
             inits={"default": None, "vi3nr": _vi3nr(sigma_p, first_sigma_p)},
             outermost_linear=outermost_linear,
             encoding=encoding,
             fusion=fusion,
             save=save,
+            residual=residual,
+            norm=norm,
+            device=device,
+            dtype=dtype,
         )

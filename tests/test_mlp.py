@@ -206,10 +206,10 @@ def test_only_what_is_needed_is_computed():
     tensors, constants = op._operands(layers)
     keys = [a.map.key for _, _, a in layers]
     weights, biases, params = tensors[:4], tensors[4:8], tensors[8:]
-    y, saved = raw.mlp(x, weights, biases, params, constants, keys, engine(), "ieee", False)
+    y, saved = raw.mlp(x, weights, biases, params, constants, keys, [], engine(), "ieee", False)
     assert saved.numel() == 0
     out = raw.mlp_backward(
-        y, x, weights, biases, params, constants, keys, None, engine(), "ieee", [False, True, False, False]
+        y, x, weights, biases, params, constants, keys, [], None, engine(), "ieee", [False, True, False, False]
     )
     assert [t.numel() > 0 for t in out] == [False, *[True] * 4, *[False] * 4, *[False] * 4]
 
@@ -574,3 +574,108 @@ def test_the_jet_is_the_value_and_its_derivatives():
                 for want in map.torch_map(1, learnable and map.n_params > 0)(*z, *params, *g):
                     same(rest.pop(0).expand(50), want.expand(50), 100.0)
             assert not rest
+
+
+# -- skip connections
+
+
+def plain_with_skips(x, layers, skips):
+    for layer, skip in zip(layers, skips, strict=True):
+        y = plain(x, [layer])
+        x = (y + x) / 2**0.5 if skip else y
+    return x
+
+
+def square(name: str, dtype=torch.float64, columns: int = 21, depth: int = 4):
+    """Layers from `columns` to `columns`, all but the last of one activation; skips around some."""
+    outputs = activations.get(name).outputs
+    layers = network(name, dtype, widths=(columns,) * depth)
+    first = layers[0][0].shape[0]
+    layers[0] = ((torch.randn(first, outputs * columns, dtype=torch.float64) * 0.2).to(dtype), *layers[0][1:])
+    return layers, (outputs == 1, True, False, True, False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_skip_connections_in_float64(name):
+    if name == "identity":
+        pytest.skip("a skip connection needs an activation")
+    layers, skips = square(name)
+    x = torch.randn(200, layers[0][0].shape[1], dtype=torch.float64)
+    truth, expected = gradients(lambda x, layers: plain_with_skips(x, layers, skips), x, layers)
+    for save in (True, False):
+        y, grads = gradients(lambda x, layers: op.network(x, layers, engine(), "ieee", save, skips), x, layers)
+        same(y, truth)
+        for got, want in zip(grads, expected, strict=True):
+            same(got, want, 10.0)
+
+
+@pytest.mark.parametrize("name", ["sine", "gaussian", "split", "relu"])
+@pytest.mark.parametrize("rows", [64, 1001])
+def test_skip_connections_in_float32_are_no_worse_than_twice_eager(name, rows):
+    if engine() != "cpu":
+        pytest.skip("needs the native engine")
+    layers, skips = network(name, torch.float32, widths=(33, 33, 33)), (False, True, True, False)
+    x = torch.randn(rows, 2)
+    truth, expected = gradients(
+        lambda x, layers: plain_with_skips(x, layers, skips), x.double(), convert(layers, torch.float64)
+    )
+    theirs, their_grads = gradients(lambda x, layers: plain_with_skips(x, layers, skips), x, layers)
+    for save in (True, False):
+        y, grads = gradients(lambda x, layers: op.network(x, layers, "cpu", "ieee", save, skips), x, layers)
+        no_worse(y, theirs, truth, torch.float32)
+        for got, eager, want in zip(grads, their_grads, expected, strict=True):
+            no_worse(got, eager, want, torch.float32)
+
+
+def test_a_last_layer_with_a_skip_connection_and_one_pass():
+    layers, _ = square("sine")
+    layers, skips = layers[:-1], (True, False, True, True)
+    x, target = (torch.randn(77, 21, dtype=torch.float64) for _ in range(2))
+    criterion = op.Criterion("squared_error", (), 0.5)
+    results = []
+    for run in (
+        lambda x, layers: (plain_with_skips(x, layers, skips) - target).square().sum() / 2,
+        lambda x, layers: op.network_loss(x, target, None, layers, criterion, engine(), "ieee", skips),
+        lambda x, layers: op.network_loss(x, target, None, layers, criterion, "reference", "ieee", skips),
+    ):
+        results.append(gradients(run, x, layers))
+    for value, grads in results[1:]:
+        same(value, results[0][0])
+        for got, want in zip(grads, results[0][1], strict=True):
+            same(got, want, 10.0)
+
+
+def test_second_derivatives_with_skip_connections():
+    layers, skips = square("sine", columns=3, depth=2)
+    skips = skips[:2] + (False,)
+    x, layers, wanted = leaves(torch.randn(4, 3, dtype=torch.float64), layers)
+
+    def run(*tensors):
+        n = len(layers)
+        again = [(w, b, a) for w, b, (_, _, a) in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=True)]
+        return op.network(tensors[0], again, engine(), "ieee", True, skips)
+
+    assert torch.autograd.gradcheck(run, wanted)
+    assert torch.autograd.gradgradcheck(run, wanted)
+
+
+def test_learnable_parameters_with_skip_connections():
+    net = fi.SIREN(2, 20, 3, 3, learnable=True, residual=True, dtype=torch.float64)
+    x, target = coordinates(), torch.randn(50, 3, dtype=torch.float64)
+    results = []
+    for fusion, save in (("layers", "nothing"), ("network", "preactivations"), ("network", "nothing")):
+        net.fusion, net.save = fusion, save
+        with backends.use(engine()):
+            results.append(grads_of(net, (net(x) - target).square().mean()))
+            results.append(grads_of(net, losses.mse(net, x, target)))
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            same(a, b, 100.0)
+
+
+def test_skip_connections_that_cannot_be_are_refused():
+    layers, x = network("sine"), torch.randn(5, 2, dtype=torch.float64)
+    assert "needs an activation" in op.why_not(x, layers, (True, False, False, False))[2]
+    if engine() == "cpu":
+        with pytest.raises(ValueError, match="as many columns"):
+            op.network(x, layers, "cpu", "ieee", True, (True, False, False, False))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fused_inr as fi
+from fused_inr import backends
 from fused_inr.encodings import FourierFeatures
 from fused_inr.layers import FusedLinear
 
@@ -359,3 +360,99 @@ def test_init_may_be_a_function_of_the_network():
     net = fi.MLP(2, 8, 1, 3, activation="relu", init=functools.partial(fi.init.vi3nr_init_, sample_input=x))
     assert all(not layer.bias.any() for layer in net.net)
     assert isinstance(net.net[0], FusedLinear)
+
+
+# -- output activation, skip connections, LayerNorm
+
+
+def written_by_hand(net, x):
+    """A SIREN with the options of this section, in plain PyTorch."""
+    h = x
+    for i, layer in enumerate(net.net):
+        z = torch.nn.functional.linear(h, layer.weight, layer.bias)
+        if i == len(net.net) - 1:
+            return torch.sigmoid(z)
+        y = torch.sin(30.0 * z)
+        if net.norm:
+            mean, variance = y.mean(-1, keepdim=True), y.var(-1, unbiased=False, keepdim=True)
+            y = (y - mean) / (variance + 1e-5).sqrt() * net.norms[i].weight + net.norms[i].bias
+        h = (y + h) / 2**0.5 if net.residual and i > 0 else y
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("fusion", ["auto", "layers"])
+def test_residual_norm_and_output_activation(residual, norm, fusion):
+    torch.manual_seed(0)
+    net = fi.SIREN(
+        2, 20, 3, 3, residual=residual, norm=norm, output_activation="sigmoid", fusion=fusion, dtype=torch.float64
+    )
+    if norm:
+        for n in net.norms:
+            torch.nn.init.uniform_(n.weight, 0.5, 1.5)
+            torch.nn.init.normal_(n.bias)
+    x = (torch.rand(40, 2, dtype=torch.float64) * 2 - 1).requires_grad_(fusion == "layers")
+    parameters = [*net.parameters()] + ([x] if fusion == "layers" else [])
+    results = []
+    for run in (lambda x: net(x), lambda x: written_by_hand(net, x)):
+        y = run(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), parameters)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
+
+
+def test_residual_and_norm_differentiate_twice():
+    torch.manual_seed(0)
+    net = fi.SIREN(2, 6, 2, 1, residual=True, norm="layer", omega=3.0, first_omega=3.0, dtype=torch.float64)
+    x = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(net, (x,))
+    assert torch.autograd.gradgradcheck(net, (x,))
+
+
+def test_residual_runs_whole_where_the_engine_is_and_norm_says_why_not():
+    x = torch.rand(64, 2)
+    net = fi.SIREN(2, 32, 2, 3, residual=True)
+    if backends.available()["cpu"][0]:
+        assert "whole network" in backends.explain(net, x)
+    normed = fi.SIREN(2, 32, 2, 3, norm="layer")
+    assert "LayerNorm" in backends.explain(normed, x)
+    normed.fusion = "network"
+    with pytest.raises(RuntimeError, match="LayerNorm"):
+        normed(x)
+
+
+def test_triton_takes_skip_connections_layer_by_layer():
+    assert "skip connections" in backends.implementation("triton").serves_network(
+        torch.rand(4, 2), [(32, 2), (32, 32)], [], "ieee", "forward", [False, False], (False, True)
+    )
+
+
+def test_state_dict_with_norms_and_copies():
+    net = fi.MLP(2, 8, 1, 3, "gaussian", residual=True, norm="layer")
+    keys = list(net.state_dict())
+    assert keys[:2] == ["net.0.weight", "net.0.bias"]
+    assert keys[-4:] == ["norms.0.weight", "norms.0.bias", "norms.1.weight", "norms.1.bias"]
+    other = copy.deepcopy(net)
+    x = torch.rand(5, 2)
+    with torch.no_grad():
+        before = net(x)
+        other.norms[0].weight.fill_(3.0)
+        assert torch.equal(net(x), before) and not torch.equal(other(x), before)
+        other.reset_parameters()
+        assert torch.equal(other.norms[0].weight, torch.ones(8))
+    assert "residual=True, norm='layer'" in repr(net)
+    assert len(net.net[:2]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"norm": "batch"}, "norm"),
+        ({"residual": 1}, "residual"),
+        ({"output_activation": "sigmoid", "outermost_linear": False}, "outermost_linear"),
+        ({"output_activation": "complex_gabor"}, "single output"),
+    ],
+)
+def test_variants_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        fi.MLP(2, 8, 1, 2, "sine", **arguments)

@@ -98,6 +98,7 @@ struct NetworkLayer {
   int64_t in_channels = 1, in_channel = 0;  // its input: the outputs of the layer before, of so many features each
   int64_t features = 0;                     // of one branch
   int branches = 1, outputs = 1, params = 0;
+  bool skip = false;           // output (map(z) + input) / sqrt(2); as many columns, and not of the identity
   Rows weight;                 // compute type
   const void* bias = nullptr;  // compute type, [branches * features]
   const void* param[kMaxParams] = {};

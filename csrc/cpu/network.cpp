@@ -159,6 +159,23 @@ void apply(void* function, const NetworkLayer& l, int64_t m, int64_t p, const T*
   reinterpret_cast<Map<T>>(function)(m * P, in, stride, out);
 }
 
+// Of a skip connection: the mean square of a sum of two independent terms is that of each.
+constexpr double kSkip = 0.70710678118654752440;
+
+// to = (to + x) / sqrt(2), a panel
+template <class T>
+void add_skip(const T* x, int64_t size, T* to) {
+  using V = Vector<T>;
+  const V by(kSkip);
+  for (int64_t e = 0; e < size; e += V::size) ((V::load(to + e) + V::load(x + e)) * by).store(to + e);
+}
+
+bool skips(const Network& n) {
+  for (int i = 0; i < n.layers; ++i)
+    if (n.layer[i].skip) return true;
+  return false;
+}
+
 // -- forward
 
 template <class T>
@@ -187,6 +204,7 @@ void forward_tile(const NetworkForward& f, const PackedLayer<T>* packed, int64_t
       T* out[kMaxStreams];
       for (int c = 0; c < l.outputs; ++c) out[c] = y + (c * panels + p) * m * P;
       apply<T>(l.value, l, m, p, to, stride, params, out);
+      for (int c = 0; l.skip && c < l.outputs; ++c) add_skip<T>(in + (c * panels + p) * m * P, m * P, out[c]);
     }
     if (!l.value && stored) {
       in = stored;
@@ -249,6 +267,7 @@ struct LayerSums {
 template <class T>
 struct TrainingScratch {
   T *x, *gz[2], *z, *gy, *derivatives, *params, *target;
+  T* around;       // where there are skip connections: the cotangent that passes by a layer
   T** y;           // of each layer
   T** derivative;  // of each layer, streams [output][branch (, parameter)]; null where they are not stored
 
@@ -263,7 +282,7 @@ struct TrainingScratch {
       T* const of_layer = arena.take<T>(y_panels<T>(l) * panel);
       const int64_t streams = l.outputs * (l.branches + (l.gp ? l.params : 0));
       T* const of_derivative =
-          l.value && !f.saved ? arena.take<T>(streams * panels_of<Vector<T>>(1, l.features) * panel) : nullptr;
+          l.value && (!f.saved || skips(n)) ? arena.take<T>(streams * panels_of<Vector<T>>(1, l.features) * panel) : nullptr;
       if (y) {
         y[i] = of_layer;
         derivative[i] = of_derivative;
@@ -276,6 +295,7 @@ struct TrainingScratch {
     derivatives = arena.take<T>(extent.derivatives * panel);
     params = extent.expands ? arena.take<T>(extent.params * panel) : nullptr;
     target = arena.take<T>(4 * panel);
+    around = skips(n) ? arena.take<T>(extent.widest * panel) : nullptr;
   }
 };
 
@@ -291,9 +311,11 @@ class TrainingTile {
     m_ = m;
     const int last = n_.layers - 1;
     read_rows<T>(n_.x, 0, row, m, n_.layer[0].in_channels, n_.layer[0].in_channel, s_.x);
-    if (!saved) forward();
-    saved_ = saved;  // of the layers in order; walked from its end
-    if (saved)
+    // where a layer's output needs the outputs of those before it, all of them are made first
+    const bool backwards = saved && !s_.around;
+    if (!backwards) forward(saved);
+    saved_ = backwards ? saved : nullptr;  // of the layers in order; walked from its end
+    if (saved_)
       for (int i = 0; i < n_.layers; ++i)
         if (stores(n_, i)) saved_ += z_panels<T>(n_.layer[i]) * m * P;
 
@@ -304,6 +326,7 @@ class TrainingTile {
     for (int64_t p = 0; p < panels; ++p) {
       jet(last, p);
       cotangent(last, p);
+      if (n_.layer[last].skip) pass_around(last, p);
       combine(last, p, gz);
     }
     for (int i = last; i >= 0; --i) {
@@ -315,7 +338,8 @@ class TrainingTile {
         const NetworkLayer& before = n_.layer[i - 1];
         const int64_t of_channel = panels_of<V>(1, before.features);
         begin_layer(i - 1);
-        const bool plain = before.value && before.branches == 1 && before.outputs == 1 && !before.gp;
+        const bool plain = before.value && before.branches == 1 && before.outputs == 1 && !before.gp && !before.skip &&
+                           !l.skip;
         for (int64_t p = 0; p < of_channel; ++p) {
           jet(i - 1, p);
           if (plain) {  // gz = gy times the one derivative, on the way out of the product
@@ -329,12 +353,15 @@ class TrainingTile {
           for (int c = 0; c < before.outputs; ++c)
             product<V, Left::kTile>(m, c * of_channel + p, c * of_channel + p + 1, columns, left, packed_[i].input,
                                     columns * P, s_.gy + c * m * P, m * P, nullptr, false, nullptr);
+          if (l.skip) add_around(i - 1, p);
+          if (before.skip) pass_around(i - 1, p);
           combine(i - 1, p, next);
         }
-        input = saved && !before.value ? saved_ : s_.y[i - 1];  // the identity's z is its output
+        input = backwards && !before.value ? saved_ : s_.y[i - 1];  // the identity's z is its output
       } else if (f_.gx.data) {
         product<V, Left::kTile>(m, 0, in_panels<T>(l), columns, left, packed_[i].input, columns * P, next, m * P, nullptr,
                                 false, nullptr);
+        if (l.skip) add(s_.around, in_panels<T>(l) * m * P, next);
         write_rows<T>(f_.gx, 0, row, m, l.in_channels, l.in_channel, next, gx_streamed);
       }
       if (sums_[i].gw && l.in_channels == 1 && l.in_channel <= kNarrow)
@@ -364,19 +391,29 @@ class TrainingTile {
     apply<T>(l.jet, l, m_, p, z, z_stride, s_.params, out);
   }
 
-  void forward() {
+  // outputs and derivatives of all layers, from the input or from stored pre-activations
+  void forward(const T* saved) {
     const T* in = s_.x;
     for (int i = 0; i < n_.layers; ++i) {
       const NetworkLayer& l = n_.layer[i];
       const int64_t panels = panels_of<V>(1, l.features);
       for (int64_t p = 0; p < panels; ++p) {
+        const T* stored = saved && stores(n_, i) ? saved + p * m_ * P : nullptr;
         if (!l.value) {
-          preactivate<T>(l, packed_[i], m_, p, in, s_.y[i] + p * m_ * P, panels * m_ * P);
+          T* const to = s_.y[i] + p * m_ * P;
+          if (!saved)
+            preactivate<T>(l, packed_[i], m_, p, in, to, panels * m_ * P);
+          else if (stored)
+            for (int b = 0; b < l.branches; ++b)
+              __builtin_memcpy(to + b * panels * m_ * P, stored + b * panels * m_ * P, static_cast<size_t>(m_ * P) * sizeof(T));
           continue;
         }
-        preactivate<T>(l, packed_[i], m_, p, in, s_.z, m_ * P);
-        apply_jet(i, p, s_.z, m_ * P, s_.derivative[i] + p * m_ * P, panels * m_ * P);
+        if (!stored) preactivate<T>(l, packed_[i], m_, p, in, s_.z, m_ * P);
+        apply_jet(i, p, stored ? stored : s_.z, (stored ? panels : 1) * m_ * P, s_.derivative[i] + p * m_ * P, panels * m_ * P);
+        for (int c = 0; l.skip && c < l.outputs; ++c)
+          add_skip<T>(in + (c * panels + p) * m_ * P, m_ * P, s_.y[i] + (c * panels + p) * m_ * P);
       }
+      if (saved && stores(n_, i)) saved += z_panels<T>(l) * m_ * P;
       in = s_.y[i];
     }
   }
@@ -430,6 +467,32 @@ class TrainingTile {
         sum += static_cast<double>(of_row) * (weight ? static_cast<double>(weight[row_ + r]) : 1.0);
       }
       *loss_ += sum;
+    }
+  }
+
+  static void add(const T* from, int64_t size, T* to) {
+    for (int64_t e = 0; e < size; e += V::size) (V::load(to + e) + V::load(from + e)).store(to + e);
+  }
+
+  // gy of the panel p of layer i, which is the input of a layer with a skip connection: what passed by that layer comes in
+  void add_around(int i, int64_t p) {
+    const NetworkLayer& l = n_.layer[i];
+    const int64_t panels = panels_of<V>(1, l.features), size = m_ * P;
+    for (int c = 0; c < l.outputs; ++c) add(s_.around + (c * panels + p) * size, size, s_.gy + c * size);
+  }
+
+  // gy of the panel p of layer i, which has a skip connection, becomes that of its map and of its input alike
+  void pass_around(int i, int64_t p) {
+    const NetworkLayer& l = n_.layer[i];
+    const int64_t panels = panels_of<V>(1, l.features), size = m_ * P;
+    const V by(kSkip);
+    for (int c = 0; c < l.outputs; ++c) {
+      T *gy = s_.gy + c * size, *around = s_.around + (c * panels + p) * size;
+      for (int64_t e = 0; e < size; e += V::size) {
+        const V scaled = V::load(gy + e) * by;
+        scaled.store(gy + e);
+        scaled.store(around + e);
+      }
     }
   }
 

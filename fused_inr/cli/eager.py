@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..activations import Activation
 from ..layers import FusedLayer
+from ..models import Chain
 
 
 def _split(z: Tensor, m, w1, w2, w3, w4) -> Tensor:
@@ -81,6 +83,21 @@ class EagerLayer(nn.Module):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
+class EagerNetwork(nn.Module):
+    """Plain layers with the skip connections and the LayerNorms of `model`."""
+
+    def __init__(self, layers: list[EagerLayer], model: nn.Module):
+        super().__init__()
+        norms: Any = copy.deepcopy(getattr(model, "norms", None))
+        self.net = Chain(layers, cast(Chain, model.net).skips, norms)
+        if norms is not None:
+            self.norms = norms
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
 def eager_twin(model: nn.Module) -> nn.Module:
     """A network of plain PyTorch layers with the weights that `model` (an `MLP`, `SIREN` or `SplitNet`) has now."""
-    return nn.Sequential(*(EagerLayer(layer) for layer in model.modules() if isinstance(layer, FusedLayer)))
+    layers = [EagerLayer(layer) for layer in model.modules() if isinstance(layer, FusedLayer)]
+    return EagerNetwork(layers, model) if isinstance(getattr(model, "net", None), Chain) else nn.Sequential(*layers)

@@ -29,6 +29,15 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WIDEST_TILE = 1024
 
 
+#: factor of a skip connection: the mean square of a sum of two independent terms becomes that of each
+SKIP = 0.5**0.5
+
+
+def add_skip(y: Tensor, x: Tensor) -> Tensor:
+    """(y + x) / sqrt(2), of a layer's output y and input x."""
+    return (y + x) * SKIP
+
+
 class Backend:
     """One way to run the raw operations (docs/architecture.md, section 3)."""
 
@@ -61,11 +70,11 @@ class Backend:
 
     # -- whole networks (docs/architecture.md, section 7)
 
-    def serves_network(self, x, shapes, maps, precision, direction, learnable) -> str:
+    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips) -> str:
         """Why it cannot run a whole network whose layers it serves; empty when it can.
 
         `direction` is "forward" (with its backward) or "loss" (one pass of both); `learnable`, a layer: some parameters
-        of its activation are tensors.
+        of its activation are tensors; `skips`, a layer: it has a skip connection (empty: none has).
         """
         return f"backend {self.name!r} runs layer by layer"
 
@@ -73,14 +82,16 @@ class Backend:
         """Why layers are the better way for a network that it could run whole; empty when they are not."""
         return ""
 
-    def mlp(self, x, weights, biases, params, constants, maps, precision, save) -> tuple[Tensor, Tensor]:
+    def mlp(self, x, weights, biases, params, constants, maps, skips, precision, save) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def mlp_backward(self, g, x, weights, biases, params, constants, maps, saved, precision, needs) -> list[Tensor]:
+    def mlp_backward(
+        self, g, x, weights, biases, params, constants, maps, skips, saved, precision, needs
+    ) -> list[Tensor]:
         raise NotImplementedError
 
     def mlp_loss(
-        self, x, target, row_weights, weights, biases, params, constants, maps, loss, loss_constants, scale,
+        self, x, target, row_weights, weights, biases, params, constants, maps, skips, loss, loss_constants, scale,
         precision, needs,
     ) -> list[Tensor]:  # fmt: skip
         raise NotImplementedError
@@ -190,51 +201,57 @@ class Reference(Backend):
 
         return moments.reference(sigmas, params, start, samples, seed, map)
 
-    def serves_network(self, x, shapes, maps, precision, direction, learnable):
+    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips):
         return ""
 
     def prefers_layers(self, shapes, maps):
         return "plain PyTorch gains nothing from a whole network"
 
-    def mlp(self, x, weights, biases, params, constants, maps, precision, save):
-        for weight, bias, own, values, map in _by_layer(weights, biases, params, constants, maps):
-            x = self.linear_act(x, weight, bias, own, values, map, precision, False)[0]
+    def mlp(self, x, weights, biases, params, constants, maps, skips, precision, save):
+        for weight, bias, own, values, map, skip in _by_layer(weights, biases, params, constants, maps, skips):
+            y = self.linear_act(x, weight, bias, own, values, map, precision, False)[0]
+            x = add_skip(y, x) if skip else y
         return x, x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
-    def mlp_backward(self, g, x, weights, biases, params, constants, maps, saved, precision, needs):
-        layers = list(_by_layer(weights, biases, params, constants, maps))
+    def mlp_backward(self, g, x, weights, biases, params, constants, maps, skips, saved, precision, needs):
+        layers = list(_by_layer(weights, biases, params, constants, maps, skips))
         inputs = [x]
-        for weight, bias, own, values, map in layers[:-1]:
-            inputs.append(self.linear_act(inputs[-1], weight, bias, own, values, map, precision, False)[0])
+        for weight, bias, own, values, map, skip in layers[:-1]:
+            y = self.linear_act(inputs[-1], weight, bias, own, values, map, precision, False)[0]
+            inputs.append(add_skip(y, inputs[-1]) if skip else y)
         rest: list[list[Tensor]] = [[], [], []]
         for i in range(len(layers) - 1, -1, -1):
-            weight, bias, own, values, map = layers[i]
+            weight, bias, own, values, map, skip = layers[i]
+            g = g * SKIP if skip else g
+            around = g if skip else None
             wanted = [needs[0] or i > 0, needs[1], needs[2] and bias is not None, needs[3] and map.n_params > 0]
             g, *grads = self.linear_act_backward(g, inputs[i], weight, bias, own, values, None, map, precision, wanted)
+            if around is not None and wanted[0]:
+                g = (g + around).to(inputs[i].dtype)
             for group, grad in zip(rest, grads, strict=True):
                 group.insert(0, grad)
         return [g, *rest[0], *rest[1], *rest[2]]
 
     def mlp_loss(
-        self, x, target, row_weights, weights, biases, params, constants, maps, loss, loss_constants, scale,
+        self, x, target, row_weights, weights, biases, params, constants, maps, skips, loss, loss_constants, scale,
         precision, needs,
     ):  # fmt: skip
-        y, _ = self.mlp(x, weights, biases, params, constants, maps, precision, False)
+        y, _ = self.mlp(x, weights, biases, params, constants, maps, skips, precision, False)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         value, g, _ = loss.torch_jet()(y.to(dtype), target.to(dtype), *loss_constants)
         if row_weights is not None:
             value, g = (t * row_weights.to(dtype).unsqueeze(-1) for t in (value, g))
         # not in the type of y: a mean's gradient is below what half types hold
-        grads = self.mlp_backward(g * scale, x, weights, biases, params, constants, maps, None, precision, needs)
+        grads = self.mlp_backward(g * scale, x, weights, biases, params, constants, maps, skips, None, precision, needs)
         return [value.sum() * scale, *grads]
 
 
-def _by_layer(weights, biases, params, constants, maps):
-    """(weight, bias, parameters, constants, map) of each layer of a raw call."""
+def _by_layer(weights, biases, params, constants, maps, skips):
+    """(weight, bias, parameters, constants, map, skip) of each layer of a raw call."""
     at = 0
-    for weight, bias, map in zip(weights, biases, maps, strict=True):
+    for weight, bias, map, skip in zip(weights, biases, maps, skips or [False] * len(maps), strict=True):
         end = at + map.n_params
-        yield weight, bias, list(params[at:end]), list(constants[at:end]), map
+        yield weight, bias, list(params[at:end]), list(constants[at:end]), map, skip
         at = end
 
 
@@ -315,7 +332,7 @@ class Cpu(_Native):
             return reason
         return "" if map.generated else self._compile(map)
 
-    def serves_network(self, x, shapes, maps, precision, direction, learnable):
+    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips):
         return ""
 
     def prefers_layers(self, shapes, maps):
@@ -328,22 +345,22 @@ class Cpu(_Native):
             self._ready(map)
         return self._operators(), [map.key for map in maps]
 
-    def mlp(self, x, weights, biases, params, constants, maps, precision, save):
+    def mlp(self, x, weights, biases, params, constants, maps, skips, precision, save):
         ops, keys = self._network(maps)
-        return ops.mlp(x, weights, biases, params, constants, keys, save)
+        return ops.mlp(x, weights, biases, params, constants, keys, skips, save)
 
-    def mlp_backward(self, g, x, weights, biases, params, constants, maps, saved, precision, needs):
+    def mlp_backward(self, g, x, weights, biases, params, constants, maps, skips, saved, precision, needs):
         ops, keys = self._network(maps)
-        return ops.mlp_backward(g, x, weights, biases, params, constants, keys, saved, needs)
+        return ops.mlp_backward(g, x, weights, biases, params, constants, keys, skips, saved, needs)
 
     def mlp_loss(
-        self, x, target, row_weights, weights, biases, params, constants, maps, loss, loss_constants, scale,
+        self, x, target, row_weights, weights, biases, params, constants, maps, skips, loss, loss_constants, scale,
         precision, needs,
     ):  # fmt: skip
         ops, keys = self._network([*maps, loss])
         return ops.mlp_loss(
-            x, target, row_weights, weights, biases, params, constants, keys[:-1], keys[-1], loss_constants, scale,
-            needs,
+            x, target, row_weights, weights, biases, params, constants, keys[:-1], skips, keys[-1], loss_constants,
+            scale, needs,
         )  # fmt: skip
 
 
@@ -434,7 +451,9 @@ class Triton(Backend):
 
         return moments.moments(sigmas, params, start, samples, seed, map)
 
-    def serves_network(self, x, shapes, maps, precision, direction, learnable):
+    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips):
+        if any(skips):
+            return "backend 'triton' takes skip connections layer by layer"
         if learnable[-1]:
             return "backend 'triton' takes learnable parameters of the last layer's activation layer by layer"
         from fused_inr.kernels import mlp
@@ -447,18 +466,18 @@ class Triton(Backend):
         reasons = (mlp.serves(shapes, maps, x.dtype, precision, arch, direction=d) for d in directions)
         return next(filter(None, reasons), "")
 
-    def mlp(self, x, weights, biases, params, constants, maps, precision, save):
+    def mlp(self, x, weights, biases, params, constants, maps, skips, precision, save):
         from fused_inr.kernels import mlp
 
         return mlp.mlp(x, weights, biases, params, constants, maps, precision, save)
 
-    def mlp_backward(self, g, x, weights, biases, params, constants, maps, saved, precision, needs):
+    def mlp_backward(self, g, x, weights, biases, params, constants, maps, skips, saved, precision, needs):
         from fused_inr.kernels import mlp
 
         return mlp.mlp_backward(g, x, weights, biases, params, constants, maps, saved, precision, needs)
 
     def mlp_loss(
-        self, x, target, row_weights, weights, biases, params, constants, maps, loss, loss_constants, scale,
+        self, x, target, row_weights, weights, biases, params, constants, maps, skips, loss, loss_constants, scale,
         precision, needs,
     ):  # fmt: skip
         from fused_inr.kernels import mlp

@@ -6,6 +6,7 @@ is fused; where a derivative must itself be differentiated, the layers compute i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ class Config:
     backend: str
     precision: str
     save: bool
+    #: for each layer, whether its output is (activation + input) / sqrt(2)
+    skips: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ def _state() -> str:
     return ""
 
 
-def why_not(x: Tensor, layers: Sequence[Layer], *, direction: str = "forward") -> tuple[str, str, str]:
+def why_not(
+    x: Tensor, layers: Sequence[Layer], skips: Sequence[bool] = (), *, direction: str = "forward"
+) -> tuple[str, str, str]:
     """Backend, precision, and the reason why the whole network cannot run there ("": it can).
 
     Raises:
@@ -64,16 +69,19 @@ def why_not(x: Tensor, layers: Sequence[Layer], *, direction: str = "forward") -
     first = layers[0]
     if state := _state():
         return "", "", state
-    channels = x.shape[-1]
+    columns = (1, x.shape[-1])  # outputs of the layer before, features of each
     for i, (weight, bias, activation) in enumerate(layers):
         tensors = [t for t in (weight, bias, *activation.tensors) if t is not None]
         if any(t.dtype != x.dtype and t.is_floating_point() for t in (weight, bias) if t is not None):
             return "", "", f"layer {i}: its type is not the input's, {x.dtype}"
         if any(t.device != x.device for t in tensors):
             return "", "", f"layer {i}: it is not on the input's device, {x.device}"
-        if weight.dim() != 2 or weight.shape[1] != channels or weight.shape[0] % activation.branches:
-            return "", "", f"layer {i}: its weight {tuple(weight.shape)} does not fit an input of {channels} columns"
-        channels = weight.shape[0] // activation.branches * activation.outputs
+        if weight.dim() != 2 or weight.shape[1] != math.prod(columns) or weight.shape[0] % activation.branches:
+            reason = f"its weight {tuple(weight.shape)} does not fit an input of {math.prod(columns)} columns"
+            return "", "", f"layer {i}: {reason}"
+        before, columns = columns, (activation.outputs, weight.shape[0] // activation.branches)
+        if skips and skips[i] and (activation.map.key == "identity" or columns != before):
+            return "", "", f"layer {i}: a skip connection needs an activation, and an output of its input's columns"
     if not (x.is_floating_point() and x.dim() >= 1 and x.layout == torch.strided):
         return "", "", f"an input of {x.dtype} and {x.dim()} dimensions"
     backend, precision = backends.choose(first[2], x, first[0], record=False)
@@ -84,7 +92,7 @@ def why_not(x: Tensor, layers: Sequence[Layer], *, direction: str = "forward") -
             return backend, precision, reason
     shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
     learnable = [activation.has_tensors for _, _, activation in layers]
-    return backend, precision, implementation.serves_network(x, shapes, maps, precision, direction, learnable)
+    return backend, precision, implementation.serves_network(x, shapes, maps, precision, direction, learnable, skips)
 
 
 # -- the operation
@@ -98,7 +106,7 @@ def _split(config: Config, tensors: Sequence[Tensor | None]):
 
 def _arguments(config: Config, tensors: Sequence[Tensor | None]):
     weights, biases, params = _split(config, tensors)
-    return weights, biases, params, config.constants, config.activations
+    return weights, biases, params, config.constants, config.activations, config.skips
 
 
 def _layers(config: Config, tensors: Sequence[Tensor | None]) -> list[Layer]:
@@ -117,10 +125,11 @@ def _layers(config: Config, tensors: Sequence[Tensor | None]) -> list[Layer]:
     return layers
 
 
-def through_layers(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+def through_layers(x: Tensor, layers: Sequence[Layer], skips: Sequence[bool] = ()) -> Tensor:
     """The same network layer by layer: differentiable any number of times."""
-    for weight, bias, activation in layers:
-        x = linear_act.linear_act(x, weight, bias, activation)
+    for (weight, bias, activation), skip in zip(layers, skips or [False] * len(layers), strict=True):
+        y = linear_act.linear_act(x, weight, bias, activation)
+        x = backends.add_skip(y, x) if skip else y
     return x
 
 
@@ -185,7 +194,7 @@ class Network(torch.autograd.Function):
         needs = linear_act._wanted(ctx, present)
         needs = [needs[0], *needs[2:]]
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
-            grads = _again(lambda: through_layers(x, _layers(config, tensors)), x, tensors, needs, g)
+            grads = _again(lambda: through_layers(x, _layers(config, tensors), config.skips), x, tensors, needs, g)
         else:
             results = linear_act._exactly(
                 x.device, raw.mlp_backward, g, x, *_arguments(config, tensors), saved, config.backend, config.precision,
@@ -202,10 +211,10 @@ class NetworkLoss(torch.autograd.Function):
     def forward(ctx, x, target, row_weights, config, criterion, *tensors):
         inputs = ctx.needs_input_grad
         needs = [inputs[0], *inputs[5:]]
-        weights, biases, params, constants, keys = _arguments(config, tensors)
+        weights, biases, params, constants, keys, skips = _arguments(config, tensors)
         loss, *results = raw.mlp_loss(
-            x, target, row_weights, weights, biases, params, constants, keys, criterion.loss, criterion.constants,
-            criterion.scale, config.backend, config.precision, _groups(config, needs),
+            x, target, row_weights, weights, biases, params, constants, keys, skips, criterion.loss,
+            criterion.constants, criterion.scale, config.backend, config.precision, _groups(config, needs),
         )  # fmt: skip
         grads = _gradients(config, tensors, results, needs)
         ctx.config, ctx.criterion, ctx.count = config, criterion, len(tensors)
@@ -220,7 +229,7 @@ class NetworkLoss(torch.autograd.Function):
             needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
 
             def run():
-                y = through_layers(x, _layers(ctx.config, tensors))
+                y = through_layers(x, _layers(ctx.config, tensors), ctx.config.skips)
                 return elementwise_loss(y, target, row_weights, lookup(ctx.criterion.loss), ctx.criterion)
 
             scaled = _again(run, x, tensors, needs, g)
@@ -250,17 +259,19 @@ def _operands(layers: Sequence[Layer]) -> tuple[list[Tensor | None], tuple[float
     return tensors, tuple(constants)
 
 
-def _config(layers: Sequence[Layer], constants, backend: str, precision: str, save: bool) -> Config:
+def _config(layers: Sequence[Layer], constants, backend: str, precision: str, save: bool, skips) -> Config:
     keys = tuple(activation.map.key for _, _, activation in layers)
     counts = tuple(len(activation.tensors) for _, _, activation in layers)
-    return Config(keys, constants, counts, backend, precision, save)
+    return Config(keys, constants, counts, backend, precision, save, tuple(skips) if any(skips) else ())
 
 
-def network(x: Tensor, layers: Sequence[Layer], backend: str, precision: str, save: bool) -> Tensor:
+def network(
+    x: Tensor, layers: Sequence[Layer], backend: str, precision: str, save: bool, skips: Sequence[bool] = ()
+) -> Tensor:
     """x [.., K] through all layers, on a backend of which `why_not` has found that it serves."""
     tensors, constants = _operands(layers)
     track = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
-    config = _config(layers, constants, backend, precision, save and track)
+    config = _config(layers, constants, backend, precision, save and track, skips)
     backends.record_network(x, layers, backend, precision)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     run = linear_act._apply if track else _untracked
@@ -280,10 +291,11 @@ def network_loss(
     criterion: Criterion,
     backend: str,
     precision: str,
+    skips: Sequence[bool] = (),
 ) -> Tensor:
     """The criterion of the network's output, with all gradients made in the same pass; rows flattened, [M, ..]."""
     tensors, constants = _operands(layers)
-    config = _config(layers, constants, backend, precision, False)
+    config = _config(layers, constants, backend, precision, False, skips)
     backends.record_network(x, layers, backend, precision, criterion.loss)
     args = (x, target, row_weights, config, criterion, *tensors)
     return linear_act._exactly(x.device, NetworkLoss.apply, *args)
