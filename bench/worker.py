@@ -104,22 +104,77 @@ def _rows(job: dict[str, Any]) -> dict[str, Any]:
     return {"ns_a_row": {rows: statistics.median(values) for rows, values in samples.items()}}
 
 
+def _pixels(job: dict[str, Any]) -> dict[str, Any]:
+    """Adam steps on a whole picture of `side` x `side` pixels, each in one pass: seconds, memory beyond data."""
+    import torch
+
+    from .. import losses
+    from ..cli.memory import PeakMemory
+    from . import cases
+
+    device, side = torch.device(job["device"]), job["side"]
+    model = cases.build(cases.Case("network", "training", width=job["width"], way="one-pass"), device)
+    axis = torch.linspace(-1, 1, side, device=device)
+    x = torch.cartesian_prod(axis, axis)
+    # smooth shapes, an edge and texture, as three colours on [-1, 1]
+    u, v = x.unbind(-1)
+    target = torch.stack([(5 * u * v).sin(), ((u - 0.2) ** 2 + v**2 < 0.3).float(), (40 * u).sin() * (v > 0)], -1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def step(rows: int) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = losses.mse(model, x[:rows], target[:rows])
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    step(256)  # the optimiser's state, the engine's code
+    memory = PeakMemory(device)
+    losses_of, seconds = [], []
+    for _ in range(job["steps"]):
+        start = time.perf_counter()
+        losses_of.append(step(len(x)))
+        seconds.append(time.perf_counter() - start)
+    return {
+        "pixels": len(x), "width": job["width"], "s_a_step": seconds, "loss": losses_of, "peak_mib": memory.peak(),
+        "data_mib": sum(t.numel() * t.element_size() for t in (x, target)) / 2**20,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
+
+
 def _psnr(job: dict[str, Any]) -> dict[str, Any]:
-    """The same fit twice, fused and eager, from the same weights."""
+    """A fit from several draws of weights: fused, eager from the same weights, and eager from weights moved by 1e-7 of
+    themselves, which tells how far two correct computations of one fit come apart."""
+    import copy
+    import statistics
+
+    import torch
+
     from ..cli.options import FitOptions
     from ..cli.training import Trainer, build_model, final_psnr
     from . import cases
 
     options = FitOptions(device=job["device"], **job["options"])
     picture, made = _picture(options.size)
-    fused = build_model(options, picture.pixels.shape[2])
-    eager = cases.twin(fused)
-    result: dict[str, Any] = {"picture": made, "options": dataclasses.asdict(options)}
-    for name, model in (("fused", fused), ("eager", eager)):
-        trainer = Trainer(model, picture, options)
-        trainer.train(options.steps)
-        result[f"{name}_psnr"] = final_psnr(picture, trainer.evaluate())[1]
-    result["difference"] = result["fused_psnr"] - result["eager_psnr"]
+    result: dict[str, Any] = {"picture": made, "options": dataclasses.asdict(options), "draws": job["draws"]}
+    values: dict[str, list[float]] = {"fused": [], "eager": [], "moved": []}
+    for draw in range(job["draws"]):
+        own = dataclasses.replace(options, seed=options.seed + draw)
+        fused = build_model(own, picture.pixels.shape[2])
+        eager = cases.twin(fused)
+        moved = copy.deepcopy(eager)
+        with torch.no_grad():
+            for parameter in moved.parameters():
+                parameter *= 1 + 1e-7 * torch.randn_like(parameter)
+        for name, model in (("fused", fused), ("eager", eager), ("moved", moved)):
+            trainer = Trainer(model, picture, own)
+            trainer.train(own.steps)
+            values[name].append(final_psnr(picture, trainer.evaluate())[1])
+    for name in ("fused", "moved"):
+        apart = [a - b for a, b in zip(values[name], values["eager"], strict=True)]
+        error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else None
+        result[f"{name}_less_eager"] = {"mean": statistics.mean(apart), "standard_error": error, "each": apart}
+    result |= {f"{name}_psnr": statistics.mean(v) for name, v in values.items()}
     return result
 
 
@@ -145,7 +200,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
 
 
-JOBS = {"time": _time, "memory": _memory, "rows": _rows, "psnr": _psnr}
+JOBS = {"time": _time, "memory": _memory, "rows": _rows, "psnr": _psnr, "pixels": _pixels}
 
 
 def main() -> int:

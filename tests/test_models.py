@@ -445,7 +445,7 @@ def test_state_dict_with_norms_and_copies():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"norm": "batch"}, "norm"),
         ({"residual": 1}, "residual"),
