@@ -53,7 +53,7 @@ def frequency(net: nn.Module, x: Tensor) -> float:
 def work(options: Options, numbers: list[int], data: str | None) -> Work:
     target = cameraman(data, options.size)
     x, y = target.coordinates(), target.target()
-    solved = {name: init.search_sigma_p(a).sigma_p for name, a in ACTIVATIONS.items()}
+    solved = {name: float(f"{init.search_sigma_p(a).sigma_p:.6g}") for name, a in ACTIVATIONS.items()}
 
     def cell(name: str, width: int, seed: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -70,12 +70,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
         return result
 
     return Work(
-        {
-            **asdict(options),
-            "seeds": numbers,
-            "picture": {"name": target.name, "digest": target.digest},
-            "solved": solved,
-        },
+        {**asdict(options), "seeds": numbers, "picture": {"name": target.name, "digest": target.digest}},
         {
             f"{a}, width {w}, seed {s}": partial(cell, a, w, s)
             for s in numbers

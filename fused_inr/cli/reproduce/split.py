@@ -39,11 +39,11 @@ _PEAK = 1.0
 
 @dataclass(frozen=True)
 class Options:
-    size: int = 64
+    size: int = 64  # with width 16 as many weights a pixel as 256 with width 128, about 4: more only memorise
     steps: int = 3000
-    width: int = 64
+    width: int = 16
     depth: int = 2
-    lr: float = 1e-4
+    lr: float = 1e-3
     frequencies: int = 128
     std: float = 10.0
 
