@@ -15,15 +15,62 @@ constexpr int64_t kSettings = 64;    // of a task: their draws are generated onc
 constexpr int kLanes = 16;           // running sums of a value, whatever the width of the machine's vectors
 constexpr int kMaxBranches = 16;
 
-// Four words a counter, each kind in an array of its own.
+// Philox over vectors: 64-bit lanes whose low halves are the words. A product of two low halves is one instruction, and what
+// it leaves in the high halves is ignored by the next one, so that no word is ever moved.
+typedef uint64_t Lanes __attribute__((vector_size(V::bytes)));
+typedef uint32_t Words __attribute__((vector_size(V::bytes / 2)));
+
+template <class L>
+FI_INLINE L low_product(L a, L b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(L) == 64) return (L)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(L) == 32) return (L)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(L) == 16) return (L)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#endif
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+}
+
+// Four words a counter, each kind in an array of its own; `count` is a multiple of the lanes, and of 16 at least.
 void words(uint64_t q, int64_t count, uint32_t branch, uint64_t seed, uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) {
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t x[4];
-    philox(q + static_cast<uint64_t>(i), branch, seed, x);
-    w0[i] = x[0];
-    w1[i] = x[1];
-    w2[i] = x[2];
-    w3[i] = x[3];
+  constexpr int lanes = V::size / 2;
+  const Lanes m0 = 0xD2511F53u - Lanes{}, m1 = 0xCD9E8D57u - Lanes{};
+  Lanes step;
+  for (int i = 0; i < lanes; ++i) step[i] = static_cast<uint64_t>(i);
+  for (int64_t i = 0; i < count; i += 2 * lanes) {
+    Lanes c0[2], c1[2], c2[2], c3[2];  // two at a time: their chains of products overlap
+    for (int j = 0; j < 2; ++j) {
+      const Lanes at = q + static_cast<uint64_t>(i + j * lanes) + step;
+      c0[j] = at;  // the high half is ignored
+      c1[j] = at >> 32;
+      c2[j] = static_cast<uint64_t>(branch) - Lanes{};
+      c3[j] = Lanes{};
+    }
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const Lanes p0 = low_product(c0[j], m0), p1 = low_product(c2[j], m1);
+        c0[j] = (p1 >> 32) ^ c1[j] ^ (static_cast<uint64_t>(k0) - Lanes{});
+        c1[j] = p1;
+        c2[j] = (p0 >> 32) ^ c3[j] ^ (static_cast<uint64_t>(k1) - Lanes{});
+        c3[j] = p0;
+      }
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    for (int j = 0; j < 2; ++j) {
+      const Lanes c[4] = {c0[j], c1[j], c2[j], c3[j]};
+      uint32_t* to[4] = {w0, w1, w2, w3};
+      for (int k = 0; k < 4; ++k) {
+        const Words low = __builtin_convertvector(c[k], Words);
+        __builtin_memcpy(to[k] + i + j * lanes, &low, sizeof(low));
+      }
+    }
   }
 }
 
@@ -155,7 +202,7 @@ void FI_EXPORTED(random_bits)(int64_t start, int64_t count, int64_t branch, uint
   uint32_t w[4][kMost];
   for (int64_t begin = 0; begin < count / 4; begin += kMost) {
     const int64_t n = smaller(kMost, count / 4 - begin);
-    words(static_cast<uint64_t>(start / 4 + begin), n, static_cast<uint32_t>(branch), seed, w[0], w[1], w[2], w[3]);
+    words(static_cast<uint64_t>(start / 4 + begin), kMost, static_cast<uint32_t>(branch), seed, w[0], w[1], w[2], w[3]);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < 4; ++j) to[4 * (begin + i) + j] = w[j][i];
   }

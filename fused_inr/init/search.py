@@ -197,8 +197,8 @@ class _Problem:
             at = self._last_within(sigma[order], value[order], within, least)
             why = (
                 f"no solution: the condition is {side} 1 for every sigma_p and nearest to it, "
-                f"{math.exp(float(value[order][0])):.4g}, for sigma_p -> {end} with a condition within {within:g} of that "
-                "is the compromise"
+                f"{math.exp(float(value[order][0])):.4g}, for sigma_p -> {end} with a condition within {within:g} of "
+                "that is the compromise"
             )
         else:
             at = self._nearest(sigma, value)

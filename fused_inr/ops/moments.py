@@ -133,14 +133,19 @@ def accumulate(part: Callable[[int, int], Tensor], settings: int, values: int, s
     window = 1
     while 2 * window * settings * values * 3 * 8 <= _WINDOW_BYTES and window * CHUNK < samples:
         window *= 2
-    tree, pairs = _Tree(), _Tree()
+    tree = _Tree()
     for at in range(0, samples, window * CHUNK):
         n = min(window * CHUNK, samples - at)
         sums = part(start + at, n)
         whole = sums[: n // CHUNK, :, :, 1]
-        pairs.add(whole.unsqueeze(-1) * whole.unsqueeze(-2), window)
-        tree.add(sums, window)
-    return Sums(tree.total(), pairs.total(), samples // CHUNK)
+        # sums and products of sums side by side, with zeros for chunks that are missing at the end
+        rows = sums.new_zeros(1 << (len(sums) - 1).bit_length(), settings, values * (3 + values))
+        rows[: len(sums), :, : 3 * values] = sums.flatten(2)
+        rows[: len(whole), :, 3 * values :] = (whole.unsqueeze(-1) * whole.unsqueeze(-2)).flatten(2)
+        tree.add(rows, window)
+    total = tree.total()
+    powers, squares = total[:, : 3 * values], total[:, 3 * values :]
+    return Sums(powers.unflatten(1, (values, 3)), squares.unflatten(1, (values, values)), samples // CHUNK)
 
 
 class _Tree:
@@ -150,11 +155,9 @@ class _Tree:
         self.nodes: list[tuple[int, Tensor]] = []  # (chunks below it, sum), sizes falling
 
     def add(self, chunks: Tensor, size: int) -> None:
-        while len(chunks) > 1:
-            if len(chunks) % 2:
-                chunks = torch.cat((chunks, torch.zeros_like(chunks[:1])))
+        while len(chunks) > 1:  # a power of two
             chunks = chunks[0::2] + chunks[1::2]
-        self.nodes.append((size, chunks.sum(0)))  # of one chunk, or none
+        self.nodes.append((size, chunks[0]))
         while len(self.nodes) > 1 and self.nodes[-1][0] == self.nodes[-2][0]:
             (size, right), (_, left) = self.nodes.pop(), self.nodes.pop()
             self.nodes.append((2 * size, left + right))
