@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(
             "gain",
             help="VI3NR's gain and sigma_p of an activation",
-            description="VI3NR's gain, backward condition and sigma_p of an activation, with a figure of both over sigma_p.",
+            description="VI3NR's gain, backward condition and sigma_p of an activation, with a figure over sigma_p.",
         )
     )
 
@@ -108,10 +108,10 @@ def _gain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bias-variance", type=non_negative, default=0.0, metavar="X", help="of biases that are not zero (0)"
     )
-    parser.add_argument("--lower", type=positive, default=1e-4, metavar="X", help="smallest sigma_p tried (%(default)g)")
-    parser.add_argument("--upper", type=positive, default=1e4, metavar="X", help="largest sigma_p tried (%(default)g)")
+    parser.add_argument("--lower", type=positive, default=1e-4, metavar="X", help="smallest sigma_p tried (1e-4)")
+    parser.add_argument("--upper", type=positive, default=1e4, metavar="X", help="largest sigma_p tried (1e4)")
     parser.add_argument("--method", choices=METHODS, default="auto", help="auto: quadrature where that converges")
-    parser.add_argument("--samples", type=integer(2), default=1_000_000, metavar="N", help="of Monte Carlo (%(default)d)")
+    parser.add_argument("--samples", type=integer(2), default=1_000_000, metavar="N", help="of Monte Carlo (1000000)")
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of Monte Carlo (0)")
     parser.add_argument("--device", metavar="DEVICE", help="of Monte Carlo: cpu, cuda, .. (cpu)")
     output = parser.add_mutually_exclusive_group()
