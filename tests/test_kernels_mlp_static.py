@@ -53,12 +53,12 @@ def test_representative_kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100"])
+@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90", "sm100"])
 def test_every_shipped_configuration(arch):
     kernels = ("mlp_forward", "mlp_stream", "mlp_save", "mlp_backward", "mlp_recompute", "mlp_loss", "mlp_one_pass")
     activations = ("sine", "gabor", "complex_gabor", "split")
     rows = static_report.run((arch,), activations, kernels=kernels, scope="full")
-    assert len(rows) > 60
+    assert len(rows) > (20 if arch == "sm86" else 60)
     assert not failures(rows), "\n".join(failures(rows))
 
 
