@@ -405,7 +405,8 @@ _PIPES = {
     ),
     "fp64": ("DADD", "DMUL", "DFMA", "DSETP"),
 }  # fmt: skip
-_FLOAT32 = {"FFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}
+#: FHFMA, of 10.0 under Triton 3.9, multiplies half types and adds in float32.
+_FLOAT32 = {"FFMA": 1, "FHFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}
 
 
 def by_depth(sass: str, weights: dict[str, int], usual: bool = False) -> list[int]:
@@ -460,7 +461,7 @@ def inspect(compiled) -> dict[str, object]:
         "trap": bool(re.search(r"^\s*trap;", compiled.asm["ptx"], re.M)),
         "tensor": sum(tensor.values()),
         "tensor_op": "+".join(sorted(tensor)) or "-",
-        "ffma": ops["FFMA"],
+        "ffma": ops["FFMA"] + ops["FHFMA"],
         "ffma2": ops["FFMA2"],
         "mufu": ops["MUFU"],
         "mufu_at": by_depth(sass, _SPECIAL),

@@ -182,6 +182,7 @@ def test_loops_are_found_in_the_sass():
     assert aot.by_depth(SASS, aot._SPECIAL) == [1, 0, 1]
     assert aot.by_depth(SASS, aot._FLOAT32) == [1, 3, 1]
     assert aot.by_depth("", aot._FLOAT32) == [0]
+    assert aot.by_depth("        /*0090*/                   FHFMA R1, R2.H0_H0, R3.H0_H0, R4 ;", aot._FLOAT32) == [1]
 
 
 SKIPPING = """
