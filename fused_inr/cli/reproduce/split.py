@@ -78,7 +78,10 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
     x, y = target.coordinates(), target.target()
 
     def cell(way: str, seed: int) -> dict[str, Any]:
-        curve = fit(network(way, x, y.shape[1], options, seed), x, y, options.steps, options.lr)
+        net = network(way, x, y.shape[1], options, seed)
+        assert net.encoding is not None
+        encoded, net.encoding = net.encoding(x), None  # it has no parameters: once is enough
+        curve = fit(net, encoded, y, options.steps, options.lr)
         third = curve[options.steps // 3]
         return {"psnr": decibel(curve[-1], _PEAK), "psnr_third": decibel(third, _PEAK), "mse": thinned(curve)}
 
