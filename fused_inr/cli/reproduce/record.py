@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import platform
 import time
 from argparse import Namespace
@@ -178,7 +179,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if isinstance(value, float):
-        return round(value, 6) if value - value == 0 else None
+        return float(f"{value:.7g}") if math.isfinite(value) else None
     return value
 
 
