@@ -43,7 +43,7 @@ class Options:
     steps: int = 3000
     width: int = 16
     depth: int = 2
-    lr: float = 1e-3
+    lr: float = 1e-4
     frequencies: int = 128
     std: float = 10.0
 
