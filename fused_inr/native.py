@@ -145,7 +145,7 @@ def cache_folder(base: Path | None = None) -> Path:
 
 
 @contextmanager
-def _one_at_a_time(path: Path, patience: float = 300.0) -> Iterator[None]:
+def _one_at_a_time(path: Path, patience: float = 1200.0) -> Iterator[None]:
     """Spares several processes the same work. The kernel frees the lock of a killed process, and nobody waits for ever:
     after `patience` seconds two builds run side by side, which is only slower."""
     import fcntl

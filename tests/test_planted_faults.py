@@ -1,8 +1,8 @@
 """The tests tested: faults are planted one by one, and each must be caught by a check that is named here.
 
 The quick ones replace a function of the reference backend, a generated map or a step of autograd within the process.
-The slow ones change a line in a copy of the package and run a test of the copy. "Seed reused per row" has nothing to
-bite yet: no kernel of this version draws random numbers. For int32 row offsets see test_kernels_static.py.
+The slow ones change a line in a copy of the package and run a test of the copy. For int32 row offsets see
+test_kernels_static.py.
 """
 
 import inspect
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import test_linear_act
+import test_moments
 import test_special_values
 import test_torch_integration
 import torch
@@ -23,6 +24,7 @@ from fused_inr import activations, functional
 from fused_inr.activations import generated, primitives
 from fused_inr.ops import backends
 from fused_inr.ops import linear_act as op
+from fused_inr.ops import moments as raw
 
 CPU = torch.device("cpu")
 REFERENCE = backends.TABLE["reference"]
@@ -190,6 +192,14 @@ def half_precision_inside(patch):
     wrapped(patch, REFERENCE, "_preactivation", lambda run, a: run().bfloat16().to(run().dtype))
 
 
+def draws_reused_by_every_call(patch):
+    wrapped(patch, raw, "normals", lambda run, a: run(start=0))
+
+
+def draws_shared_by_the_branches(patch):
+    wrapped(patch, raw, "normals", lambda run, a: run(branch=0))
+
+
 # -- the checks that catch them
 
 
@@ -234,6 +244,8 @@ QUICK = {
     one_layer_of_a_batch_for_all: lambda: test_linear_act.test_a_batch_of_weights_is_the_stack_of_layers(
         "sine", "reference"
     ),
+    draws_reused_by_every_call: test_moments.test_normals_are_normal,
+    draws_shared_by_the_branches: test_moments.test_normals_are_normal,
     bits_that_change: lambda: test_linear_act.test_the_same_bits_twice("sine", "reference", CPU),
 }
 

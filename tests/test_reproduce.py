@@ -138,6 +138,13 @@ def test_audio_cells(sound):
     assert np.abs(values).max() == 1
 
 
+def test_widths_can_be_chosen(picture):
+    request = record.Request(data=picture, seeds=1, widths=(8,))
+    for module in (image, siren):
+        cells = module.prepare(request).cells
+        assert any("width 8," in name for name in cells) and not any("width 64," in name for name in cells)
+
+
 def test_image_cells(picture):
     cells = computed(image.work(image.Options(size=12, steps=4, widths=(8,), multiples=(1.0, 2.5)), [0, 1], picture))
     assert len(cells) == 4
@@ -249,6 +256,8 @@ def test_bad_arguments_are_one_line(tmp_path, picture, capsys, monkeypatch):
     (tmp_path / "text.wav").write_text("no sound")
     assert "siren-init" in refused(capsys, "siren")
     assert "--seeds" in refused(capsys, "vi3nr-toy", "--seeds", 0)
+    assert "one network size" in refused(capsys, "vi3nr-toy", "--widths", 64)
+    assert "--widths" in refused(capsys, "siren-init", "--widths", 0)
     assert "tokyo512.png" in refused(capsys, "siren-init", "--out", tmp_path / "o")
     assert "no such picture" in refused(capsys, "siren-init", "--data", tmp_path / "none.png")
     assert "gt_bach.wav" in refused(capsys, "audio")

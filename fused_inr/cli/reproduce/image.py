@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from ...models import MLP
 from .fitting import cameraman, decibel, fit, spreads
 from .record import Request, Work, seeds
 
+#: `--widths` chooses.
+WIDTHS = True
 ACTIVATIONS: dict[str, Activation] = {
     "gaussian": activations.gaussian(sigma=0.05),
     "sinc": activations.sinc(omega=1.0),
@@ -40,6 +42,8 @@ class Options:
 
 def prepare(request: Request) -> Work:
     options = Options(size=256) if request.full else Options()
+    if request.widths:
+        options = replace(options, widths=request.widths)
     return work(options, seeds(request, 5), request.data)
 
 

@@ -32,6 +32,7 @@ class Request:
     full: bool = False
     seeds: int | None = None
     data: str | None = None
+    widths: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -66,7 +67,10 @@ def run(arguments: Namespace) -> int:
     require("matplotlib", "tqdm")
     name = arguments.name
     module: Reproduction = importlib.import_module(f"{__package__}.{REPRODUCTIONS[name][0]}")
-    work = module.prepare(Request(arguments.full, arguments.seeds, arguments.data))
+    widths = tuple(arguments.widths) if arguments.widths else None
+    if widths and not getattr(module, "WIDTHS", False):
+        raise CliError(f"--widths: {name} has one network size")
+    work = module.prepare(Request(arguments.full, arguments.seeds, arguments.data, widths))
     folder = Path(arguments.out)
     stem = f"{name}-{'full' if arguments.full else 'quick'}"
     path = Path(arguments.json) if arguments.json else folder / f"{stem}.json"

@@ -7,7 +7,7 @@ steps of Adam at 1e-4 on a photograph of 512x512 (`tokyo512.png`), 3 hidden laye
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -41,8 +41,14 @@ class Options:
     spread_width: int = 256
 
 
+#: `--widths` chooses.
+WIDTHS = True
+
+
 def prepare(request: Request) -> Work:
     options = Options(size=512, steps=3000, widths=(128, 256, 512, 1024)) if request.full else Options()
+    if request.widths:
+        options = replace(options, widths=request.widths)
     return work(options, seeds(request, 1), request.data)
 
 
