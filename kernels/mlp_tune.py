@@ -99,20 +99,9 @@ def pick(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int,
     return replace(config, programs=PROGRAMS[arch] * max(1, 8 // config.num_warps))
 
 
-@contextlib.contextmanager
-def using(key: Key, value: Numbers) -> Iterator[None]:
+def using(key: Key, value: Numbers) -> contextlib.AbstractContextManager[None]:
     """Another entry of the table within the block: for whoever measures."""
-    before = TUNED.get(key)
-    TUNED[key] = value
-    pick.cache_clear()
-    try:
-        yield
-    finally:
-        if before is None:
-            del TUNED[key]
-        else:
-            TUNED[key] = before
-        pick.cache_clear()
+    return tune.replaced(TUNED, key, value, pick.cache_clear)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from .tuned import TUNED, Key, Numbers
+
+K, V = TypeVar("K"), TypeVar("V")
 
 #: Kinds of a tile's product: tensor cores; K of 1 to 8 and N of 1 to 4 by multiply-adds; none (z is read).
 DOT, NARROW_K, NARROW_N, MAP = range(4)
@@ -218,19 +221,24 @@ def pick(
 
 
 @contextlib.contextmanager
-def using(key: Key, value: Numbers) -> Iterator[None]:
-    """Another entry of the table within the block: for whoever measures."""
-    before = TUNED.get(key)
-    TUNED[key] = value
-    pick.cache_clear()
+def replaced(table: dict[K, V], key: K, value: V, forget: Callable[[], None]) -> Iterator[None]:
+    """Another entry of `table` within the block; `forget` empties what was derived from it."""
+    before = table.get(key)
+    table[key] = value
+    forget()
     try:
         yield
     finally:
         if before is None:
-            del TUNED[key]
+            del table[key]
         else:
-            TUNED[key] = before
-        pick.cache_clear()
+            table[key] = before
+        forget()
+
+
+def using(key: Key, value: Numbers) -> contextlib.AbstractContextManager[None]:
+    """Another entry of the table within the block: for whoever measures."""
+    return replaced(TUNED, key, value, pick.cache_clear)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -162,3 +162,12 @@ def test_bad_input_is_explained(i):
     call, error, words = BAD[i]
     with pytest.raises(error, match=words):
         call()
+
+
+def test_a_sample_of_another_width_is_explained():
+    net = fi.SIREN(2, 16, 1, 1)
+    before = [p.clone() for p in net.parameters()]
+    for call in (fi.init.lsuv_init_, fi.init.report):
+        with pytest.raises(ValueError, match=r"sample_input: net\.0\S* takes 2 features, got \(5, 3\)"):
+            call(net, torch.rand(5, 3))
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))

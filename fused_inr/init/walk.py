@@ -356,6 +356,10 @@ class _Watch(TorchFunctionMode):
                 for i, name in enumerate(("input", "weight", "bias"))
             )
             if id(weight) in self.names:
+                if x.shape[-1] != weight.shape[1]:
+                    raise ValueError(
+                        f"sample_input: {self.names[id(weight)]} takes {weight.shape[1]} features, got {tuple(x.shape)}"
+                    )
                 return self.visit(self.names[id(weight)], x, weight, bias)
         return func(*args, **kwargs)
 
