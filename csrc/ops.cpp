@@ -75,6 +75,16 @@ std::atomic<const Engine*>& current() {
   return engine;
 }
 
+// Whether the engine multiplies bfloat16 as such: what it was compiled with, and what the processor can.
+bool multiplies_bfloat16(const Engine* engine) {
+  if (!*engine->multiplies_bfloat16) return false;
+#if defined(__x86_64__)
+  return std::string(engine->name) == "wide" || __builtin_cpu_supports("avx512bf16");
+#else
+  return true;
+#endif
+}
+
 std::string capability() { return current().load()->name; }
 
 std::vector<std::string> capabilities() {
@@ -588,6 +598,7 @@ struct NetworkOperands {
     n.layers = static_cast<int>(layers.size());
     n.layer = layers.data();
     n.x = rows_of(x, "x");
+    n.bfloat16 = x.scalar_type() == at::kBFloat16 && multiplies_bfloat16(engine);
     n.parallel = parallel;
     n.threads = threads();
     return n;
@@ -829,6 +840,7 @@ TORCH_LIBRARY(fused_inr_native, m) {
         [](const std::string& key, int64_t level, bool learnable) { return has_activation(key, level, learnable); });
   m.def("capability() -> str", []() { return capability(); });
   m.def("capabilities() -> str[]", []() { return capabilities(); });
+  m.def("multiplies_bfloat16() -> bool", []() { return multiplies_bfloat16(current().load()); });
   m.def("set_capability(str name) -> ()", [](const std::string& name) { set_capability(name); });
   m.def("product_floor(float operations, int width, bool float64=False) -> ()",
         [](double operations, int64_t width, bool float64) {

@@ -38,7 +38,7 @@ _CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "generic": (16, ()),
     "avx2": (32, ("-mavx2", "-mfma", "-mf16c")),
     "avx512": (64, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c")),
-    "wide": (64, ("-mavx2", "-mfma", "-mf16c")),
+    "wide": (64, ("-mavx2", "-mfma", "-mf16c", "-DFUSED_INR_EMULATE_BFLOAT16")),
 }
 _SHIPPED = ("generic", "avx2", "avx512") if _X86 else ("generic",)
 

@@ -278,6 +278,88 @@ def check_streams() -> None:
                 assert (dz.double() - slope).abs().max() <= 16 * unit * slope.abs().max()
 
 
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    """float64, rounded to bfloat16."""
+    return torch.from_numpy(values).to(torch.bfloat16).double().numpy()
+
+
+def _network(x, weights, biases, constants, keys, skips, save=False) -> np.ndarray:
+    tensors = [torch.from_numpy(t).to(torch.bfloat16) for t in (x, *weights, *biases)]
+    n = len(weights)
+    params = [None] * len(constants)
+    y, saved = torch.ops.fused_inr_native.mlp(
+        tensors[0], tensors[1 : 1 + n], tensors[1 + n :], params, constants, keys, skips, save
+    )
+    assert y.dtype == torch.bfloat16 and bool(saved.numel()) == save
+    return y.double().numpy()
+
+
+def check_network_bfloat16_exact() -> None:
+    """A network of bfloat16 on small whole numbers, where every product, sum and rounding is exact: not a bit may differ.
+
+    Rows less and more than a tile, odd widths, parts of panels, a depth beyond the first-level cache's part of a panel.
+    """
+    generator = np.random.default_rng(0)
+    widths = [(1, 1, 1), (3, 17, 2), (31, 33, 5), (64, 96, 64), (70, 520, 3), (777, 65, 40)]
+    for m, (k, hidden, out) in zip((1, 5, 83, 300, 97, 200), widths, strict=True):
+        x = generator.integers(-2, 3, (m, k)).astype(np.float64)
+        weights, biases = [], []
+        y = x
+        for i, (before, after) in enumerate(((k, hidden), (hidden, hidden), (hidden, out))):
+            w = generator.integers(-1, 2, (after, before)).astype(np.float64)
+            w *= generator.random(w.shape) < 6 / before  # few terms: what is rounded to bfloat16 stays below 257
+            b = generator.integers(-3, 4, after).astype(np.float64)
+            weights.append(w)
+            biases.append(b)
+            y = y @ w.T + b
+            y = np.maximum(y, 0) if i < 2 else y
+            assert np.abs(y).max() <= 256
+        keys = ["relu", "relu", "identity"]
+        for save in (False, True):
+            got = _network(x, weights, biases, [], keys, [], save)
+            np.testing.assert_array_equal(got, y, err_msg=f"{m} rows, {k} -> {hidden} -> {out}, save={save}")
+
+
+def check_network_bfloat16() -> None:
+    """A network of bfloat16 with several branches, two outputs and skip connections, against float64."""
+    generator = np.random.default_rng(1)
+
+    def split(z):
+        a, b, c, d = np.split(z, 4, axis=1)
+        return 2 * np.tanh(a) / (1 + np.exp(-b)) * np.sin(c) * np.cos(d)
+
+    def complex_gabor(z):
+        a, b = np.split(z, 2, axis=1)
+        size = np.exp(-b - (a * a + b * b))
+        return np.concatenate([size * np.cos(a), size * np.sin(a)], axis=1)
+
+    maps = {  # branches, outputs, constants, function
+        "split": (4, 1, [2.0, 1.0, 1.0, 1.0, 1.0], split),
+        "complex_gabor": (2, 2, [1.0, 1.0], complex_gabor),
+        "sine": (1, 1, [2.0], lambda z: np.sin(2 * z)),
+    }
+    for key, (branches, outputs, constants, function) in maps.items():
+        for n in (1, 16, 37, 72):
+            x = _bfloat16(generator.uniform(-1, 1, (150, 3)))
+            weights, biases = [], []
+            y, columns = x, 3
+            for i in range(4):
+                rows = 5 if i == 3 else branches * n
+                weights.append(_bfloat16(generator.uniform(-1.5, 1.5, (rows, columns)) / columns**0.5))
+                biases.append(_bfloat16(generator.uniform(-0.5, 0.5, rows)))
+                z = y @ weights[-1].T + biases[-1]
+                if i < 3:
+                    z = function(z)
+                    z = (z + y) / 2**0.5 if i > 0 else z
+                y, columns = z, outputs * n
+            keys, skips = [key] * 3 + ["identity"], [False, True, True, False]
+            for save in (False, True):
+                got = _network(x, weights, biases, constants * 3, keys, skips, save)
+                error = np.abs(got - y).max() / np.abs(y).max()
+                # what each of the four layers reads, and the result, are rounded: 2^-9 each; a map's slope is at most 3
+                assert error <= 12 * 2.0**-9, f"{key}, {n} features, save={save}: {error}"
+
+
 CHECKS = {
     "streams": (check_streams,),
     **{f"unary {name}": (check_unary, name) for name in UNARY},
@@ -288,6 +370,8 @@ CHECKS = {
     "float64": (check_float64,),
     "position": (check_position,),
     "layers": (check_layers,),
+    "network in bfloat16, exact": (check_network_bfloat16_exact,),
+    "network in bfloat16": (check_network_bfloat16,),
 }
 
 
@@ -334,6 +418,7 @@ def test_unknown_capability_and_primitive_are_refused():
 def main(library: str, capability: str) -> int:
     torch.ops.load_library(library)
     torch.ops.fused_inr_native.set_capability(capability)
+    assert torch.ops.fused_inr_native.multiplies_bfloat16()
     failures = 0
     for name, (function, *arguments) in CHECKS.items():
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -91,6 +93,27 @@ def test_the_engine_builds_into_an_empty_folder_and_works(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="needs x86-64 and objdump")
+def test_the_products_of_bfloat16_keep_their_sums_in_registers():
+    """14 rows of two vectors: 28 sums, each in a register of its own, and nothing on the stack among the products."""
+    if not native.load():
+        pytest.skip(native.status()[1])
+    command = ["objdump", "-d", "--no-show-raw-insn", "--no-addresses", str(native.status()[0])]
+    code = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    lines = code.splitlines()
+    blocks: list[list[int]] = [[]]
+    for i, line in enumerate(lines):
+        if "vdpbf16ps" in line:
+            if blocks[-1] and i - blocks[-1][-1] > 8:
+                blocks.append([])
+            blocks[-1].append(i)
+    whole = [block for block in blocks if len(block) == 28]
+    assert whole, f"no block of 14 x 2 vectors among {[len(block) for block in blocks]}"
+    for block in whole:
+        assert len({lines[i].rpartition(",")[2] for i in block}) == 28
+        assert not any("%rsp" in line or "%rbp" in line for line in lines[block[0] : block[-1]])
+
+
 def test_a_library_for_another_torch_is_not_loaded(tmp_path):
     library = tmp_path / "old.so"
     _small_library(library, "torch 1.0.0 sources 0123456789abcdef")

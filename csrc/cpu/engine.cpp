@@ -534,6 +534,8 @@ void FI_NETWORK(network_backward, double)(const NetworkBackward&);
 void FI_NETWORK(product_floor, float)(double, int64_t, Parallel, int);
 void FI_NETWORK(product_floor, double)(double, int64_t, Parallel, int);
 
+extern const bool FI_EXPORTED(multiplies_bfloat16);
+
 // moments.cpp
 void FI_EXPORTED(moments)(const Moments&);
 void FI_EXPORTED(random_bits)(int64_t, int64_t, int64_t, uint64_t, int64_t*);
@@ -550,6 +552,7 @@ const Engine FI_EXPORTED(engine) = {
     {FI_NETWORK(product_floor, float), FI_NETWORK(product_floor, double)},
     FI_EXPORTED(moments),
     FI_EXPORTED(random_bits),
+    &FI_EXPORTED(multiplies_bfloat16),
     {FI_JOIN(FI_EXPORTED(maps), float), FI_JOIN(FI_EXPORTED(maps), double)},
     {FI_JOIN(FI_EXPORTED(primitives), float), FI_JOIN(FI_EXPORTED(primitives), double)}};
 

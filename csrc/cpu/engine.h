@@ -113,6 +113,7 @@ struct Network {
   int layers = 0;
   const NetworkLayer* layer = nullptr;
   Rows x;
+  bool bfloat16 = false;  // forward: products of bfloat16 (of an engine that has them, on a processor that has them)
   Parallel parallel = nullptr;
   int threads = 1;
 };
@@ -166,6 +167,7 @@ struct Engine {
   void (*product_floor[2])(double operations, int64_t width, Parallel parallel, int threads);
   void (*moments)(const Moments&);
   void (*random_bits)(int64_t start, int64_t count, int64_t branch, uint64_t seed, int64_t* to);
+  const bool* multiplies_bfloat16;  // whether this engine has such products; the processor must have them, too
   const Maps* maps[2];  // float32, float64; the last row has no name
   const Primitive* primitives[2];
 };

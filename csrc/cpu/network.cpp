@@ -4,6 +4,7 @@
 // Per tile, layer by layer (panels as in gemm.h):
 //   forward    z = y_before W^T + b, panel by panel, each at once through its map: y, or y and its derivatives J
 //   backward   gy = gz_after W_after, panel by panel, each at once times J: gz, its column sums; gw += gz^T y_before
+#include "gemm_bfloat16.h"
 #include "tile.h"
 
 namespace fused_inr {
@@ -97,9 +98,17 @@ void take_packed(Arena& arena, const Network& n, bool forward, bool input, bool 
 }
 
 template <class T>
+void pack_bias(const NetworkLayer& l, Range panels, T* packed) {
+  constexpr int64_t P = kPanel<Vector<T>>;
+  const T* bias = static_cast<const T*>(l.bias);
+  each_panel<Vector<T>>(l.features, panels.begin, panels.end, [&](int64_t panel, int64_t first, int64_t count) {
+    for (int64_t j = 0; j < P; ++j) packed[panel * P + j] = j < count ? bias[first + j] : T(0);
+  });
+}
+
+template <class T>
 void pack(const Network& n, const PackedLayer<T>* packed, int64_t parts) {
   using V = Vector<T>;
-  constexpr int64_t P = kPanel<V>;
   double size = 0;
   for (int i = 0; i < n.layers; ++i) {
     const NetworkLayer& l = n.layer[i];
@@ -119,12 +128,7 @@ void pack(const Network& n, const PackedLayer<T>* packed, int64_t parts) {
         const Range r = share(in_panels<T>(l), part, parts);
         pack_rows<V>(weight, l.weight.row_stride, columns, l.in_channel, r.begin, r.end, packed[i].input);
       }
-      if (packed[i].bias && part == 0) {
-        const T* bias = static_cast<const T*>(l.bias);
-        each_panel<V>(l.features, 0, z_panels<T>(l), [&](int64_t panel, int64_t first, int64_t count) {
-          for (int64_t j = 0; j < P; ++j) packed[i].bias[panel * P + j] = j < count ? bias[first + j] : T(0);
-        });
-      }
+      if (packed[i].bias && part == 0) pack_bias<T>(l, {0, z_panels<T>(l)}, packed[i].bias);
     }
   });
 }
@@ -217,12 +221,144 @@ void forward_tile(const NetworkForward& f, const PackedLayer<T>* packed, int64_t
   write_rows<T>(f.y, 0, row, m, last.outputs, last.features, in, streamed);
 }
 
+#if FI_BFLOAT16
+// -- forward with products of bfloat16
+
+struct PackedPairs {
+  uint16_t* weight = nullptr;
+  float* bias = nullptr;
+};
+
+int64_t pair_elements(const NetworkLayer& l) {
+  return z_panels<float>(l) * kPanel<Vector<float>> * l.in_channels * 2 * pairs_of(l.in_channel);
+}
+
+void pack(const Network& n, const PackedPairs* packed, int64_t parts) {
+  using V = Vector<float>;
+  run_parts(n.parallel, parts, [&](int64_t part) {
+    for (int i = 0; i < n.layers; ++i) {
+      const NetworkLayer& l = n.layer[i];
+      const Range r = share(z_panels<float>(l), part, parts);
+      pack_pairs<V>(static_cast<const float*>(l.weight.data), l.weight.row_stride, l.in_channels, l.in_channel, l.features,
+                    r.begin, r.end, packed[i].weight);
+      if (packed[i].bias) pack_bias<float>(l, r, packed[i].bias);
+    }
+  });
+}
+
+// One thread's memory for a tile: what products read is bfloat16, the rest float32 and never more than a panel of each stream.
+struct PairScratch {
+  uint16_t* tile[2];
+  float *z, *y, *params, *around;
+};
+
+// As forward_tile; what a layer reads is rounded to bfloat16, pre-activations and maps are float32.
+void forward_tile(const NetworkForward& f, const PackedPairs* packed, int64_t row, int64_t m, const PairScratch& s,
+                  float* saved) {
+  using V = Vector<float>;
+  constexpr int64_t P = kPanel<V>;
+  const Network& n = f.network;
+  uint16_t *in = s.tile[0], *next = s.tile[1];
+  const NetworkLayer& first = n.layer[0];
+  each_panel<V>(first.in_channel, 0, in_panels<float>(first), [&](int64_t panel, int64_t column, int64_t count) {
+    read_panel<float>(n.x, 0, row, m, column, count, s.y);
+    narrow_panel<V>(s.y, m, count, in + panel * m * P);
+  });
+  for (int i = 0; i < n.layers; ++i) {
+    const NetworkLayer& l = n.layer[i];
+    const int64_t panels = panels_of<V>(1, l.features), depth = l.in_channels * l.in_channel;
+    const int64_t of_panel = 2 * P * l.in_channels * pairs_of(l.in_channel);
+    float* const stored = saved && stores(n, i) ? saved : nullptr;
+    if (stored) saved += z_panels<float>(l) * m * P;
+    for (int64_t p = 0; p < panels; ++p) {
+      float* const z = stored ? stored + p * m * P : s.z;
+      const int64_t stride = (stored ? panels : 1) * m * P;
+      for (int b = 0; b < l.branches; ++b) {
+        const int64_t panel = b * panels + p;
+        pair_product<V>(m, depth, PairOperand{in, m * P, l.in_channel}, packed[i].weight + panel * of_panel, z + b * stride,
+                        packed[i].bias ? packed[i].bias + panel * P : nullptr);
+      }
+      float* out[kMaxStreams] = {z};
+      if (l.value) {
+        for (int c = 0; c < l.outputs; ++c) out[c] = s.y + c * m * P;
+        apply<float>(l.value, l, m, p, z, stride, s.params, out);
+      }
+      const int64_t count = smaller(P, l.features - p * P);
+      for (int c = 0; c < l.outputs; ++c) {
+        const int64_t at = (c * panels + p) * m * P;
+        if (l.skip) {
+          widen_bfloat16(in + at, s.around, m * P);
+          add_skip<float>(s.around, m * P, out[c]);
+        }
+        if (i + 1 < n.layers)
+          narrow_panel<V>(out[c], m, count, next + at);
+        else
+          write_panel<float>(f.y, 0, row, m, c * l.features + p * P, count, out[c], false);
+      }
+    }
+    uint16_t* const done = in;
+    in = next;
+    next = done;
+  }
+}
+
+void network_forward_bfloat16(const NetworkForward& f) {
+  constexpr int64_t P = kPanel<Vector<float>>;
+  const Network& n = f.network;
+  const Extent<float> extent(n);
+  const int64_t threads = threads_for<float>(n), tile = rows_of_tile<float>(n, extent), tiles = (n.rows + tile - 1) / tile;
+  float* const saved = static_cast<float*>(f.saved);
+  if (saved) saved[0] = static_cast<float>(tile);
+
+  const auto take_packed_pairs = [&](Arena& arena) {
+    PackedPairs* packed = arena.take<PackedPairs>(n.layers);
+    for (int i = 0; i < n.layers; ++i) {
+      uint16_t* const weight = arena.take<uint16_t>(pair_elements(n.layer[i]));
+      float* const bias = n.layer[i].bias ? arena.take<float>(z_panels<float>(n.layer[i]) * P) : nullptr;
+      if (packed) packed[i] = {weight, bias};
+    }
+    return packed;
+  };
+  Arena sizes;
+  take_packed_pairs(sizes);
+  Arena shared(sizes.used());
+  const PackedPairs* const packed = take_packed_pairs(shared);
+  pack(n, packed, threads);
+
+  const int64_t panel = tile * P;
+  const auto take_scratch = [&](Arena& arena) {
+    PairScratch s;
+    for (uint16_t*& t : s.tile) t = arena.take<uint16_t>(extent.widest * panel);
+    s.z = arena.take<float>(extent.branches * panel);
+    s.y = arena.take<float>(extent.outputs * panel);
+    s.params = extent.expands ? arena.take<float>(extent.params * panel) : nullptr;
+    s.around = arena.take<float>(panel);
+    return s;
+  };
+  Arena scratch_size;
+  take_scratch(scratch_size);
+  Queue queue;
+  run_parts(n.parallel, smaller(threads, tiles), [&](int64_t) {
+    Arena arena(scratch_size.used());
+    const PairScratch scratch = take_scratch(arena);
+    for (int64_t t; (t = queue.next()) < tiles;) {
+      const int64_t row = t * tile, m = smaller(tile, n.rows - row);
+      forward_tile(f, packed, row, m, scratch, saved ? saved + kSavedHeader + row * extent.saved * P : nullptr);
+    }
+  });
+}
+#endif
+
 template <class T>
 void network_forward(const NetworkForward& f) {
   using V = Vector<T>;
   constexpr int64_t P = kPanel<V>;
   const Network& n = f.network;
   if (n.rows == 0) return;
+#if FI_BFLOAT16
+  if constexpr (sizeof(T) == 4)
+    if (n.bfloat16) return network_forward_bfloat16(f);
+#endif
   const Extent<T> extent(n);
   const int64_t threads = threads_for<T>(n), tile = rows_of_tile<T>(n, extent), tiles = (n.rows + tile - 1) / tile;
   const int64_t parts = smaller(threads, tiles);
@@ -668,5 +804,7 @@ void product_floor(double operations, int64_t width, Parallel parallel, int thre
   }
 FI_NETWORK(float)
 FI_NETWORK(double)
+extern const bool FI_EXPORTED(multiplies_bfloat16);
+const bool FI_EXPORTED(multiplies_bfloat16) = FI_BFLOAT16;
 
 }  // namespace fused_inr

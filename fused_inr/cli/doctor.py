@@ -94,6 +94,7 @@ def _native() -> dict[str, Any]:
     found: dict[str, Any] = {"library": None if path is None else str(path), "reason": reason}
     if path is not None:
         found["capability"] = torch.ops.fused_inr_native.capability()
+        found["bfloat16_products"] = torch.ops.fused_inr_native.multiplies_bfloat16()
     try:
         command, version = native.compiler()
         found["compiler"] = f"{' '.join(command)}: {version}"
@@ -143,6 +144,8 @@ def _text(found: dict[str, Any]) -> str:
         lines.append(f"  library      none: {engine['reason']}")
     else:
         lines.append(f"  library      {engine['library']}, {engine['capability']}")
+        how = "the processor's own" if engine["bfloat16_products"] else "in float32"
+        lines.append(f"  bfloat16     products {how}")
     lines.append(f"  compiler     {engine['compiler']}")
     if engine["cuda_library"] is not None:
         lines.append(f"  cuda library {engine['cuda_library']}")
