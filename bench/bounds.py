@@ -24,12 +24,12 @@ UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-
 TINY = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}
 #: relative error of a factor in a product whose operands are rounded on the way into the matrix unit: TF32 keeps 10
 #: bits, and both factors are rounded or cut. Half types go in as they are. bf16x3 keeps two pieces of 8 bits and drops
-#: the product of the smaller ones.
-FACTOR = {"ieee": 0.0, "tf32": 2.0**-9, "bf16x3": 2.0**-14, "bf16": 0.0, "fp16": 0.0}
+#: the product of the smaller ones; tf32x3 two of 11.
+FACTOR = {"ieee": 0.0, "tf32": 2.0**-9, "tf32x3": 2.0**-19, "bf16x3": 2.0**-14, "bf16": 0.0, "fp16": 0.0}
 #: absolute error of an activation or derivative relative to its largest values, where the hardware's approximations
 #: serve (sin.approx and its like, 2^-21 absolute on their range, two of them in a product and one ulp for the
 #: arithmetic around)
-APPROXIMATE = {"ieee": 2.0**-22, "bf16x3": 2.0**-22, "tf32": 2.0**-19, "bf16": 2.0**-19, "fp16": 2.0**-19}
+APPROXIMATE = dict.fromkeys(("ieee", "tf32x3", "bf16x3"), 2.0**-22) | dict.fromkeys(("tf32", "bf16", "fp16"), 2.0**-19)
 #: how much further than eager a result may be, and how many units of the stored type are always granted: a result that
 #: eager happens to hit exactly (a loss, one number) leaves twice nothing
 TWICE, ALWAYS = 2.0, 8.0

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -333,6 +332,7 @@ def _in_order(device: torch.device, full: bool) -> Iterator[dict[str, Any]]:
     if cuda:
         yield accuracy("sine", "bf16x3")
         yield accuracy("split", "bf16x3")
+        yield accuracy("sine", "tf32x3")
     for precision in precisions:
         yield accuracy("sine", precision, 2, width)
         yield accuracy("sine", precision, width, 3)
@@ -456,33 +456,17 @@ def _accuracy(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return layer_accuracy(cell["activation"], cell["precision"], device, cell["m"], cell["k"], cell["n"])
 
 
-@contextlib.contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """As PyTorch's settings have them; and "bf16x3", three products of bfloat16 pieces, which only our kernels know."""
-    from ..ops import backends
-    from . import cases
-
-    if precision != "bf16x3":
-        with cases.matmul_precision(precision):
-            yield
-        return
-    chosen = backends.precision_of
-
-    def split(device: torch.device, dtype: torch.dtype) -> str:
-        return "bf16x3" if device.type == "cuda" and dtype == torch.float32 else chosen(device, dtype)
-
-    with cases.matmul_precision("ieee"), unittest.mock.patch.object(backends, "precision_of", split):
-        yield
-
-
 def layer_accuracy(activation: str, precision: str, device: torch.device, m: int, k: int, n: int) -> dict[str, Any]:
     """Errors of one layer on fresh random numbers: value and first derivatives against their bounds, order 2 against
     eager."""
     from .. import activations, functional
     from ..cli.eager import EagerLayer
     from ..layers import FusedLinear
+    from ..ops import backends
     from . import bounds, cases
 
+    # what PyTorch has no word for: its own products are ieee meanwhile
+    products = partial(backends.float32_products, precision if precision in backends.PRODUCTS else None)
     act, dtype = activations.get(activation), cases.PRECISIONS.get(precision, torch.float32)
     layer = FusedLinear(k, n, activation=act).to(device, dtype)
     eager = EagerLayer(layer)
@@ -490,7 +474,7 @@ def layer_accuracy(activation: str, precision: str, device: torch.device, m: int
     g = torch.randn(m, layer.output_features, device=device).to(dtype).requires_grad_()
     v = torch.randn(m, k, device=device).to(dtype)
     result: dict[str, Any] = {"precision": precision, "shape": [m, k, n], "orders": {}}
-    with float32_products(precision):
+    with cases.matmul_precision(precision), products():
         y = functional.linear_act(x, layer.weight, layer.bias, act)
         gx, gw, gb = torch.autograd.grad(y, (x, layer.weight, layer.bias), g)
     exact, bound = bounds.layer_bounds(x, layer.weight, layer.bias, act, g, precision)
@@ -514,10 +498,10 @@ def layer_accuracy(activation: str, precision: str, device: torch.device, m: int
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     reference = second(plain, *doubles)
     moved = second(partial(plain, module=bounds.simulate_rounding(eager)), *doubles)
-    with float32_products(precision):
+    with cases.matmul_precision(precision), products():
         ours = second(lambda x, weight, bias: functional.linear_act(x, weight, bias, act), *tensors)
-    # PyTorch has no bf16x3: it must be no worse than TF32
-    with cases.matmul_precision("tf32" if precision == "bf16x3" else precision):
+    # eager has no such products: ours must be no worse than its TF32
+    with cases.matmul_precision("tf32" if precision in ("bf16x3", "tf32x3") else precision):
         theirs = second(plain, *tensors)
     summed = (1, m, m, 1)
     result["orders"]["2"] = {
@@ -572,7 +556,7 @@ def _bench(cell: dict[str, Any], device: torch.device) -> dict[str, Any]:
                 else:
                     call = others[variant].call("fused") if variant in others else work.call(variant)
                 if how == "bf16x3":
-                    call = _within(lambda: float32_products("bf16x3"), call)
+                    call = _within(lambda: backends.float32_products("bf16x3"), call)
                 calls[name] = _captured(call) if how == "graph" else call
                 calls[name]()
             except Exception as error:

@@ -188,7 +188,7 @@ def build(job: Job) -> tuple[_Arguments, dict]:
         arguments.integers(stride_wg=N * K, stride_wn=1, stride_wk=N if job.aligned else N + 1)
     else:
         arguments.integers(stride_wg=B * N * K, stride_wn=K if job.aligned else K + 1, stride_wk=1)
-    mode = 0 if job.dtype == f32 and job.precision in ("ieee", "tf32x3", "bf16x3") else 1
+    mode = linear_act.mode(job.dtype, job.precision)
     common.update(MODE=mode, B=B, C=C, POINTERS=pointers, HAS_BIAS=biased, KIND=kind, **_blocks(config))
     if forward:
         arguments.pointer("y_ptr", job.dtype)
@@ -254,8 +254,8 @@ def _build_mlp(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
     arguments.tuple("last_params", [])
     arguments.integers(M=ROWS, K=job.K, OUT=MLP_OUTPUTS, stride_xm=job.K if job.aligned else job.K + 1)
     arguments.constant(
-        MAP=maps.get(job.activation, 0), LAST=linear_act.identity, MODE=1, B=B, C=C, P=P,
-        SETS=1 if job.learnable else 2, TABLE=job.learnable, N=job.N, NARROW=narrow,
+        MAP=maps.get(job.activation, 0), LAST=linear_act.identity, MODE=linear_act.mode(job.dtype, job.precision),
+        B=B, C=C, P=P, SETS=1 if job.learnable else 2, TABLE=job.learnable, N=job.N, NARROW=narrow,
         PRECISION=linear_act.dot_precision(job.dtype, job.precision), UPCAST=False, ACC=tl.float32,
         DTYPE=mlp.TYPES[job.dtype], OUT_PAD=net.outputs_pad, BLOCK_M=config.block_m, BLOCK_T=W // config.tiles,
         BLOCK_K=job.K if narrow else min(32, net.inputs_pad),

@@ -458,15 +458,21 @@ def test_the_cells_of_a_gpu_cover_what_was_asked(monkeypatch):
     assert len(list(gpu.cells(OfCuda(), True))) < len(every)
 
 
-def test_bf16x3_is_chosen_for_the_block_alone():
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3", "bf16x3", "bf16"])
+def test_the_accuracy_of_a_layer_is_that_of_the_products_asked_for(precision, monkeypatch):
+    from fused_inr import functional
     from fused_inr.ops import backends
 
-    before = backends.precision_of
-    with gpu.float32_products("bf16x3"):
-        assert backends.precision_of(OfCuda(), torch.float32) == "bf16x3"
-        assert backends.precision_of(OfCuda(), torch.float16) == "fp16"
-        assert backends.precision_of(CPU, torch.float32) == "ieee"
-    assert backends.precision_of is before
+    seen, run = set(), functional.linear_act
+
+    def record(*args):
+        seen.add(backends.precision_of(OfCuda(), torch.float32))
+        return run(*args)
+
+    monkeypatch.setattr(functional, "linear_act", record)
+    assert gpu.layer_accuracy("sine", precision, CPU, 40, 17, 12)["passed"]
+    assert seen == {"ieee" if precision == "bf16" else precision}
+    assert backends.precision_of(OfCuda(), torch.float32) == "ieee"
 
 
 def test_the_figure_of_the_gpu_bench(tmp_path):

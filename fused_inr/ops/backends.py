@@ -5,6 +5,8 @@ fused_inr.backends.available()            # {'triton': (False, 'no CUDA device .
 with fused_inr.backends.use("reference"):  # this or an error
     net(x)
 print(fused_inr.backends.explain(net, x))  # what would run where, and why
+with fused_inr.backends.float32_products("bf16x3"):  # of float32 on a GPU, whatever PyTorch's settings say
+    net(x)
 ```
 
 Without `use`, the first backend of the table that serves is taken; when that is the reference although a faster one
@@ -14,9 +16,11 @@ is meant for the device, a warning says so once, with the reason.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +48,8 @@ class Backend:
     name: str
     #: whether the forward stores pre-activations for the backward, or the backward recomputes them
     saves_preactivations = True
+    #: whether it has products of its own for float32 on a GPU, or those that PyTorch's settings say
+    chooses_products = False
 
     def available(self) -> tuple[bool, str]:
         """Whether it can run in this process, and the reason when not."""
@@ -376,6 +382,7 @@ class Triton(Backend):
 
     name = "triton"
     saves_preactivations = False
+    chooses_products = True
 
     def available(self):
         try:
@@ -413,9 +420,12 @@ class Triton(Backend):
         """Whether the matrix product is left to the library, with the map as one pointwise kernel.
 
         float32 in ieee precision uses no tensor core, and the library's kernels are the better ones there; narrow
-        layers stay with ours, which do not pad.
+        layers stay with ours, which do not pad. The library goes by PyTorch's settings as they are now: where those
+        are not ieee (`float32_products("ieee")`, or changed since the forward), ours compute it.
         """
-        return precision == "ieee" and not _interpreted() and min(weight.shape[-2:]) >= 16 and weight.is_cuda
+        if precision != "ieee" or _interpreted() or min(weight.shape[-2:]) < 16:
+            return False
+        return weight.is_cuda and _pytorch_products() == "ieee"
 
     def linear_act(self, x, weight, bias, params, constants, map, precision, save):
         from fused_inr.kernels import act_map, linear_act
@@ -571,17 +581,132 @@ def use(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def precision_of(device: torch.device, dtype: torch.dtype) -> str:
-    """The precision of products, as PyTorch's settings say: 'ieee' or 'tf32' for float32.
+# -- float32 products on a GPU
 
-    `torch.backends.cuda.matmul.fp32_precision` is read ('highest', PyTorch's default, is 'ieee': no tensor cores).
-    Half types always use tensor cores with float32 accumulation: 'bf16', 'fp16'.
+#: What `float32_products` accepts besides None.
+PRODUCTS = ("ieee", "tf32", "tf32x3", "bf16x3")
+_Asked = tuple[str | None]  # what a block asks for; a tuple, as "no block" is another thing than a block with None
+_block: ContextVar[_Asked | None] = ContextVar("fused_inr.backends.float32_products", default=None)
+_process: str | None = None  # what `set_float32_products` asks for
+#: Every block that some thread is in, the last one last, and what functions under torch.compile go by: their guards see
+#: a global, and no thread.
+_blocks: list[tuple[object, _Asked]] = []
+_compiled: str | None = None
+_lock = threading.Lock()
+
+
+def _check_products(precision: object) -> str | None:
+    if precision is not None and precision not in PRODUCTS:
+        accepted = ", ".join(map(repr, PRODUCTS))
+        raise ValueError(f"precision: {precision!r} is not one of {accepted}, or None (PyTorch's settings)")
+    return precision
+
+
+def _tell_compiled() -> None:
+    global _compiled
+    _compiled = _blocks[-1][1][0] if _blocks else _process
+
+
+def set_float32_products(precision: str | None) -> str | None:
+    """How float32 products on a GPU are computed from now on, in every thread; returns the former setting.
+
+    Args:
+        precision: one of the table, or None: as PyTorch's settings say (`torch.set_float32_matmul_precision`: "highest"
+            is ieee, "high" and "medium" are tf32).
+
+    | | a factor is | relative error of a product of two | tensor cores |
+    | --- | --- | --- | --- |
+    | "ieee" | float32 | 2^-24 | none |
+    | "tf32" | 10 bits of it | 2^-9 | TF32, once |
+    | "tf32x3" | the sum of two of TF32; the product of the smaller ones is dropped | 2^-19 | TF32, three times |
+    | "bf16x3" | the sum of two of bfloat16; likewise | 2^-14 | bfloat16, three times |
+
+    Sums are float32 in all of them. With "tf32" activations are computed by the hardware's approximations (2^-19 of the
+    largest value), else to a few ulp.
+
+    Backend `triton` obeys: layers, whole networks, losses and all their derivatives. A network whose kernels have no
+    configuration for the precision runs layer by layer. Every other backend leaves products to PyTorch and its
+    settings, and products on a CPU are float32; `explain` says so. The choice is made when a forward runs, and its
+    derivatives follow it, wherever they run.
+
+    Raises:
+        ValueError: another precision.
+    """
+    global _process
+    precision = _check_products(precision)
+    with _lock:
+        former, _process = _process, precision
+        _tell_compiled()
+    return former
+
+
+@contextmanager
+def float32_products(precision: str | None) -> Iterator[None]:
+    """`set_float32_products` for what this thread (or asyncio task) runs within the block; blocks nest.
+
+    A function under torch.compile cannot tell threads apart: it follows the block that was entered last in any of them.
+    A forward that a backward runs again (`torch.utils.checkpoint` on a GPU) is in a thread of PyTorch's, outside the
+    block: `set_float32_products` reaches it.
+
+    Raises:
+        ValueError: another precision.
+    """
+    asked = (_check_products(precision),)
+    entry = (object(), asked)  # its own, though another thread may ask for the same
+    token = _block.set(asked)
+    with _lock:
+        _blocks.append(entry)
+        _tell_compiled()
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks.remove(entry)
+            _tell_compiled()
+        _block.reset(token)
+
+
+def _asked_products() -> str | None:
+    if torch.compiler.is_compiling():
+        return _compiled
+    block = _block.get()
+    return _process if block is None else block[0]
+
+
+def _pytorch_products() -> str:
+    # 'highest', PyTorch's default, is 'ieee': no tensor cores
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+# Dynamo cannot trace the getter; it guards PyTorch's setting by itself
+_pytorch_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def precision_of(device: torch.device, dtype: torch.dtype, backend: str = "triton") -> str:
+    """The precision of a backend's products: 'bf16' or 'fp16' for half types, with float32 accumulation; for float32 on
+    a CUDA device what was asked for (`float32_products`), where the backend obeys that, or else PyTorch's
+    `torch.backends.cuda.matmul.fp32_precision`; 'ieee' for everything else.
     """
     if dtype != torch.float32:
         return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "ieee")
-    if device.type == "cuda":
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    return "ieee"
+    if device.type != "cuda":
+        return "ieee"
+    asked = _asked_products() if TABLE[backend].chooses_products else None
+    return _pytorch_products() if asked is None else asked
+
+
+def _not_obeyed(backend: str, precision: str, x: Tensor) -> tuple[tuple[str, str], ...]:
+    """For `explain`: why products are not what was asked for."""
+    asked = _asked_products()
+    if asked in (None, precision) or x.dtype != torch.float32:
+        return ()
+    reason = f"float32 products on {x.device} are float32"
+    if x.device.type == "cuda":
+        reason = f"backend {backend!r} leaves float32 products to PyTorch's settings"
+    return ((f"{asked} products", reason),)
+
+
+# -- who runs a call
 
 
 def choose(activation: Activation, x: Tensor, weight: Tensor, *, record: bool = True) -> tuple[str, str]:
@@ -591,12 +716,13 @@ def choose(activation: Activation, x: Tensor, weight: Tensor, *, record: bool = 
         RuntimeError: the backend that `use` asked for cannot serve.
     """
     device, dtype = x.device, x.dtype
-    precision = precision_of(device, dtype)
     name, rejected = _serving(_forced, activation.map.key, device, dtype)
     if not name:
         raise RuntimeError(f"backend {_forced!r} cannot run {activation!r} on {device} in {dtype}: {rejected[0][1]}")
+    precision = precision_of(device, dtype, name)
     if _records is not None and record:
         shape = f"[{', '.join(map(str, x.shape))}] x [{', '.join(map(str, weight.shape))}]"
+        rejected += _not_obeyed(name, precision, x)
         _records.append(Choice(f"linear_act {shape} {dtype} {activation!r}", name, precision, rejected))
     return name, precision
 
@@ -616,6 +742,7 @@ def record_network(x: Tensor, layers, backend: str, precision: str, loss: str = 
         names = ", ".join(dict.fromkeys(activation.name for _, _, activation in layers))
         call = f"whole network [{', '.join(map(str, x.shape))}] -> {widths} {x.dtype} ({names})"
         _, rejected = _serving(_forced, layers[0][2].map.key, x.device, x.dtype)
+        rejected += _not_obeyed(backend, precision, x)
         _records.append(Choice(f"{call}{' with ' + loss if loss else ''}", backend, precision, rejected))
 
 

@@ -460,9 +460,14 @@ class _CompiledLinearAct(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    """`fused_inr.functional.linear_act` without its checks: x [M, K] or [G, M, K], weight and bias to match."""
-    backend, precision = backends.choose(activation, x, weight)
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, chosen: tuple[str, str] | None = None
+) -> Tensor:
+    """`fused_inr.functional.linear_act` without its checks: x [M, K] or [G, M, K], weight and bias to match.
+
+    `chosen`: backend and precision, where a forward has settled them.
+    """
+    backend, precision = chosen or backends.choose(activation, x, weight)
     params = activation.tensors
     track = torch.is_grad_enabled() and (
         x.requires_grad

@@ -125,10 +125,12 @@ def _layers(config: Config, tensors: Sequence[Tensor | None]) -> list[Layer]:
     return layers
 
 
-def through_layers(x: Tensor, layers: Sequence[Layer], skips: Sequence[bool] = ()) -> Tensor:
-    """The same network layer by layer: differentiable any number of times."""
+def through_layers(
+    x: Tensor, layers: Sequence[Layer], skips: Sequence[bool] = (), chosen: tuple[str, str] | None = None
+) -> Tensor:
+    """The same network layer by layer: differentiable any number of times; `chosen` as in `linear_act`."""
     for (weight, bias, activation), skip in zip(layers, skips or [False] * len(layers), strict=True):
-        y = linear_act.linear_act(x, weight, bias, activation)
+        y = linear_act.linear_act(x, weight, bias, activation, chosen)
         x = backends.add_skip(y, x) if skip else y
     return x
 
@@ -194,7 +196,9 @@ class Network(torch.autograd.Function):
         needs = linear_act._wanted(ctx, present)
         needs = [needs[0], *needs[2:]]
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
-            grads = _again(lambda: through_layers(x, _layers(config, tensors), config.skips), x, tensors, needs, g)
+            chosen = config.backend, config.precision
+            layers = _layers(config, tensors)
+            grads = _again(lambda: through_layers(x, layers, config.skips, chosen), x, tensors, needs, g)
         else:
             results = linear_act._exactly(
                 x.device, raw.mlp_backward, g, x, *_arguments(config, tensors), saved, config.backend, config.precision,
@@ -227,9 +231,10 @@ class NetworkLoss(torch.autograd.Function):
         tensors, grads = rest[: ctx.count], rest[ctx.count :]
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
             needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+            chosen = ctx.config.backend, ctx.config.precision
 
             def run():
-                y = through_layers(x, _layers(ctx.config, tensors), ctx.config.skips)
+                y = through_layers(x, _layers(ctx.config, tensors), ctx.config.skips, chosen)
                 return elementwise_loss(y, target, row_weights, lookup(ctx.criterion.loss), ctx.criterion)
 
             scaled = _again(run, x, tensors, needs, g)
