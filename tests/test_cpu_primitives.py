@@ -295,7 +295,7 @@ def _network(x, weights, biases, constants, keys, skips, save=False) -> np.ndarr
 
 
 def check_network_bfloat16_exact() -> None:
-    """A network of bfloat16 on small whole numbers, where every product, sum and rounding is exact: not a bit may differ.
+    """A network of bfloat16 on small whole numbers, where every product, sum and rounding is exact: equal bits.
 
     Rows less and more than a tile, odd widths, parts of panels, a depth beyond the first-level cache's part of a panel.
     """

@@ -14,8 +14,8 @@ Image = pytest.importorskip("PIL.Image")
 import fused_inr as fi  # noqa: E402
 from fused_inr.cli import CliError  # noqa: E402
 from fused_inr.cli.main import main  # noqa: E402
-from fused_inr.cli.reproduce import REPRODUCTIONS, audio, image, record, siren, split, toy  # noqa: E402
-from fused_inr.cli.reproduce.fitting import cameraman, recording  # noqa: E402
+from fused_inr.cli.reproduce import REPRODUCTIONS, audio, fitting, image, record, siren, split, toy  # noqa: E402
+from fused_inr.cli.reproduce.fitting import cameraman, fit, recording  # noqa: E402
 from fused_inr.init import tune_sigma_p  # noqa: E402
 
 
@@ -116,17 +116,46 @@ def test_siren_cells(picture):
 
 
 def test_split_cells(picture):
-    options = split.Options(size=16, steps=12, width=16, lr=1e-3)
-    cells = computed(split.work(options, [0], picture))
-    assert set(cells) == {f"{way}, seed 0" for way in split.WAYS}
+    options = split.Options(size=16, steps=12, widths=(8, 16), lr=1e-3, batch=100)
+    work = split.work(options, [0], picture)
+    cells = computed(work)
+    assert set(cells) == {f"{way}, width {w}, seed 0" for way in split.WAYS for w in (8, 16)}
     # the spread that each way promises
     found = cameraman(picture, 16)
     assert found.pixels.shape[2] == 1
     x = found.coordinates()
     for way in ("LSUV, m 10", "VI3NR, m 5.935"):
-        net = split.network(way, x, 1, split.Options(width=256), 0)
+        net = split.network(way, x, 1, 256, split.Options(), 0)
         spread = [row.measured for row in fi.init.report(net, x, samples=10_000).rows[:-4]]
         assert spread == pytest.approx([1.0] * len(spread), rel=0.03 if "LSUV" in way else 0.25)
+
+
+def test_fit_in_batches(monkeypatch):
+    """Each step sees other rows, all of them over time; the last error is that of all rows, and a repetition is the same."""
+    x, target = torch.eye(12), torch.ones(12, 1)
+    seen, mse = [], fi.losses.mse
+
+    def watched(model, rows, wanted):
+        seen.append(rows)
+        return mse(model, rows, wanted)
+
+    monkeypatch.setattr(fitting.losses, "mse", watched)
+
+    def fitted(batch: int) -> list[float]:
+        seen.clear()
+        torch.manual_seed(0)
+        net = fi.MLP(12, 8, 1, 1, activation=fi.activations.sine(omega=1.0))
+        curve = fit(net, x, target, 9, 0.01, batch)
+        assert len(curve) == 10
+        assert curve[-1] == pytest.approx(torch.nn.functional.mse_loss(net(x), target).item(), rel=1e-6)
+        return curve
+
+    curve = fitted(4)
+    assert len(seen) == 9 and all(len(rows) == 4 and rows.sum(0).max() == 1 for rows in seen)
+    assert torch.stack([rows.sum(0) for rows in seen]).sum(0).min() > 0
+    assert fitted(4) == curve
+    assert fitted(0) == fitted(12) != curve
+    assert all(len(rows) == 12 for rows in seen)
 
 
 def test_audio_cells(sound):
@@ -140,7 +169,7 @@ def test_audio_cells(sound):
 
 def test_widths_can_be_chosen(picture):
     request = record.Request(data=picture, seeds=1, widths=(8,))
-    for module in (image, siren):
+    for module in (image, siren, split):
         cells = module.prepare(request).cells
         assert any("width 8," in name for name in cells) and not any("width 64," in name for name in cells)
 

@@ -16,13 +16,19 @@ from .. import CliError
 from ..pictures import Picture, read_picture
 
 
-def fit(model: nn.Module, x: Tensor, target: Tensor, steps: int, lr: float) -> list[float]:
-    """Mean squared error before each of `steps` steps of Adam, and after the last."""
+def fit(model: nn.Module, x: Tensor, target: Tensor, steps: int, lr: float, batch: int = 0) -> list[float]:
+    """Mean squared error before each of `steps` steps of Adam, and after the last.
+
+    A step sees all rows, or `batch` of them, drawn anew each time without repetition: then its error is that of the batch.
+    The last error is always that of all rows.
+    """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    draws = torch.Generator().manual_seed(0)
     curve = []
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = losses.mse(model, x, target)
+        rows = torch.randperm(len(x), generator=draws)[:batch] if 0 < batch < len(x) else slice(None)
+        loss = losses.mse(model, x[rows], target[rows])
         loss.backward()
         optimizer.step()
         curve.append(loss.detach())

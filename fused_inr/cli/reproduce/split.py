@@ -7,7 +7,7 @@ last, all omegas 1. The thesis' PSNR takes 1 for the range of data in [-1, 1], 6
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,31 +35,36 @@ _TRIAL = {
     "VI3NR, m 5.935": "40.1",
 }
 _PEAK = 1.0
+#: `--widths` chooses.
+WIDTHS = True
 
 
 @dataclass(frozen=True)
 class Options:
     size: int = 64  # with width 16 as many weights a pixel as 256 with width 128, about 4: more only memorise
     steps: int = 3000
-    width: int = 16
+    widths: tuple[int, ...] = (16,)
     depth: int = 2
     lr: float = 1e-4
     frequencies: int = 128
     std: float = 10.0
+    batch: int = 0  # pixels a step; 0: all
 
 
 def prepare(request: Request) -> Work:
-    options = Options(size=256, width=128) if request.full else Options()
+    options = Options(size=256, widths=(128,), batch=16384) if request.full else Options()
+    if request.widths:
+        options = replace(options, widths=request.widths)
     return work(options, seeds(request, 1), request.data)
 
 
-def network(way: str, x: Tensor, outputs: int, options: Options, seed: int) -> SplitNet:
+def network(way: str, x: Tensor, outputs: int, width: int, options: Options, seed: int) -> SplitNet:
     m, init = WAYS[way]
     torch.manual_seed(seed)
     encoding = FourierFeatures(2, options.frequencies, std=options.std, seed=seed)
     net = SplitNet(
         2,
-        options.width,
+        width,
         options.depth,
         outputs,
         m=m,
@@ -77,44 +82,54 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
     target = cameraman(data, options.size)
     x, y = target.coordinates(), target.target()
 
-    def cell(way: str, seed: int) -> dict[str, Any]:
-        net = network(way, x, y.shape[1], options, seed)
+    def cell(way: str, width: int, seed: int) -> dict[str, Any]:
+        net = network(way, x, y.shape[1], width, options, seed)
         assert net.encoding is not None
         encoded, net.encoding = net.encoding(x), None  # it has no parameters: once is enough
-        curve = fit(net, encoded, y, options.steps, options.lr)
+        curve = fit(net, encoded, y, options.steps, options.lr, options.batch)
         third = curve[options.steps // 3]
         return {"psnr": decibel(curve[-1], _PEAK), "psnr_third": decibel(third, _PEAK), "mse": thinned(curve)}
 
     return Work(
         {**asdict(options), "seeds": numbers, "picture": {"name": target.name, "digest": target.digest}},
-        {f"{way}, seed {s}": partial(cell, way, s) for s in numbers for way in WAYS},
+        {
+            f"{way}, width {w}, seed {s}": partial(cell, way, w, s)
+            for s in numbers
+            for w in options.widths
+            for way in WAYS
+        },
         partial(_tables, options, numbers),
-        partial(_draw, numbers),
-        (8.0, 5.0),
+        partial(_draw, options, numbers),
+        (6.5 * len(options.widths) + 1.5, 5.0),
         [
-            f"PSNR in dB with range 1 on [-1, 1], {options.size} pixels a side, width {options.width}; the trial: "
-            "256x256 pixels, 3,000 steps, one seed."
+            f"PSNR in dB with range 1 on [-1, 1], {options.size} pixels a side; the trial: 256x256 pixels, 3,000 steps, "
+            "one seed."
         ],
     )
 
 
 def _tables(options: Options, numbers: list[int], cells: dict[str, Any]) -> dict[str, list[list[str]]]:
-    rows = [["initialisation", f"{options.steps // 3} steps", f"{options.steps} steps", "lowest", "trial, 256x256"]]
-    for way in WAYS:
-        found = [cells[f"{way}, seed {s}"] for s in numbers]
-        third, last = ([f[k] for f in found] for k in ("psnr_third", "psnr"))
-        rows.append(
-            [way, f"{statistics.mean(third):.2f}", f"{statistics.mean(last):.2f}", f"{min(last):.2f}", _TRIAL[way]]
-        )
-    return {"SplitNet by initialisation": rows}
+    tables = {}
+    for w in options.widths:
+        rows = [["initialisation", f"{options.steps // 3} steps", f"{options.steps} steps", "lowest", "trial, 256x256"]]
+        for way in WAYS:
+            found = [cells[f"{way}, width {w}, seed {s}"] for s in numbers]
+            third, last = ([f[k] for f in found] for k in ("psnr_third", "psnr"))
+            rows.append(
+                [way, f"{statistics.mean(third):.2f}", f"{statistics.mean(last):.2f}", f"{min(last):.2f}", _TRIAL[way]]
+            )
+        tables[f"SplitNet by initialisation, width {w}"] = rows
+    return tables
 
 
-def _draw(numbers: list[int], figure: Any, cells: dict[str, Any]) -> None:
-    axis = figure.subplots()
-    for i, way in enumerate(WAYS):
-        for s in numbers:
-            shown_curve(axis, cells[f"{way}, seed {s}"]["mse"], way if s == numbers[0] else "", _PEAK, color=f"C{i}")
-    axis.set_xlabel("step")
-    axis.set_ylabel("PSNR, dB (range 1)")
-    axis.grid(alpha=0.3)
-    axis.legend()
+def _draw(options: Options, numbers: list[int], figure: Any, cells: dict[str, Any]) -> None:
+    for w, axis in zip(options.widths, figure.subplots(1, len(options.widths), squeeze=False)[0]):
+        for i, way in enumerate(WAYS):
+            for s in numbers:
+                curve = cells[f"{way}, width {w}, seed {s}"]["mse"]
+                shown_curve(axis, curve, way if s == numbers[0] else "", _PEAK, color=f"C{i}")
+        axis.set_title(f"width {w}")
+        axis.set_xlabel("step")
+        axis.set_ylabel("PSNR, dB (range 1)")
+        axis.grid(alpha=0.3)
+        axis.legend()
