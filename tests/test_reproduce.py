@@ -131,7 +131,7 @@ def test_split_cells(picture):
 
 
 def test_fit_in_batches(monkeypatch):
-    """Each step sees other rows, all of them over time; the last error is that of all rows, and a repetition is the same."""
+    """Each step sees other rows, in time all of them; the last error is that of all rows; a repetition is the same."""
     x, target = torch.eye(12), torch.ones(12, 1)
     seen, mse = [], fi.losses.mse
 

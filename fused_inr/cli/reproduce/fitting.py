@@ -19,8 +19,8 @@ from ..pictures import Picture, read_picture
 def fit(model: nn.Module, x: Tensor, target: Tensor, steps: int, lr: float, batch: int = 0) -> list[float]:
     """Mean squared error before each of `steps` steps of Adam, and after the last.
 
-    A step sees all rows, or `batch` of them, drawn anew each time without repetition: then its error is that of the batch.
-    The last error is always that of all rows.
+    A step sees all rows, or `batch` of them, drawn anew each time without repetition, and its error is theirs. The last
+    error is always that of all rows.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     draws = torch.Generator().manual_seed(0)

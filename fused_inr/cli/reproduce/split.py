@@ -102,8 +102,8 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
         partial(_draw, options, numbers),
         (6.5 * len(options.widths) + 1.5, 5.0),
         [
-            f"PSNR in dB with range 1 on [-1, 1], {options.size} pixels a side; the trial: 256x256 pixels, 3,000 steps, "
-            "one seed."
+            f"PSNR in dB with range 1 on [-1, 1], {options.size} pixels a side, {options.batch or 'all'} of them a "
+            "step; the trial: 256x256 pixels, 3,000 steps, one seed."
         ],
     )
 
