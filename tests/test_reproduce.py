@@ -174,6 +174,12 @@ def test_widths_can_be_chosen(picture):
         assert any("width 8," in name for name in cells) and not any("width 64," in name for name in cells)
 
 
+def test_batches_can_be_chosen(picture, sound):
+    for module, data in ((image, picture), (siren, picture), (split, picture), (audio, sound)):
+        batches = [module.prepare(record.Request(data=data, batch=n)).options["batch"] for n in (0, 64)]
+        assert batches == [0, 64]
+
+
 def test_image_cells(picture):
     cells = computed(image.work(image.Options(size=12, steps=4, widths=(8,), multiples=(1.0, 2.5)), [0, 1], picture))
     assert len(cells) == 4
@@ -287,6 +293,8 @@ def test_bad_arguments_are_one_line(tmp_path, picture, capsys, monkeypatch):
     assert "--seeds" in refused(capsys, "vi3nr-toy", "--seeds", 0)
     assert "one network size" in refused(capsys, "vi3nr-toy", "--widths", 64)
     assert "--widths" in refused(capsys, "siren-init", "--widths", 0)
+    assert "no fit" in refused(capsys, "vi3nr-toy", "--batch", 64)
+    assert "--batch" in refused(capsys, "audio", "--batch", -1)
     assert "tokyo512.png" in refused(capsys, "siren-init", "--out", tmp_path / "o")
     assert "no such picture" in refused(capsys, "siren-init", "--data", tmp_path / "none.png")
     assert "gt_bach.wav" in refused(capsys, "audio")

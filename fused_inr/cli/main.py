@@ -91,6 +91,7 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="fused-inr-reproduce", metavar="DIR", help="folder of results (%(default)s)")
     parser.add_argument("--seeds", type=integer(1), metavar="N", help="how many seeds, from 0")
     parser.add_argument("--widths", type=integer(1), nargs="+", metavar="N", help="of networks, where it has several")
+    parser.add_argument("--batch", type=integer(0), default=0, metavar="N", help="pixels or samples a step; 0: all")
     parser.add_argument("--data", metavar="FILE", help="the picture or recording, where one is needed")
     parser.add_argument("--json", metavar="FILE", help="where the JSON goes (default: into DIR)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -7,7 +7,7 @@ took 7 s of Bach, `gt_bach.wav`).
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "VI3NR": {"init": "vi3nr"},
 }
 
+#: `--batch` chooses.
+BATCH = True
+
 
 @dataclass(frozen=True)
 class Options:
@@ -33,11 +36,12 @@ class Options:
     lr: float = 1e-4
     first_omega: float = 3000.0
     omega: float = 30.0
+    batch: int = 0  # samples a step; 0: all
 
 
 def prepare(request: Request) -> Work:
     options = Options(duration=7.0, steps=3000, width=256) if request.full else Options()
-    return work(options, seeds(request, 1), request.data)
+    return work(replace(options, batch=request.batch), seeds(request, 1), request.data)
 
 
 def work(options: Options, numbers: list[int], data: str | None) -> Work:
@@ -50,7 +54,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
         torch.manual_seed(seed)
         own = WAYS[way]
         net = SIREN(1, options.width, options.depth, 1, omega=options.omega, first_omega=options.first_omega, **own)
-        curve = fit(net, x, y, options.steps, options.lr)
+        curve = fit(net, x, y, options.steps, options.lr, options.batch)
         return {"psnr": decibel(curve[-1]), "snr": decibel(curve[-1], power**0.5), "mse": thinned(curve)}
 
     return Work(

@@ -22,8 +22,8 @@ from ...models import MLP
 from .fitting import cameraman, decibel, fit, spreads
 from .record import Request, Work, seeds
 
-#: `--widths` chooses.
-WIDTHS = True
+#: `--widths` and `--batch` choose.
+WIDTHS = BATCH = True
 ACTIVATIONS: dict[str, Activation] = {
     "gaussian": activations.gaussian(sigma=0.05),
     "sinc": activations.sinc(omega=1.0),
@@ -38,10 +38,11 @@ class Options:
     widths: tuple[int, ...] = (64, 128)
     depth: int = 3
     multiples: tuple[float, ...] = (0.6, 1.0, 1.6, 2.5)
+    batch: int = 0  # pixels a step; 0: all
 
 
 def prepare(request: Request) -> Work:
-    options = Options(size=256) if request.full else Options()
+    options = replace(Options(size=256) if request.full else Options(), batch=request.batch)
     if request.widths:
         options = replace(options, widths=request.widths)
     return work(options, seeds(request, 5), request.data)
@@ -68,7 +69,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
                 init.vi3nr_init_(net, x, multiple * solved[name])
             start = frequency(net, x)
             spread = [found["z"] for found in spreads(net, x)]
-            curve = fit(net, x, y, options.steps, options.lr)
+            curve = fit(net, x, y, options.steps, options.lr, options.batch)
             key = f"{multiple:g} solved" if multiple else "default"
             result[key] = {"psnr": decibel(curve[-1]), "frequency": start, "std": spread}
         return result
@@ -85,7 +86,8 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
         partial(_draw, options, numbers),
         (11.0, 7.0),
         [
-            f"{options.size} pixels a side, {options.steps} steps of Adam at {options.lr:g}. Default: nn.Linear's. "
+            f"{options.size} pixels a side, {options.batch or 'all'} of them a step, {options.steps} steps of Adam at "
+            f"{options.lr:g}. Default: nn.Linear's. "
             "Wins: seeds in which a line ends above the default."
         ],
     )

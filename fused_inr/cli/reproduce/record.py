@@ -33,6 +33,7 @@ class Request:
     seeds: int | None = None
     data: str | None = None
     widths: tuple[int, ...] | None = None
+    batch: int = 0  # rows a step of a fit sees; 0: all
 
 
 @dataclass
@@ -70,7 +71,9 @@ def run(arguments: Namespace) -> int:
     widths = tuple(arguments.widths) if arguments.widths else None
     if widths and not getattr(module, "WIDTHS", False):
         raise CliError(f"--widths: {name} has one network size")
-    work = module.prepare(Request(arguments.full, arguments.seeds, arguments.data, widths))
+    if arguments.batch and not getattr(module, "BATCH", False):
+        raise CliError(f"--batch: {name} has no fit that could go in batches")
+    work = module.prepare(Request(arguments.full, arguments.seeds, arguments.data, widths, arguments.batch))
     folder = Path(arguments.out)
     stem = f"{name}-{'full' if arguments.full else 'quick'}"
     path = Path(arguments.json) if arguments.json else folder / f"{stem}.json"

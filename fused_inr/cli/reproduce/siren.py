@@ -39,14 +39,16 @@ class Options:
     depth: int = 3
     lr: float = 1e-4
     spread_width: int = 256
+    batch: int = 0  # pixels a step; 0: all
 
 
-#: `--widths` chooses.
-WIDTHS = True
+#: `--widths` and `--batch` choose.
+WIDTHS = BATCH = True
 
 
 def prepare(request: Request) -> Work:
     options = Options(size=512, steps=3000, widths=(128, 256, 512, 1024)) if request.full else Options()
+    options = replace(options, batch=request.batch)
     if request.widths:
         options = replace(options, widths=request.widths)
     return work(options, seeds(request, 1), request.data)
@@ -64,7 +66,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
         flic, initc = PAIRS[pair]
         torch.manual_seed(seed)
         net = SIREN(2, width, options.depth, y.shape[1], omega=_OMEGA, first_omega=_OMEGA, flic=flic, initc=initc)
-        curve = fit(net, x, y, options.steps, options.lr)
+        curve = fit(net, x, y, options.steps, options.lr, options.batch)
         return {"psnr": decibel(curve[-1]), "mse": thinned(curve)}
 
     cells: dict[str, Any] = {f"spread, {p}, seed {s}": partial(spread, p, s) for p in PAIRS for s in numbers}
@@ -80,7 +82,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
         (11.0, 4.5),
         [
             f"PSNR in dB of data in [0, 1], {target.pixels.shape[1]}x{target.pixels.shape[0]} pixels, "
-            f"{options.steps} steps; published: 512x512, 3,000 steps."
+            f"{options.batch or 'all'} of them a step, {options.steps} steps; published: 512x512, 3,000 steps."
         ],
     )
 

@@ -35,8 +35,8 @@ _TRIAL = {
     "VI3NR, m 5.935": "40.1",
 }
 _PEAK = 1.0
-#: `--widths` chooses.
-WIDTHS = True
+#: `--widths` and `--batch` choose.
+WIDTHS = BATCH = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Options:
 
 
 def prepare(request: Request) -> Work:
-    options = Options(size=256, widths=(128,), batch=16384) if request.full else Options()
+    options = replace(Options(size=256, widths=(128,)) if request.full else Options(), batch=request.batch)
     if request.widths:
         options = replace(options, widths=request.widths)
     return work(options, seeds(request, 1), request.data)
