@@ -14,9 +14,11 @@ import torch
 Key = tuple[str, str, str, int, int, int]
 Numbers = tuple[int, int, int, int, int, bool, bool]
 
-#: An activation of each kind (branches, outputs); a type of each class, as `cases.py` names it.
+#: An activation of each kind (branches, outputs); a type of each class, as `cases.py` names it (where ours split their
+#: factors, eager PyTorch has TF32 at best), and what `backends.float32_products` takes.
 ACTIVATIONS = {(1, 1): "sine", (2, 1): "gabor", (2, 2): "complex_gabor", (4, 1): "split"}
-PRECISIONS = {"half": "bf16", "tf32": "tf32"}
+PRECISIONS = {"half": "bf16", "tf32": "tf32", "x3": "tf32"}
+PRODUCTS = {"half": None, "tf32": None, "x3": "bf16x3"}
 #: Steps that an entry decides, as (step, way) of `cases.Case`; the first one is timed.
 STEPS = {
     "forward": (("inference", "default"),),
@@ -95,7 +97,7 @@ def candidates(key: Key, start: Numbers) -> list[Numbers]:
 
 def text(numbers: Numbers) -> str:
     m, t, w, s, r, sums, reload = numbers
-    more = ("" if sums else " chunks") + (" reload" if reload else "")
+    more = ("" if sums else " later") + (" reload" if reload else "")
     return f"{m} rows, {t} tiles, w{w} s{s} r{r}{more}"
 
 
@@ -124,7 +126,7 @@ class Networks:
 
         try:
             for step, way in STEPS[key[1]]:
-                with mlp_tune.using(key, numbers), self._triton():
+                with mlp_tune.using(key, numbers), self._ours(key):
                     self.work(key, step, way, 5001 if self.device.type == "cuda" else 37).check()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -135,10 +137,13 @@ class Networks:
             return f"{type(error).__name__}: {first[:200]}"
         return ""
 
-    def _triton(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def _ours(self, key: Key) -> Iterator[None]:
+        """The kernels, and the products of the entry."""
         from ..ops import backends
 
-        return backends.use("triton")
+        with backends.use("triton"), backends.float32_products(PRODUCTS[key[2]]):
+            yield
 
     def milliseconds(self, key: Key, candidates: Sequence[Numbers]) -> list[list[float]]:
         """One time for each number of rows."""
@@ -150,7 +155,7 @@ class Networks:
         step, way = STEPS[key[1]][0]
         for share in SHARES:
             work = self.work(key, step, way, max(1, int(self.rows * share * 64 / key[5])))
-            call = _within(self._triton, work.call("fused"))
+            call = _within(lambda: self._ours(key), work.call("fused"))
             steps: dict[str, Callable[[], object]] = {}
             with cases.matmul_precision(work.case.precision):
                 for i, numbers in enumerate(candidates):
@@ -167,10 +172,10 @@ class Networks:
 
     def static_problems(self, key: Key, numbers: Numbers) -> list[str]:
         """As `fused-inr bench static` has it: every kernel and type that the entry serves."""
-        from ..kernels import aot, mlp_tune, mlp_tuned
+        from ..kernels import aot, mlp_tune, mlp_tuned, tune
 
         arch, op, cls, B, C, width = key
-        types = [(torch.bfloat16, "ieee"), (torch.float16, "ieee")] if cls == "half" else [(torch.float32, "tf32")]
+        types = [(dtype, p) for dtype, p in tune.TYPES if tune.type_class(dtype, p) == cls]
         besides = {"forward": "save", "train": "backward"}.get(op, op)
         serves = {op} if (arch, besides, *key[2:]) in mlp_tuned.TUNED else {op, besides}
         found: list[str] = []

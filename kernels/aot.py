@@ -271,7 +271,8 @@ def _build_mlp(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
         arguments.constant(SAVE_Z=job.kernel == "mlp_save", RESIDENT=resident)
         return arguments, config.options()
     loss = job.kernel in ("mlp_loss", "mlp_one_pass")
-    sums = op == "one_pass" or mlp.by_sums(net, config).sums
+    settled = mlp.by_sums(net, config)
+    sums = op == "one_pass" or settled.sums
     for name in ("back_ptr", "gx_ptr"):
         arguments.pointer(name, job.dtype)
     arguments.pointer("g_ptr", None if loss else job.dtype)
@@ -295,10 +296,11 @@ def _build_mlp(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
         return arguments, config.options()
     arguments.pointer("gparams_ptr", f32 if job.learnable else None)
     for name in ("gz_ptr", "h_ptr"):
-        arguments.pointer(name, None if sums else job.dtype)
+        arguments.pointer(name, job.dtype if settled.later or not sums else None)
     arguments.integers(ROWS_Z=ROWS, ROWS_OUT=ROWS, ACCUMULATE=0)
     arguments.constant(
-        GP=P if job.learnable else 0, RECOMPUTE=job.kernel != "mlp_backward", SUMS=sums, RELOAD=config.reload,
+        GP=P if job.learnable else 0, RECOMPUTE=job.kernel != "mlp_backward", SUMS=sums, LATER=settled.later,
+        RELOAD=config.reload,
         BLOCK_X=min(32, net.inputs_pad),
     )  # fmt: skip
     return arguments, config.options()

@@ -347,6 +347,29 @@ def add_outer(
 
 
 @triton.jit
+def add_product(
+    ptr, gz_ptr, h_ptr, rows, seen, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A program's sum of gz^T h [ROWS, COLUMNS] in memory, for factors [rows, ROWS] and [rows, COLUMNS] in memory."""
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_o = tl.arange(0, BLOCK_O)
+    offs_i = tl.arange(0, BLOCK_I)
+    for o in tl.range(0, ROWS, BLOCK_O, num_stages=1, disable_licm=True):
+        for i in tl.range(0, COLUMNS, BLOCK_I, num_stages=1, disable_licm=True):
+            tile = ptr + (o + offs_o)[:, None] * COLUMNS + (i + offs_i)[None, :]
+            grad = tl.load(tile, mask=tl.zeros(tile.shape, tl.int1) | seen, other=0.0)
+            for r in tl.range(0, rows, BLOCK_R, num_stages=1, disable_licm=True):
+                a = tl.load(gz_ptr + (r + offs_r)[:, None] * ROWS + (o + offs_o)[None, :])
+                v = tl.load(h_ptr + (r + offs_r)[:, None] * COLUMNS + (i + offs_i)[None, :])
+                if UPCAST:
+                    a = a.to(ACC)
+                    v = v.to(ACC)
+                grad = tl.dot(tl.trans(a), v, grad, input_precision=PRECISION, out_dtype=ACC)
+            tl.store(tile, grad)
+
+
+@triton.jit
 def add_rows(ptr, gz, offs_t, seen, COUNT: tl.constexpr, BLOCK_T: tl.constexpr):
     for i in tl.static_range(COUNT):
         add_to(ptr + i * BLOCK_T + offs_t, tl.sum(gz[i], axis=0), seen)
@@ -402,22 +425,26 @@ def train_kernel(
     LOSS_GRAD: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, P: tl.constexpr, GP: tl.constexpr,
     SETS: tl.constexpr, TABLE: tl.constexpr, N: tl.constexpr, RECOMPUTE: tl.constexpr, HAS_LOSS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, NEED_X: tl.constexpr, NEED_W: tl.constexpr, NEED_B: tl.constexpr, SUMS: tl.constexpr,
-    RELOAD: tl.constexpr, K_MAJOR: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ACC: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr, T: tl.constexpr, OUT_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
+    LATER: tl.constexpr, RELOAD: tl.constexpr, K_MAJOR: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr, T: tl.constexpr,
+    OUT_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """Gradients for the cotangent g [M, OUT] of y, or of scale sum_m row_weight_m sum_n LOSS(y, target).
 
     gx [M, K]. Per program, summed over its tiles: gfirst [B*WIDTH, K_PAD], glast [C*WIDTH, OUT_PAD], ghidden [L-1,
     B*T, C*T, BLOCK_T, BLOCK_T] (block by block), gbias [L*B*WIDTH + OUT_PAD], gparams [L, GP*WIDTH], loss.
-    Without SUMS the factors of ghidden are written instead: gz [L-1, ROWS_OUT, B*WIDTH] of layers 1 and on, h [L-1,
-    ROWS_OUT, C*WIDTH] of layers 0 and on. RECOMPUTE: z is scratch, BLOCK_M of its ROWS_Z rows a program; else it holds
-    what the forward kernel saved. ACCUMULATE: the sums continue those of the launch before.
+    LATER: the factors of ghidden, of LATER tiles, wait in the program's gz [L-1, LATER*BLOCK_M, B*WIDTH] (layers 1 and
+    on) and h [L-1, LATER*BLOCK_M, C*WIDTH] (layers 0 and on) until the registers of a tile's backward are free; ghidden
+    is [L-1, B*WIDTH, C*WIDTH] then. Without SUMS the factors of all rows are written, gz [L-1, ROWS_OUT, B*WIDTH] and
+    h [L-1, ROWS_OUT, C*WIDTH], and the product is another launch's. RECOMPUTE: z is scratch, BLOCK_M of its ROWS_Z rows
+    a program; else it holds what the forward kernel saved. ACCUMULATE: the sums continue those of the launch before.
     """
     WIDTH: tl.constexpr = T * BLOCK_T
     BT: tl.constexpr = B * T
     CT: tl.constexpr = C * T
     SQUARE: tl.constexpr = B * WIDTH * C * WIDTH
+    BLOCK_O: tl.constexpr = 128 if WIDTH > 128 else WIDTH
+    BLOCK_I: tl.constexpr = 64 if WIDTH > 64 else WIDTH
     offs = tl.arange(0, BLOCK_M)
     offs_t = tl.arange(0, BLOCK_T)
     offs_o = tl.arange(0, OUT_PAD)
@@ -432,6 +459,9 @@ def train_kernel(
         mask_m = offs < limit
         near = tl.minimum(offs, limit - 1)  # beyond the end, the last row again: finite where that row is
         rows = start + near
+        if LATER:
+            turn = (tile - program) // tl.num_programs(0)
+            place = (turn % LATER).to(tl.int32)
         if RECOMPUTE:
             z_tile = z_ptr + program * (BLOCK_M * B * WIDTH)
             offs_z = offs
@@ -487,7 +517,11 @@ def train_kernel(
             p = layer_params(params, table_ptr, layer, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
             if NEED_W:
                 h = evaluate(z, p, offs_t, MAP, MODE, B, C, T, P, N, BLOCK_T, DTYPE)
-                if SUMS:
+                if LATER:
+                    above = (program * (L - 1) + layer) * (LATER * BLOCK_M) + place * BLOCK_M
+                    store_tiles(gz, gz_ptr + above * (B * WIDTH), offs, limit, offs_t, BT, BLOCK_T, False)
+                    store_tiles(h, h_ptr + above * (C * WIDTH), offs, limit, offs_t, CT, BLOCK_T, False)
+                elif SUMS:
                     square = ghidden_ptr + sums + layer * SQUARE
                     add_outer(square, gz, h, seen, BT, CT, BLOCK_T, BLOCK_T, PRECISION, UPCAST, ACC)
                 else:
@@ -541,6 +575,17 @@ def train_kernel(
                         tile_w = gfirst_ptr + sums + (i * BLOCK_T + offs_t)[:, None] * K_PAD + offs_k[None, :]
                         add_to(tile_w, grad, seen)
         tl.debug_barrier()  # before the next tile's scratch and sums
+        if LATER:
+            if NEED_W:
+                if (place == LATER - 1) | (tile + tl.num_programs(0) >= tl.cdiv(M, BLOCK_M)):
+                    for layer in tl.range(0, L - 1, num_stages=1, disable_licm=True):
+                        above = (program * (L - 1) + layer) * (LATER * BLOCK_M)
+                        add_product(
+                            ghidden_ptr + sums + layer * SQUARE, gz_ptr + above * (B * WIDTH),
+                            h_ptr + above * (C * WIDTH), (place + 1) * BLOCK_M, turn >= LATER, B * WIDTH, C * WIDTH,
+                            BLOCK_M, BLOCK_O, BLOCK_I, PRECISION, UPCAST, ACC,
+                        )  # fmt: skip
+                    tl.debug_barrier()  # before the next tile's factors
     if HAS_LOSS:
         value = tl.sum(losses, axis=0) * scale
         if ACCUMULATE != 0:
@@ -767,13 +812,14 @@ def serves(
     name = _arch(arch)
     if name == "interpreter":
         return "" if INTERPRETED else "no CUDA device"
-    if dtype == torch.float32 and precision != "tf32":
-        return f"float32 products in precision {precision!r} take the layers one by one; tf32 is served"
+    if dtype == torch.float32 and precision == "ieee":
+        return "float32 products in precision 'ieee' take the layers one by one; tf32, bf16x3 and tf32x3 are served"
     op = "forward" if direction == "forward" else "train"
     WIDTH = mlp_tune.width(N, name)
     if mlp_tune.pick(name, op, dtype, precision, B, C, WIDTH) is None:
         kind = f"{B} branches and {C} outputs" if (B, C) != (1, 1) else "one branch"
-        return f"no configuration for width {N}, {kind}, {str(dtype).removeprefix('torch.')} on {name} ({direction})"
+        products = f"float32 in {precision}" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+        return f"no configuration for width {N}, {kind}, {products} on {name} ({direction})"
     return ""
 
 
@@ -951,11 +997,12 @@ def _segments(net: Network, config: mlp_tune.Config, needs, GP: int, loss: bool)
 
 
 def by_sums(net: Network, config: mlp_tune.Config) -> mlp_tune.Config:
-    """The configuration for this depth: sums of many layers would leave the cache."""
-    size = config.programs * (net.layers - 1) * net.rows * net.columns * 4
-    if config.sums and size > mlp_tune.SUMS_BYTES:
+    """The configuration for this depth, with the way of the hidden weights' gradients settled: `sums`, unless those of
+    so many layers would leave the cache; of factors that wait in `later` tiles where the entry says so."""
+    if config.programs * (net.layers - 1) * net.rows * net.columns * 4 > mlp_tune.SUMS_BYTES:
         return replace(config, sums=False)
-    return config
+    later = 0 if config.sums else max(1, mlp_tune.LATER_ROWS // config.block_m)
+    return replace(config, sums=True, later=later)
 
 
 def _train(g, x, weights, biases, params, constants, maps, saved, precision: str, needs, loss: _Loss | None):
@@ -988,9 +1035,11 @@ def _train(g, x, weights, biases, params, constants, maps, saved, precision: str
             row_bytes = max(1, L - 1) * (net.rows + net.columns) * T
             chunk = max(1, mlp_tune.CHUNK_BYTES // row_bytes // config.block_m) * config.block_m
             chunk = min(chunk, M)
-            gz = x.new_empty(max(1, (L - 1) * chunk * net.rows))
-            h = x.new_empty(max(1, (L - 1) * chunk * net.columns))
         programs = min(config.programs, triton.cdiv(chunk, config.block_m))
+        if need_w and (config.later or not config.sums):
+            waiting = programs * config.later * config.block_m if config.later else chunk
+            gz = x.new_empty(max(1, (L - 1) * waiting * net.rows))
+            h = x.new_empty(max(1, (L - 1) * waiting * net.columns))
         sums = x.new_empty((programs, total), dtype=acc)
         z = saved
         if saved is None and not one_pass:
@@ -1003,7 +1052,7 @@ def _train(g, x, weights, biases, params, constants, maps, saved, precision: str
                 z if saved is None else z[:, rows], gx[rows] if need_x else None, sums, where, gz, h, programs,
                 (need_x, need_w, need_b), GP, precision, saved is None, one_pass,
             )  # fmt: skip
-            if gz is not None and L > 1:
+            if hidden is not None and L > 1:
                 hidden += _hidden_gradient(net, gz, h, rows.stop - rows.start, precision)
         launch_sum(sums.view(1, programs, total), result.view(1, total))
     return _unpack(net, config, result, hidden, gx, where, weights, biases, need_w, need_b, GP, loss)
@@ -1052,8 +1101,8 @@ def _launch_train(
             train_kernel[grid](
                 *inputs, z, gx, first, hidden, last, bias, of_params, of_loss, gz, h, M, net.layers, net.inputs,
                 net.inputs_pad, net.outputs, z.stride(0) // net.rows, M, int(rows.start > 0), *strides, GP=GP,
-                RECOMPUTE=recompute, SUMS=config.sums, RELOAD=config.reload, BLOCK_X=min(32, net.inputs_pad),
-                **constants,
+                RECOMPUTE=recompute, SUMS=config.sums, LATER=config.later, RELOAD=config.reload,
+                BLOCK_X=min(32, net.inputs_pad), **constants,
             )  # fmt: skip
 
 
@@ -1087,7 +1136,9 @@ def _unpack(net: Network, config, result, hidden, gx, where, weights, biases, ne
     gw = [nothing] * (L + 1)
     if need_w:
         gw[0] = segment("first", B, W, net.inputs_pad)[:, :N, : net.inputs]
-        if hidden is None:
+        if hidden is None and config.later:
+            hidden = segment("hidden", L - 1, net.rows, net.columns)
+        elif hidden is None:
             blocks = segment("hidden", L - 1, B, T, C, T, BT, BT)  # T tiles of rows, T of columns
             hidden = blocks.permute(0, 1, 2, 5, 3, 4, 6)
         hidden = hidden.reshape(L - 1, B, W, C, W)[:, :, :N, :, :N]

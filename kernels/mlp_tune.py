@@ -24,6 +24,9 @@ PROGRAMS = {"sm80": 108, "sm86": 128, "sm90": 132, "sm100": 148}
 #: the scratch of a chunk takes. Both stay in the L2 cache (50 MB on an H200).
 SUMS_BYTES = 32 << 20
 CHUNK_BYTES = 32 << 20
+#: Rows whose factors a program keeps in memory for one product: a sum is read and written once for them, not for each
+#: tile, and they take no more than the sums.
+LATER_ROWS = 64
 
 #: Inputs and outputs of a network: beyond, the first or last layer is large enough to run by itself.
 MAX_INPUTS, MAX_OUTPUTS = 512, 64
@@ -35,9 +38,9 @@ KINDS = ((1, 1), (2, 1), (2, 2), (4, 1))
 @dataclass(frozen=True)
 class Config:
     """Rows of a tile, feature tiles of the width, warps; stages of the weights' pipeline over the layers; hidden
-    products whose weights may stay on chip (one_pass: whose gradients may stay in registers); weight gradients as sums
-    per program, or through a chunk's scratch; pre-activations read a second time instead of kept; programs, which
-    `pick` fills in."""
+    products whose weights may stay on chip (one_pass: whose gradients may stay in registers); gradients of the hidden
+    weights as part of a tile's backward, or of factors that wait in memory; pre-activations read a second time instead
+    of kept; programs, which `pick` fills in; tiles whose factors wait (`mlp.by_sums` settles it)."""
 
     block_m: int
     tiles: int
@@ -47,6 +50,7 @@ class Config:
     sums: bool = True
     reload: bool = False
     programs: int = 0
+    later: int = 0
 
     def options(self) -> dict[str, int | bool]:
         return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}

@@ -81,6 +81,31 @@ def test_a_network_is_as_close_to_float64_as_eager(step, precision):
     Work(Case("network", step, width=64, rows=4099, precision=precision), CUDA).check(1 << 16)
 
 
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32x3"])
+@pytest.mark.parametrize("name", SOME)
+def test_products_of_split_factors_within_the_bound(name, precision, poisoned):
+    assert_within(layer_accuracy(name, precision, CUDA, 1001, 96, 80))
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32x3"])
+@pytest.mark.parametrize(
+    ("step", "way"),
+    [("inference", "default"), ("training", "default"), ("training", "one-pass"), ("eikonal", "default")],
+)
+def test_a_network_of_split_factors_is_as_close_to_float64_as_eager_in_tf32(step, way, precision):
+    work = Work(Case("network", step, width=64, rows=4099, precision="tf32", way=way), CUDA)
+    with backends.float32_products(precision):
+        assert work.backends() == [f"triton ({precision})"]
+        work.check(1 << 16)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("way", ["default", "recompute", "one-pass"])
+def test_training_at_width_128_is_as_close_to_float64_as_eager(way, precision):
+    """Where gradients of the hidden weights may wait for registers."""
+    Work(Case("network", "training", width=128, rows=20_011, precision=precision, way=way), CUDA).check(1 << 16)
+
+
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize(
     ("k", "n"), [(1, 64), (2, 256), (3, 33), (8, 64), (9, 64), (64, 1), (64, 3), (64, 4), (2, 3), (1, 1)]

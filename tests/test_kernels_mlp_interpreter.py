@@ -2,14 +2,15 @@
 
 A process of its own, with TRITON_INTERPRET=1 set before Triton is imported (`make test` starts it). The interpreter's
 configurations are small, so that few rows make several tiles and programs; between them they take every path: weights
-that stay on chip (width 16) and streamed ones, feature tiles (32), pre-activations read again, weight gradients as sums
-per program (to 32) and through chunks of rows (64).
+that stay on chip (width 16) and streamed ones, feature tiles (32), pre-activations read again, weight gradients tile by
+tile (to 32) and of factors that wait in memory (64); chunks of rows where a test asks for them.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from fused_inr.activations import registered
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in padded columns
 
 MAPS = {m.name: m for m in registered()}
+ARCHS = ("sm80", "sm86", "sm90", "sm100")
 IDENTITY = MAPS["identity"]
 F64 = torch.float64
 #: float64 against float64, relative to the largest value: sums of at most a few hundred terms, through four layers
@@ -173,7 +175,7 @@ def test_depths(hidden, N):
 
 
 @pytest.mark.parametrize(("name", "N"), [("sine", 32), ("gabor", 20), ("sine", 40)])
-def test_feature_tiles_and_chunks(name, N):
+def test_feature_tiles_and_factors_that_wait(name, N):
     check(make(name, M=34, N=N, hidden=2 if N == 32 else 1))
 
 
@@ -293,16 +295,46 @@ def test_loss_of_the_registry():
         agree(mlp_loss(net.x, net.g, None, *net.arguments(), loss_map, constants), [value, *gradients])
 
 
-def test_chunks_of_rows(monkeypatch):
-    """More rows than a chunk's scratch holds: the same gradients."""
-    net = make("sine", M=50, N=33, hidden=1)
-    net.constants = [2.0, 2.0]
+def train_both_ways(name, M, N, hidden):
+    """Loss and its gradients, and those of a cotangent from saved pre-activations, against the reference."""
+    net = make(name, M=M, N=N, hidden=hidden)
     value, gradients = reference(net, lambda y: (y - net.g).square().sum())
-    monkeypatch.setattr(mlp_tune, "CHUNK_BYTES", 32 * 128 * 8)  # 32 rows of gz and h
     agree(mlp_loss(net.x, net.g, None, *net.arguments(), Squared, []), [value, *gradients])
     _, gradients = reference(net, lambda y: (y * net.g).sum())
     saved = mlp(net.x, *net.arguments(), "ieee", True)[1]
     agree(mlp_backward(net.g, net.x, *net.arguments(), saved), gradients)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches of training passes and weight gradients, by name."""
+    from fused_inr.kernels import mlp as module
+
+    seen = []
+
+    def count(name, run, *args):
+        seen.append(name)
+        return run(*args)
+
+    for name in ("_launch_train", "launch_weight_grad"):
+        monkeypatch.setattr(module, name, partial(count, name, getattr(module, name)))
+    return seen
+
+
+@pytest.mark.parametrize(("name", "M"), [("sine", 149), ("sine", 128), ("sine", 10), ("complex_gabor", 80)])
+def test_factors_that_wait_take_one_launch(name, M, monkeypatch, launches):
+    """Two tiles wait at a time, and fewer at the end of a program's: 10 tiles for 2 programs, 8, 1 for one program."""
+    monkeypatch.setattr(mlp_tune, "LATER_ROWS", 32)
+    train_both_ways(name, M, 33, hidden=2 if name == "sine" else 1)
+    assert launches == ["_launch_train"] * 2
+
+
+def test_chunks_of_rows(monkeypatch, launches):
+    """Where sums of a program would leave the cache, and there are more rows than a chunk's scratch holds."""
+    monkeypatch.setattr(mlp_tune, "SUMS_BYTES", 1)
+    monkeypatch.setattr(mlp_tune, "CHUNK_BYTES", 32 * 128 * 8)  # 32 rows of gz and h
+    train_both_ways("sine", 50, 33, hidden=1)
+    assert launches == ["_launch_train", "launch_weight_grad"] * 4
 
 
 def test_deep_networks_leave_the_sums(monkeypatch):
@@ -449,7 +481,9 @@ def test_serves():
             assert reason(arch=arch, direction=direction) == ""
     assert reason(dtype=torch.float32, precision="tf32") == "" and reason(dtype=F64, arch=None) == ""
     assert "one by one" in reason(dtype=torch.float32, precision="ieee")
-    assert "one by one" in reason(dtype=torch.float32, precision="tf32x3")
+    assert "float32 in bf16x3 on sm80 (loss)" in reason(
+        [(128, 2), (128, 128), (3, 128)], dtype=torch.float32, precision="bf16x3", arch=80, direction="loss"
+    )
     assert "float64" not in reason(dtype=torch.float32, arch=None)
     assert "two layers" in reason([(3, 2)], [IDENTITY]) and "two layers" in reason(shapes, maps_of[1:])
     assert "different activations" in reason(maps=[sine, MAPS["gaussian"], IDENTITY])
@@ -470,3 +504,5 @@ def test_table():
         config, itemsize = mlp_tune.Config(*numbers), 2 if cls == "half" else 4
         assert mlp_tune.valid(config, arch, op, B, C, width, itemsize), (arch, op, cls, B, C, width, config)
     assert mlp_tune.width(33, "sm90") == 64 and mlp_tune.width(1, "sm90") == 32
+    served = {arch: {k[1:] for k in mlp_tune.TUNED if k[0] == arch and k[1] in ("forward", "train")} for arch in ARCHS}
+    assert served["sm80"] <= served["sm86"]  # 99 KB are enough for whatever 163 KB serve

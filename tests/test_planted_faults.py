@@ -289,7 +289,7 @@ class SourceFault:
 
 
 INTERPRETER = "tests/test_kernels_interpreter.py::"
-KERNEL = "fused_inr/kernels/linear_act.py"
+KERNEL, NETWORKS = "fused_inr/kernels/linear_act.py", "fused_inr/kernels/mlp.py"
 SLOW = {
     "k-tail mask": SourceFault(KERNEL, "mask_k = offs_k < K", "mask_k = offs_k < K - 1", INTERPRETER + "test_shapes"),
     "m-tail mask": SourceFault(
@@ -312,6 +312,12 @@ SLOW = {
         "gz = tl.where(mask, out[b], 0.0)",
         "gz = out[b]",
         INTERPRETER + "test_rows_outside_do_not_reach_the_sums",
+    ),
+    "factors that wait when a program's last tile is done": SourceFault(
+        NETWORKS,
+        "(place == LATER - 1) | (tile + tl.num_programs(0) >= tl.cdiv(M, BLOCK_M))",
+        "place == LATER - 1",
+        INTERPRETER.replace("kernels_", "kernels_mlp_") + "test_factors_that_wait_take_one_launch",
     ),
 }
 
