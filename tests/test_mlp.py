@@ -206,11 +206,12 @@ def test_only_what_is_needed_is_computed():
     tensors, constants = op._operands(layers)
     keys = [a.map.key for _, _, a in layers]
     weights, biases, params = tensors[:4], tensors[4:8], tensors[8:]
-    y, saved = raw.mlp(x, weights, biases, params, constants, keys, [], engine(), "ieee", False)
+    y, saved = raw.mlp(x, weights, biases, params, constants, keys, [], [], [], engine(), "ieee", False)
     assert saved.numel() == 0
     out = raw.mlp_backward(
-        y, x, weights, biases, params, constants, keys, [], None, engine(), "ieee", [False, True, False, False]
-    )
+        y, x, weights, biases, params, constants, keys, [], [], [], None, engine(), "ieee",
+        [False, True, False, False, False],
+    )  # fmt: skip
     assert [t.numel() > 0 for t in out] == [False, *[True] * 4, *[False] * 4, *[False] * 4]
 
 
