@@ -302,10 +302,9 @@ def _layer_norm_backward(g: Tensor, y: Tensor, norm: Norm, needed: bool) -> tupl
     hat = centred * rstd
     scaled = g if weight is None else g * weight.to(dtype)
     gy = rstd * (scaled - scaled.mean(-1, keepdim=True) - hat * (scaled * hat).mean(-1, keepdim=True))
-    sums = [
-        g.new_empty(0) if t is None or not needed else terms.sum(0).to(t.dtype)
-        for t, terms in ((weight, g * hat), (bias, g))
-    ]
+    sums = []
+    for t, terms in ((weight, g * hat), (bias, g)):
+        sums.append(g.new_empty(0) if t is None else terms.sum(0).to(t.dtype) if needed else t.new_empty(0))
     return gy, sums[0], sums[1]
 
 

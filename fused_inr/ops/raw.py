@@ -153,18 +153,21 @@ def _(x, weights, biases, params, constants, activations, skips, norms, norm_eps
     return y, x.new_empty((size,), dtype=compute_dtype(x.dtype))
 
 
+def _fake_gradient(x, t, needed):
+    return x.new_empty(0, dtype=compute_dtype(x.dtype)) if t is None else t.new_empty(t.shape if needed else (0,))
+
+
 def _fake_gradients(x, weights, biases, activations, norms, needs):
     dtype = compute_dtype(x.dtype)
     maps = [lookup(key) for key in activations]
     grads = [x.new_empty(x.shape if needs[0] else (0,))]
     grads += [w.new_empty(w.shape if needs[1] else (0,)) for w in weights]
-    for weight, bias in zip(weights, biases, strict=True):
-        grads.append(weight.new_empty(0, dtype=dtype) if bias is None or not needs[2] else torch.empty_like(bias))
+    for bias in biases:
+        grads.append(_fake_gradient(x, bias, needs[2]))
     for weight, map in zip(weights, maps, strict=True):
         shape = (map.n_params, weight.shape[0] // map.branches) if needs[3] and map.n_params else (0,)
         grads.append(x.new_empty(shape, dtype=dtype))
-    grads += [x.new_empty(0, dtype=dtype) if t is None or not needs[4] else torch.empty_like(t) for t in norms]
-    return grads
+    return [*grads, *(_fake_gradient(x, t, needs[4]) for t in norms)]
 
 
 @torch.library.register_fake("fused_inr::mlp_backward", lib=_LIB)
