@@ -510,13 +510,17 @@ struct NetworkOperands {
   bool has_bias = false;
 
   NetworkOperands(const Tensor& x_, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& params_,
-                  at::ArrayRef<double> constants, const c10::List<std::string>& keys, const c10::List<bool>& skips)
+                  at::ArrayRef<double> constants, const c10::List<std::string>& keys, const c10::List<bool>& skips,
+                  const OptionalTensors& norms, at::ArrayRef<double> norm_eps)
       : compute(x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {
     const size_t count = weights.size();
     TORCH_CHECK_VALUE(count >= 1 && biases.size() == count && keys.size() == count,
                       "weights, biases, activations: expected one for each layer, got ", count, ", ", biases.size(), ", ",
                       keys.size());
     TORCH_CHECK_VALUE(skips.empty() || skips.size() == count, "skips: expected none, or one for each layer, got ", skips.size());
+    TORCH_CHECK_VALUE((norm_eps.empty() || norm_eps.size() == count) && norms.size() == 2 * norm_eps.size(),
+                      "norms, norm_eps: expected none, or two and one for each layer, got ", norms.size(), " and ",
+                      norm_eps.size());
     storage_of(x_, "x");
     TORCH_CHECK_VALUE(x_.dim() == 2, "x: expected [M, K], got ", x_.sizes());
     x = with_unit_columns(x_);
@@ -569,6 +573,20 @@ struct NetworkOperands {
                         "]: a skip connection passes by a layer with an activation and with as many columns as its input");
       channels = a.outputs;
       channel = l.features;
+      l.norm = !norm_eps.empty() && norm_eps[i] >= 0;
+      if (!l.norm) continue;
+      l.eps = norm_eps[i];
+      const auto of_norm = [&](size_t at) -> const void* {
+        const OptionalTensor t = norms.get(at);
+        if (!t || !t->defined()) return nullptr;
+        TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == channels * channel, "norms[", at, "]: expected [", channels * channel,
+                          "], got ", t->sizes());
+        storage_of(*t, "norms");
+        keep.push_back(t->to(compute).contiguous());
+        return keep.back().data_ptr();
+      };
+      l.gamma = of_norm(2 * i);
+      l.beta = of_norm(2 * i + 1);
     }
   }
   NetworkOperands(const NetworkOperands&) = delete;
@@ -607,8 +625,9 @@ struct NetworkOperands {
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, at::TensorList weights, const OptionalTensors& biases,
                                const OptionalTensors& params, at::ArrayRef<double> constants,
-                               const c10::List<std::string>& activations, const c10::List<bool>& skips, bool save) {
-  const NetworkOperands o(x, weights, biases, params, constants, activations, skips);
+                               const c10::List<std::string>& activations, const c10::List<bool>& skips,
+                               const OptionalTensors& norms, at::ArrayRef<double> norm_eps, bool save) {
+  const NetworkOperands o(x, weights, biases, params, constants, activations, skips, norms, norm_eps);
   Tensor y = o.empty() ? at::zeros({o.rows(), o.out_features()}, at::TensorOptions().dtype(x.scalar_type()))
                        : fresh({o.rows(), o.out_features()}, x.scalar_type());
   if (o.empty()) return {y, nothing(o.compute)};
@@ -624,13 +643,14 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, at::TensorList weights, const Op
   return {y, saved};
 }
 
-// Gradients of a network's operands: gx, then those of all weights, of all biases, of all parameters.
+// Gradients of a network's operands: gx, then those of all weights, of all biases, of all parameters, and where there are norms
+// of the weight and the bias of each layer's.
 struct NetworkGradients {
   Tensor gx;
-  std::vector<Tensor> gw, gb, gp;
+  std::vector<Tensor> gw, gb, gp, gn;
 
   NetworkGradients(NetworkOperands& o, at::TensorList weights, const OptionalTensors& biases, const Tensor& x,
-                   std::array<bool, 4> needs, NetworkBackward* f) {
+                   const OptionalTensors& norms, std::array<bool, 5> needs, NetworkBackward* f) {
     const auto sum = [&](std::vector<int64_t> shape) {
       const auto options = at::TensorOptions().dtype(o.compute);
       return o.empty() ? at::zeros(shape, options) : at::empty(shape, options);
@@ -650,33 +670,44 @@ struct NetworkGradients {
       const bool learnable = needs[3] && l.params > 0;
       gp.push_back(learnable ? sum({l.params, l.features}) : nothing(o.compute));
       if (learnable) l.gp = gp.back().data_ptr();
+      if (norms.empty()) continue;
+      const auto of_norm = [&](const void* present) {
+        const bool needed = needs[4] && present;
+        gn.push_back(needed ? sum({l.outputs * l.features}) : nothing(o.compute));
+        return needed ? gn.back().data_ptr() : nullptr;
+      };
+      l.g_gamma = of_norm(l.gamma);
+      l.g_beta = of_norm(l.beta);
     }
     f->network = o.network();
     (void)biases;
   }
 
-  std::vector<Tensor> all(at::TensorList weights, const OptionalTensors& biases, std::vector<Tensor> first) const {
+  std::vector<Tensor> all(at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& norms,
+                          std::vector<Tensor> first) const {
     first.push_back(gx);
     for (size_t i = 0; i < gw.size(); ++i) first.push_back(gw[i].to(weights[i].scalar_type()));
-    for (size_t i = 0; i < gb.size(); ++i) {
-      const OptionalTensor bias = biases.get(i);
-      first.push_back(bias && bias->defined() ? gb[i].to(bias->scalar_type()) : gb[i]);
-    }
+    const auto in_type_of = [](const OptionalTensor& t, const Tensor& gradient) {
+      return t && t->defined() ? gradient.to(t->scalar_type()) : gradient;
+    };
+    for (size_t i = 0; i < gb.size(); ++i) first.push_back(in_type_of(biases.get(i), gb[i]));
     first.insert(first.end(), gp.begin(), gp.end());
+    for (size_t i = 0; i < gn.size(); ++i) first.push_back(in_type_of(norms.get(i), gn[i]));
     return first;
   }
 };
 
 std::vector<Tensor> mlp_backward(const Tensor& g_, const Tensor& x, at::TensorList weights, const OptionalTensors& biases,
                                  const OptionalTensors& params, at::ArrayRef<double> constants,
-                                 const c10::List<std::string>& activations, const c10::List<bool>& skips, const OptionalTensor& saved,
-                                 std::array<bool, 4> needs) {
-  NetworkOperands o(x, weights, biases, params, constants, activations, skips);
+                                 const c10::List<std::string>& activations, const c10::List<bool>& skips,
+                                 const OptionalTensors& norms, at::ArrayRef<double> norm_eps, const OptionalTensor& saved,
+                                 std::array<bool, 5> needs) {
+  NetworkOperands o(x, weights, biases, params, constants, activations, skips, norms, norm_eps);
   const std::vector<int64_t> expected{o.rows(), o.out_features()};
   TORCH_CHECK_VALUE(g_.sizes() == at::IntArrayRef(expected), "g: expected ", at::IntArrayRef(expected), ", got ", g_.sizes());
   o.differentiate(activations, needs[3]);
   NetworkBackward f;
-  const NetworkGradients gradients(o, weights, biases, x, needs, &f);
+  const NetworkGradients gradients(o, weights, biases, x, norms, needs, &f);
   const Tensor g = with_unit_columns((g_.scalar_type() == at::kDouble) != o.float64() ? g_.to(o.compute) : g_);
   f.g = rows_of(g, "g");
   if (saved && saved->defined() && saved->numel() > 0) {
@@ -685,15 +716,17 @@ std::vector<Tensor> mlp_backward(const Tensor& g_, const Tensor& x, at::TensorLi
                       "saved: expected what mlp returned, ", count, " elements of ", o.compute, ", got ", saved->sizes());
     f.saved = saved->data_ptr();
   }
-  if (!o.empty() && (needs[0] || needs[1] || needs[2] || needs[3])) o.engine->network_backward[o.float64()](f);
-  return gradients.all(weights, biases, {});
+  const bool any = needs[0] || needs[1] || needs[2] || needs[3] || needs[4];
+  if (!o.empty() && any) o.engine->network_backward[o.float64()](f);
+  return gradients.all(weights, biases, norms, {});
 }
 
 std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const OptionalTensor& row_weights, at::TensorList weights,
                              const OptionalTensors& biases, const OptionalTensors& params, at::ArrayRef<double> constants,
-                             const c10::List<std::string>& activations, const c10::List<bool>& skips, c10::string_view loss,
-                             at::ArrayRef<double> loss_constants, double scale, std::array<bool, 4> needs) {
-  NetworkOperands o(x, weights, biases, params, constants, activations, skips);
+                             const c10::List<std::string>& activations, const c10::List<bool>& skips,
+                             const OptionalTensors& norms, at::ArrayRef<double> norm_eps, c10::string_view loss,
+                             at::ArrayRef<double> loss_constants, double scale, std::array<bool, 5> needs) {
+  NetworkOperands o(x, weights, biases, params, constants, activations, skips, norms, norm_eps);
   const std::vector<int64_t> expected{o.rows(), o.out_features()};
   TORCH_CHECK_VALUE(target_.sizes() == at::IntArrayRef(expected), "target: expected ", at::IntArrayRef(expected), ", got ",
                     target_.sizes());
@@ -705,7 +738,7 @@ std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const Optio
   const Params p(OptionalTensors(), loss_constants, l, 1, o.compute);
 
   NetworkBackward f;
-  const NetworkGradients gradients(o, weights, biases, x, needs, &f);
+  const NetworkGradients gradients(o, weights, biases, x, norms, needs, &f);
   const Tensor target = with_unit_columns((target_.scalar_type() == at::kDouble) != o.float64() ? target_.to(o.compute) : target_);
   Tensor row_weight;
   double value = 0;
@@ -722,7 +755,7 @@ std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const Optio
   f.loss.scale = scale;
   f.loss.value = &value;
   if (!o.empty()) o.engine->network_backward[o.float64()](f);
-  return gradients.all(weights, biases, {at::full({}, value, at::TensorOptions().dtype(o.compute))});
+  return gradients.all(weights, biases, norms, {at::full({}, value, at::TensorOptions().dtype(o.compute))});
 }
 
 // Sums over `samples` draws from `start` on: [chunks, G, outputs * (1 + branches), 3] in float64.
@@ -823,13 +856,14 @@ TORCH_LIBRARY(fused_inr_native, m) {
       "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, int level, bool learnable) -> Tensor[]");
   m.def(
       "mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, str[] activations, bool[] skips, "
-      "bool save) -> (Tensor, Tensor)");
+      "Tensor?[] norms, float[] norm_eps, bool save) -> (Tensor, Tensor)");
   m.def(
       "mlp_backward(Tensor g, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, "
-      "str[] activations, bool[] skips, Tensor? saved, bool[4] needs) -> Tensor[]");
+      "str[] activations, bool[] skips, Tensor?[] norms, float[] norm_eps, Tensor? saved, bool[5] needs) -> Tensor[]");
   m.def(
       "mlp_loss(Tensor x, Tensor target, Tensor? row_weights, Tensor[] weights, Tensor?[] biases, Tensor?[] params, "
-      "float[] constants, str[] activations, bool[] skips, str loss, float[] loss_constants, float scale, bool[4] needs) -> Tensor[]");
+      "float[] constants, str[] activations, bool[] skips, Tensor?[] norms, float[] norm_eps, str loss, float[] loss_constants, "
+      "float scale, bool[5] needs) -> Tensor[]");
   m.def("moments(Tensor sigmas, Tensor params, int start, int samples, int seed, str activation) -> Tensor");
   m.def("random_bits(int start, int count, int branch, int seed) -> Tensor",
         [](int64_t start, int64_t count, int64_t branch, int64_t seed) { return random_bits(start, count, branch, seed); });

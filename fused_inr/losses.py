@@ -140,7 +140,8 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
         return _composed(form, net(x), target, weight, reduction)
     encoded = x if net.encoding is None else net.encoding(x)
     layers, backend, precision, reason = net._whole(encoded, "loss")
-    needed = torch.is_grad_enabled() and (encoded.requires_grad or any(p.requires_grad for p in net.net.parameters()))
+    trained = any(p.requires_grad for m in (net.net, *net._norm_modules()) for p in m.parameters())
+    needed = torch.is_grad_enabled() and (encoded.requires_grad or trained)
     if not reason:
         reason = _why_composed(form, encoded, target, weight, reduction, backend, needed, layers)
     if reason:
@@ -154,7 +155,7 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
     rows, layers = net._cast(rows, layers)
     flat = None if weight is None else weight.detach().reshape(-1)
     target = target.detach().reshape(-1, target.shape[-1])
-    return _op.network_loss(rows, target, flat, layers, criterion, backend, precision, net._skips)
+    return _op.network_loss(rows, target, flat, layers, criterion, backend, precision, net._skips, net._norms)
 
 
 def _why_composed(form, x, target, weight, reduction, backend, needed, layers) -> str:

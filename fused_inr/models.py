@@ -39,7 +39,6 @@ _DERIVED = (
     "the coordinates require a gradient, as where a loss takes derivatives of the network: "
     "layers differentiate twice without computing anything again"
 )
-_NORMED = "LayerNorm between the layers: they run one by one"
 _FUSIONS = ("auto", "network", "layers")
 _SAVES = ("preactivations", "nothing")
 
@@ -145,6 +144,17 @@ class _Network(nn.Module):
         skips = getattr(self.net, "skips", ())
         return skips if any(skips) else ()
 
+    def _norm_modules(self) -> list[nn.Module]:
+        """What stands behind the first layers."""
+        norms = getattr(self.net, "_norms", (None,))[0]
+        return [] if norms is None else list(norms)[: len(self.net)]
+
+    @property
+    def _norms(self) -> tuple[backends.Norm | None, ...]:
+        """Of each layer, empty where there are none; `_whole` has found that they are LayerNorms."""
+        norms = [(m.weight, m.bias, float(m.eps)) for m in cast(list[nn.LayerNorm], self._norm_modules())]
+        return (*norms, *[None] * (len(self.net) - len(norms))) if norms else ()
+
     def reset_parameters(self) -> None:
         """Draw everything again as at construction (also an encoding that has a `reset_parameters`)."""
         for module in (self.encoding, *self.net, *getattr(self, "norms", ())):
@@ -167,7 +177,8 @@ class _Network(nn.Module):
         layers, backend, precision, reason = self._whole(coordinates)
         if not reason:
             x, layers = self._cast(coordinates, layers)
-            return _op.network(x, layers, backend, precision, self.save == "preactivations", self._skips)
+            save = self.save == "preactivations"
+            return _op.network(x, layers, backend, precision, save, self._skips, self._norms)
         if self.fusion == "network":
             raise RuntimeError(f"fusion='network': {reason}; fusion='auto' runs this call layer by layer")
         backends.record_layers(reason)
@@ -180,8 +191,6 @@ class _Network(nn.Module):
             return [], "", "", f"an input that is a {type(x).__name__}"
         if _has_hooks(self.net) or nn.modules.module._has_any_global_hook():
             return [], "", "", "there are hooks, which a whole network would not call"
-        if self.norm is not None:
-            return [], "", "", _NORMED
         for module in self.net:
             if not isinstance(module, FusedLayer) or type(module).forward not in _OUR_FORWARDS:
                 return [], "", "", f"{type(module).__name__} is not one of the fused layers"
@@ -189,11 +198,14 @@ class _Network(nn.Module):
                 return [], "", "", "a layer has hooks, which a whole network would not call"
             weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
             layers.append((weight, bias, module.activation_with_parameters()))
+        for i, module in enumerate(self._norm_modules()):
+            if reason := _why_not_norm(module, cast(FusedLayer, self.net[i])):
+                return [], "", "", f"layer {i}: {reason}"
         derived = x.requires_grad and x.is_leaf and torch.is_grad_enabled()
         if self.fusion == "auto" and direction == "forward" and derived:
             return [], "", "", _DERIVED
         given, operands = self._cast(x, layers)
-        backend, precision, reason = _op.why_not(given, operands, self._skips, direction=direction)
+        backend, precision, reason = _op.why_not(given, operands, self._skips, self._norms, direction=direction)
         if not reason and self.fusion == "auto":
             shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
             reason = backends.implementation(backend).prefers_layers(shapes, [a.map for _, _, a in layers])
@@ -218,6 +230,17 @@ class _Network(nn.Module):
         if self.norm is not None:
             parts.append(f"norm={self.norm!r}")
         return ", ".join(parts)
+
+
+def _why_not_norm(module: nn.Module, layer: FusedLayer) -> str:
+    """Why what stands behind a layer cannot be part of a whole network."""
+    if type(module) is not nn.LayerNorm:
+        return f"{type(module).__name__} behind it is no nn.LayerNorm"
+    if _has_hooks(module):
+        return "its LayerNorm has hooks, which a whole network would not call"
+    if module.normalized_shape != (layer.output_features,):
+        return f"its LayerNorm is over {module.normalized_shape}, its output has {layer.output_features} columns"
+    return ""
 
 
 def _encoded_features(encoding: nn.Module | None, in_features: int) -> int:
@@ -280,7 +303,7 @@ class MLP(_Network):
         residual: True gives the hidden-to-hidden layers skip connections, x <- (activation(W x + b) + x) / sqrt(2): the
             factor keeps the mean square of a sum of two independent terms.
         norm: "layer" puts a `nn.LayerNorm` behind the activation of every layer but the last, before the sum of a skip
-            connection, each with its weight and bias (`norms.0.weight`, ...). Such networks run layer by layer.
+            connection, each with its weight and bias (`norms.0.weight`, ...): part of the whole network on the CPU.
         fusion: "auto" (the whole network as one operation where that serves, else layer by layer), "network", "layers".
         save: "preactivations" or "nothing": what the forward of a whole network stores for its backward.
         device, dtype: of the layers' parameters (not of an encoding, which keeps its own).

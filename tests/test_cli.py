@@ -18,6 +18,7 @@ Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 safetensors = pytest.importorskip("safetensors.torch")
+from safetensors import safe_open  # noqa: E402
 
 from fused_inr.cli import CliError  # noqa: E402
 from fused_inr.cli.activation import parse_activation  # noqa: E402
@@ -173,6 +174,30 @@ def test_resume_goes_on_beyond_the_end_but_not_with_another_fit(tmp_path, pictur
     assert "no checkpoint" in fails(capsys, "--resume", "--out", out)
 
 
+def test_skip_connections_and_norms_are_recorded_resumed_and_checked(tmp_path, picture, capsys):
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    fit = ["fit", str(picture), *TINY, "--residual", "--norm", "layer"]
+    assert main([*fit, "--steps", "4", "--out", str(out)]) == 0
+    assert "sine 2-16-16-3, skip connections, LayerNorm, " in capsys.readouterr().out
+    assert main(["fit", "--resume", "--steps", "6", "--quiet", "--out", str(out)]) == 0
+    assert main(["fit", "--resume", "--residual", "--norm", "layer", "--steps", "8", "--quiet", "--out", str(out)]) == 0
+    assert main([*fit, "--steps", "8", "--out", str(tmp_path / "whole")]) == 0
+    weights = "weights.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    with safe_open(out / weights, "pt") as file:
+        options = json.loads(file.metadata()["fused_inr"])["options"]
+    assert options["residual"] is True and options["norm"] == "layer"
+    model = build_model(FitOptions(**options), 3)
+    assert model.residual and model.norm == "layer"
+    model.load_state_dict(safetensors.load_file(out / weights))
+    assert not torch.equal(model.norms[0].weight, torch.ones(16))  # it was trained
+
+    assert main(["fit", str(picture), *TINY, "--steps", "4", "--out", str(plain)]) == 0
+    capsys.readouterr()
+    assert "--residual False, not True" in fails(capsys, "--resume", "--residual", "--out", plain)
+    assert "--norm None, not layer" in fails(capsys, "--resume", "--norm", "layer", "--out", plain)
+
+
 def test_compare_prints_three_variants_of_one_fit(tmp_path, picture):
     done = cli("fit", str(picture), *TINY, "--steps", "14", "--compare", "--out", "out", folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -205,6 +230,9 @@ def test_compare_prints_three_variants_of_one_fit(tmp_path, picture):
         ("--activation", "sin(w*z**2):w=2,learnable"),
         ("--precision", "bf16"),
         ("--precision", "float64", "--batch", "50"),
+        ("--residual", "--norm", "layer"),
+        ("--norm", "layer", "--precision", "bf16", "--activation", "split:m=5"),
+        ("--residual", "--activation", "gaussian:sigma=0.1", "--init", "vi3nr"),
     ],
     ids=lambda a: " ".join(a[:2]),
 )
@@ -229,6 +257,7 @@ def test_fit_with(tmp_path, picture, arguments):
         (["fit", "--lr", "-1"], "--lr"),
         (["fit", "--precision", "float8"], "float32"),
         (["fit", "--backend", "opencl"], "reference"),
+        (["fit", "--norm", "batch"], "layer"),
         (["fit", "--backend", "cuda"], "serves CUDA tensors"),
         (["fit", "--unheard-of"], "--unheard-of"),
         (["fit", "a.png", "b.png"], "b.png"),
@@ -369,6 +398,18 @@ def test_eager_twin_is_the_same_network(map):
     x = torch.rand(50, 2, dtype=torch.float64) * 2 - 1
     with backends.use("reference"):
         torch.testing.assert_close(twin(x), model(x), rtol=1e-9, atol=1e-9)
+    assert sum(p.numel() for p in twin.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("activation", ["sine", "split", "complex_gabor"])
+def test_eager_twin_has_skip_connections_and_norms(activation):
+    options = FitOptions(
+        activation=activation, width=8, depth=2, precision="float64", init="default", residual=True, norm="layer"
+    )
+    model = build_model(options, 3)
+    twin = eager_twin(model)
+    x = torch.rand(50, 2, dtype=torch.float64) * 2 - 1
+    torch.testing.assert_close(twin(x), model(x), rtol=1e-9, atol=1e-9)
     assert sum(p.numel() for p in twin.parameters()) == sum(p.numel() for p in model.parameters())
 
 

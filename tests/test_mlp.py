@@ -3,7 +3,7 @@
 import pytest
 import sympy
 import torch
-from linear_act_oracle import eager_act, spread
+from linear_act_oracle import BY_HAND, eager_act, spread
 from tolerances import UNIT, tolerance
 from torch import nn
 
@@ -208,11 +208,12 @@ def test_only_what_is_needed_is_computed():
     tensors, constants = op._operands(layers)
     keys = [a.map.key for _, _, a in layers]
     weights, biases, params = tensors[:4], tensors[4:8], tensors[8:]
-    y, saved = raw.mlp(x, weights, biases, params, constants, keys, [], engine(), "ieee", False)
+    y, saved = raw.mlp(x, weights, biases, params, constants, keys, [], [], [], engine(), "ieee", False)
     assert saved.numel() == 0
     out = raw.mlp_backward(
-        y, x, weights, biases, params, constants, keys, [], None, engine(), "ieee", [False, True, False, False]
-    )
+        y, x, weights, biases, params, constants, keys, [], [], [], None, engine(), "ieee",
+        [False, True, False, False, False],
+    )  # fmt: skip
     assert [t.numel() > 0 for t in out] == [False, *[True] * 4, *[False] * 4, *[False] * 4]
 
 
@@ -685,3 +686,448 @@ def test_skip_connections_that_cannot_be_are_refused():
     if engine() == "cpu":
         with pytest.raises(ValueError, match="as many columns"):
             op.network(x, layers, "cpu", "ieee", True, (True, False, False, False))
+
+
+# -- LayerNorm
+
+#: which of weight and bias a norm has
+AFFINE = {"weight and bias": (True, True), "weight": (True, False), "bias": (False, True), "neither": (False, False)}
+
+
+def columns_of(layer: op.Layer) -> int:
+    weight, _, activation = layer
+    return weight.shape[0] // activation.branches * activation.outputs
+
+
+def with_norms(layers, affine="weight and bias", where=None, eps=1e-5):
+    """A norm behind every layer but the last, or `where`; its weight and bias away from 1 and 0."""
+    where = [True] * (len(layers) - 1) + [False] if where is None else where
+    norms = []
+    for layer, there in zip(layers, where, strict=True):
+        dtype, n = layer[0].dtype, columns_of(layer)
+        weight, bias = (
+            t.to(dtype) if present else None
+            for t, present in zip((torch.rand(n) + 0.5, torch.randn(n)), AFFINE[affine], strict=True)
+        )
+        norms.append((weight, bias, eps) if there else None)
+    return norms
+
+
+def by_hand(y, norm):
+    weight, bias, eps = norm
+    centred = y - y.mean(-1, keepdim=True)
+    y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def by_pytorch(y, norm):
+    weight, bias, eps = norm
+    return nn.functional.layer_norm(y, y.shape[-1:], weight, bias, eps)
+
+
+def plain_with_norms(x, layers, norms, skips, normalised=by_hand):
+    for layer, norm, skip in zip(layers, norms, skips or [False] * len(layers), strict=True):
+        y = plain(x, [layer])
+        y = y if norm is None else normalised(y, norm)
+        x = (y + x) / 2**0.5 if skip else y
+    return x
+
+
+def whole_with_norms(save=True, backend=None):
+    def run(x, layers, norms, skips):
+        return op.network(x, layers, backend or engine(), "ieee", save, skips, norms)
+
+    return run
+
+
+def one_pass_with_norms(target, row_weights=None, backend=None):
+    def run(x, layers, norms, skips):
+        criterion = op.Criterion("squared_error", (), 0.5)
+        return op.network_loss(x, target, row_weights, layers, criterion, backend or engine(), "ieee", skips, norms)
+
+    return run
+
+
+def plain_loss_with_norms(target, row_weights=None):
+    def run(x, layers, norms, skips):
+        error = (plain_with_norms(x, layers, norms, skips) - target).square().sum(-1)
+        return (error if row_weights is None else error * row_weights).sum() / 2
+
+    return run
+
+
+def gradients_with_norms(run, x, layers, norms, skips=()):
+    """run's value, and the gradients of x, the layers and the norms."""
+    x, layers, wanted = leaves(x, layers)
+    own = []
+    for norm in norms:
+        pair = () if norm is None else tuple(t if t is None else t.clone().requires_grad_() for t in norm[:2])
+        own.append(None if norm is None else (*pair, norm[2]))
+        wanted += [t for t in pair if t is not None]
+    y = run(x, layers, own, skips)
+    return y.detach(), torch.autograd.grad(y, wanted, torch.cos(y.detach()), allow_unused=True)
+
+
+def agree_with_norms(x, layers, norms, skips=(), backend=None, scale=100.0):
+    """Every way to train against float64 PyTorch by hand; what eps and a small deviation amplify: `scale`."""
+    target = torch.randn(x.shape[0], columns_of(layers[-1]), dtype=torch.float64)
+    row_weights = torch.rand(x.shape[0], dtype=torch.float64)
+    truths = [
+        gradients_with_norms(run, x, layers, norms, skips)
+        for run in (plain_with_norms, plain_loss_with_norms(target, row_weights))
+    ]
+    for run, (truth, expected) in (
+        (whole_with_norms(True, backend), truths[0]),
+        (whole_with_norms(False, backend), truths[0]),
+        (one_pass_with_norms(target, row_weights, backend), truths[1]),
+    ):
+        y, grads = gradients_with_norms(run, x, layers, norms, skips)
+        same(y, truth, scale)
+        for got, want in zip(grads, expected, strict=True):
+            same(got, want, scale)
+
+
+@pytest.mark.parametrize("backend", ["engine", "reference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_layer_norm_in_float64(name, backend):
+    layers, x = network(name), torch.randn(129, 2, dtype=torch.float64)
+    agree_with_norms(x, layers, with_norms(layers, eps=1e-2), backend=None if backend == "engine" else backend)
+
+
+@pytest.mark.parametrize("affine", AFFINE)
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("name", ["sine", "split", "complex_gabor"])
+def test_layer_norm_with_skip_connections_and_without_weight_or_bias(name, skip, affine):
+    layers, skips = square(name)
+    x = torch.randn(200, layers[0][0].shape[1], dtype=torch.float64)
+    norms = with_norms(layers, affine, eps=1e-3)
+    for backend in (None, "reference"):
+        agree_with_norms(x, layers, norms, skips if skip else (), backend)
+
+
+@pytest.mark.parametrize("where", [(True, False, False), (False, True, True), (False, False, True)])
+@pytest.mark.parametrize("skip", [False, True])
+def test_layer_norm_behind_some_layers_and_the_last(where, skip):
+    layers, _ = square("sine", depth=3)
+    layers = layers[:-1]
+    x = torch.randn(77, 21, dtype=torch.float64)
+    for backend in (None, "reference"):
+        agree_with_norms(x, layers, with_norms(layers, where=where), (True, False, True) if skip else (), backend)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_layer_norm_of_linear_layers(last):
+    layers, x = network("identity", widths=(20, 33)), torch.randn(70, 2, dtype=torch.float64)
+    agree_with_norms(x, layers, with_norms(layers, where=(True, True, last)))
+
+
+@pytest.mark.parametrize("name", ["sine", "split", "complex_gabor"])
+@pytest.mark.parametrize("widths", [(1, 2), (5,), (16,), (17, 129), (256, 3), (64, 64, 64, 64)])
+@pytest.mark.parametrize("rows", [0, 1, 5, 301])
+def test_layer_norm_of_every_width_and_number_of_rows(name, widths, rows):
+    layers, x = network(name, widths=widths, out_features=5), torch.randn(rows, 2, dtype=torch.float64)
+    # of one or two columns, eps alone keeps the deviation from 0
+    agree_with_norms(x, layers, with_norms(layers, eps=1e-1))
+
+
+@pytest.mark.parametrize("name", ["sine", "gaussian", "split", "complex_gabor", "relu"])
+@pytest.mark.parametrize("rows", [64, 1001])
+def test_layer_norm_in_float32_is_no_worse_than_twice_eager(name, rows):
+    """Medians over 9 draws: the largest error of one is that of the row which the layers amplify most, and there it is
+    chance which of two roundings lies further from the truth (medians of the ratio: 0.88 to 1.10)."""
+    if engine() != "cpu":
+        pytest.skip("needs the native engine")
+
+    def eager(x, layers, norms, skips):
+        return plain_with_norms(x, layers, norms, skips, by_pytorch)
+
+    def flat(result):
+        return [result[0], *result[1]]
+
+    errors = {run: [] for run in (eager, whole_with_norms(True), whole_with_norms(False))}
+    sizes = []
+    for _ in range(9):
+        layers, x = network(name, torch.float32, widths=(33, 50, 33)), torch.randn(rows, 2)
+        norms = with_norms(layers)
+        exact = [None if n is None else (n[0].double(), n[1].double(), n[2]) for n in norms]
+        truth = flat(gradients_with_norms(plain_with_norms, x.double(), convert(layers, torch.float64), exact))
+        sizes.append([t.abs().max() for t in truth])
+        for run, found in errors.items():
+            got = flat(gradients_with_norms(run, x, layers, norms))
+            found.append([(a.double() - b).abs().max() for a, b in zip(got, truth, strict=True)])
+    theirs, *ours = (torch.tensor(found).median(0).values for found in errors.values())
+    floor = tolerance("eager floor") * 2 * UNIT[torch.float32] * torch.tensor(sizes).median(0).values
+    for error in ours:
+        assert (error <= tolerance("eager") * theirs + floor).all()
+
+
+def test_the_statistics_of_rows_far_from_zero():
+    """A deviation of 1 around 1,000, of whose squares float32 has no more than 1/16."""
+    if engine() != "cpu":
+        pytest.skip("needs the native engine")
+    identity = activations.get("identity")
+    x = torch.randn(70, 40) + 1000
+    layers = [(torch.eye(40), torch.zeros(40), identity)]
+    norms = with_norms(layers, "neither", (True,))
+    truth = by_hand(x.double(), norms[0])
+    y = whole_with_norms()(x, layers, norms, ())
+    # the mean of 40 numbers rounds once a step at most, by 2^-24 of 1,000
+    assert (y.double() - truth).abs().max() <= 40 * UNIT[torch.float32] * 1000
+    no_worse(y, by_pytorch(x, norms[0]), truth, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_norms", ["half", "float32"])
+def test_layer_norm_of_half_types_keeps_float32_between_the_layers(dtype, of_norms):
+    layers, x = network("sine", dtype), torch.randn(77, 2).to(dtype)
+    norms = with_norms(layers)
+    if of_norms == "float32":
+        norms = [None if n is None else (n[0].float(), n[1].float(), n[2]) for n in norms]
+    exact = [None if n is None else (n[0].double(), n[1].double(), n[2]) for n in norms]
+    truth, expected = gradients_with_norms(plain_with_norms, x.double(), convert(layers, torch.float64), exact)
+    assert not op.why_not(x, layers, (), norms)[2]
+    for save in (True, False):
+        y, grads = gradients_with_norms(whole_with_norms(save), x, layers, norms)
+        assert y.dtype == dtype
+        if engine() != "cpu":
+            continue  # the reference rounds between the layers
+        assert (y.double() - truth).abs().max() <= 1.01 * UNIT[dtype] * truth.abs().max()
+        types = [dtype] * 9 + [t.dtype for n in norms if n is not None for t in n[:2]]
+        for got, want, expected_type in zip(grads, expected, types, strict=True):
+            assert got.dtype == expected_type
+            # the cotangent is cos of a rounded output: it differs by as much again
+            assert (got.double() - want).abs().max() <= 6 * UNIT[dtype] * want.abs().max() * y.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_lies_beyond_the_last_column_is_not_in_the_statistics(skip, monkeypatch):
+    """A panel's columns beyond the layer's last are maps of 0, and here infinite."""
+    monkeypatch.setitem(BY_HAND, "reciprocal", lambda z, shift: 1 / (z + shift))
+    reciprocal = activations.define("reciprocal", lambda z, shift: 1 / (z + shift), shift=0.0)
+    layers = [
+        (torch.rand(n, k, dtype=torch.float64) / k + 0.1, torch.ones(n, dtype=torch.float64), reciprocal)
+        for n, k in ((19, 3), (19, 19), (33, 19))
+    ]
+    norms = with_norms(layers, where=(True, True, True), eps=1e-3)
+    # positive pre-activations everywhere
+    norms = [(weight, bias.abs() + 6, eps) for weight, bias, eps in norms]
+    agree_with_norms(torch.rand(40, 3, dtype=torch.float64), layers, norms, (False, True, False) if skip else ())
+
+
+def test_sums_with_layer_norm_are_the_same_bits_for_any_number_of_threads():
+    if engine() != "cpu":
+        pytest.skip("needs the native engine")
+    layers, x = network("sine", torch.float32, widths=(64, 64)), torch.randn(40000, 2)
+    norms, skips = with_norms(layers), (False, True, False)
+    runs = (whole_with_norms(True), whole_with_norms(False), one_pass_with_norms(torch.zeros(40000, 3)))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (2, 2, 3):
+            torch.set_num_threads(count)
+            results.append([gradients_with_norms(run, x, layers, norms, skips) for run in runs])
+    finally:
+        torch.set_num_threads(threads)
+    for ways in zip(*results, strict=True):
+        for _, grads in ways[1:]:
+            assert all(torch.equal(p, q) for p, q in zip(ways[0][1], grads, strict=True))
+        assert all(torch.equal(y, ways[0][0]) for y, _ in ways[1:])
+
+
+@pytest.mark.parametrize("affine", ["weight and bias", "neither"])
+@pytest.mark.parametrize("name", ["sine", "split"])
+def test_second_derivatives_with_layer_norm(name, affine):
+    layers, skips = square(name, columns=3, depth=2)
+    skips, norms = skips[:2] + (False,), with_norms(layers, affine, eps=1e-1)
+    _, layers, wanted = leaves(torch.randn(4, layers[0][0].shape[1], dtype=torch.float64), layers)
+    own = [t.clone().requires_grad_() for n in norms if n is not None for t in n[:2] if t is not None]
+
+    def run(*tensors):
+        n = len(layers)
+        again = [(w, b, a) for w, b, (_, _, a) in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=False)]
+        rest = list(tensors[1 + 2 * n :]) or [None] * 4
+        given = [(rest[2 * i], rest[2 * i + 1], 1e-1) for i in range(2)]
+        return op.network(tensors[0], again, engine(), "ieee", True, skips, [*given, None])
+
+    assert torch.autograd.gradcheck(run, [*wanted, *own])
+    assert torch.autograd.gradgradcheck(run, [*wanted, *own])
+
+
+def test_second_derivatives_of_a_loss_and_batches_of_cotangents_with_layer_norm():
+    net, x = siren(norm="layer", residual=True, fusion="network"), coordinates(20)
+    target = torch.zeros(20, 3, dtype=torch.float64)
+    wanted = [p for p in net.parameters() if p.dim() == 2 or p.shape == (32,)]
+    results = []
+    for loss in (losses.mse(net, x, target), (net.net(x) - target).square().mean()):
+        grads = torch.autograd.grad(loss, wanted, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), wanted))
+    for a, b in zip(*results, strict=True):
+        same(a, b, 1e4)
+    with backends.use(engine()):
+        y = net(x)
+    basis = torch.eye(60, dtype=torch.float64).view(60, 20, 3)
+    batched = torch.autograd.grad(y, wanted, basis, is_grads_batched=True, retain_graph=True)
+    for i in (0, 31):
+        for a, b in zip(batched, torch.autograd.grad(y, wanted, basis[i], retain_graph=True), strict=True):
+            same(a[i], b, 100.0)
+
+
+NORMED = {
+    "SIREN": lambda **k: fi.SIREN(2, 32, 2, 3, **k),
+    "skips, learnable omegas": lambda **k: fi.SIREN(2, 32, 2, 3, residual=True, learnable=True, **k),
+    "no linear layer": lambda **k: fi.SIREN(2, 20, 2, 3, outermost_linear=False, residual=True, **k),
+    "split": lambda **k: fi.SplitNet(2, 20, 2, 3, **k),
+    "two outputs": lambda **k: fi.MLP(2, 20, 2, 4, "complex_gabor", bias=False, output_activation="sigmoid", **k),
+}
+
+
+@pytest.mark.parametrize("affine", ["weight and bias", "no bias", "neither"])
+@pytest.mark.parametrize("make", NORMED.values(), ids=NORMED)
+def test_layer_norm_and_fusion_change_no_result(make, affine):
+    net = make(norm="layer", dtype=torch.float64)
+    for i, n in enumerate(net.norms):
+        if affine == "no bias":
+            net.norms[i] = nn.LayerNorm(n.normalized_shape, bias=False, dtype=torch.float64)
+        if affine == "neither":
+            net.norms[i] = nn.LayerNorm(n.normalized_shape, eps=1e-3, elementwise_affine=False)
+        for p in net.norms[i].parameters():
+            nn.init.uniform_(p, 0.5, 1.5)
+    x, target = coordinates(), torch.randn(50, net.out_features, dtype=torch.float64)
+    with backends.use(engine()):
+        results = []
+        for fusion, save in (("layers", "nothing"), ("network", "preactivations"), ("network", "nothing")):
+            net.fusion, net.save = fusion, save
+            results.append(grads_of(net, (net(x) - target).square().mean()))
+        results.append(grads_of(net, losses.mse(net, x, target)))
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            same(a, b, 100.0)
+
+
+def test_layer_norms_that_are_frozen_or_trained_alone():
+    net, x, target = siren(norm="layer", fusion="network"), coordinates(), torch.zeros(50, 3, dtype=torch.float64)
+    whole = dict(zip(dict(net.named_parameters()), grads_of(net, losses.mse(net, x, target)), strict=True))
+    for frozen in ("norms", "net"):
+        for name, p in net.named_parameters():
+            p.requires_grad_(not name.startswith(frozen))
+        with backends.use(engine()):
+            for loss in (losses.mse(net, x, target), (net(x) - target).square().mean()):
+                net.zero_grad()
+                loss.backward()
+                for name, p in net.named_parameters():
+                    assert (p.grad is None) == name.startswith(frozen)
+                    if p.grad is not None:
+                        same(p.grad, whole[name], 100.0)
+
+
+def test_layer_norm_under_transforms_compile_and_autocast():
+    net, x = siren(norm="layer", residual=True), coordinates(4)
+    expected = net(x)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    same(compiled(x), expected, 100.0)
+    for a, b in zip(grads_of(net, compiled(x).sum()), grads_of(net, expected.sum()), strict=True):
+        same(a, b, 100.0)
+    jacobian = torch.func.vmap(torch.func.jacrev(net))(x)
+    y = net(x.requires_grad_())
+    rows = torch.stack([torch.autograd.grad(y[:, c].sum(), x, retain_graph=True)[0] for c in range(3)], 1)
+    same(jacobian, rows, 100.0)
+    (tangent,) = torch.func.jvp(net, (x.detach(),), (torch.ones_like(x),))[1:]
+    same(tangent, rows.sum(-1), 100.0)
+    net = fi.SIREN(2, 32, 2, 3, omega=3.0, first_omega=3.0, norm="layer")
+    x = torch.rand(50, 2)
+    exact = net(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+    assert y.dtype == torch.bfloat16
+    assert (y - exact).abs().max() <= 16 * UNIT[torch.bfloat16] * exact.abs().max()
+
+
+def test_layer_norm_runs_whole_and_says_why_not():
+    if engine() != "cpu":
+        pytest.skip("needs the native engine")
+    x = torch.rand(64, 2)
+
+    def net():
+        return fi.SIREN(2, 32, 2, 3, norm="layer")
+
+    assert "whole network [64, 2] -> 32 -> 32 -> 32 -> 3 torch.float32 (sine, identity, LayerNorm)" in (
+        backends.explain(net(), x)
+    )
+
+    def hooked(n):
+        n.norms[1].register_forward_hook(lambda *_: None)
+
+    def replaced(n):
+        n.norms[0] = nn.Sequential(nn.LayerNorm(32))
+
+    def of_rows(n):
+        n.norms[0] = nn.LayerNorm((64, 32))
+
+    def subclass(n):
+        n.norms[2] = type("Ours", (nn.LayerNorm,), {})(32)
+
+    def of_another_type(n):
+        n.norms[1].double()
+
+    def of_another_device(n):
+        n.norms[1].to("meta")
+
+    def of_a_negative_eps(n):
+        n.norms[0].eps = -1e-5
+
+    for change, reason in (
+        (hooked, "layer 1: its LayerNorm has hooks"),
+        (replaced, "layer 0: Sequential behind it is no nn.LayerNorm"),
+        (of_rows, r"layer 0: its LayerNorm is over \(64, 32\), its output has 32 columns"),
+        (subclass, "layer 2: Ours behind it is no nn.LayerNorm"),
+        (of_another_type, r"layer 1: its LayerNorm has torch\.float64, the input torch\.float32"),
+        (of_another_device, "layer 1: its LayerNorm is not on the input's device, cpu"),
+        (of_a_negative_eps, "layer 0: its LayerNorm has eps=-1e-05"),
+    ):
+        changed = net()
+        change(changed)
+        changed.fusion = "network"
+        with pytest.raises(RuntimeError, match=f"fusion='network': {reason}"):
+            changed(x)
+        with pytest.raises(RuntimeError, match=reason):
+            losses.mse(changed, x, torch.zeros(64, 3))
+        changed.fusion = "auto"
+        if change not in (of_another_type, of_another_device):  # which PyTorch refuses, too
+            assert backends.explain(changed, x).startswith(f"layer by layer: {reason}".replace("\\", ""))
+    seen = []
+    changed = net()
+    changed.norms[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    changed(x)
+    assert seen == [(64, 32)]
+
+
+def test_norms_of_wrong_sizes_are_refused_by_the_operation():
+    layers, x = network("sine"), torch.randn(5, 2, dtype=torch.float64)
+    norms = with_norms(layers)
+    norms[1] = (torch.ones(3, dtype=torch.float64), None, 1e-5)
+    assert "layer 1: its LayerNorm has [3] elements, its output 16 columns" in op.why_not(x, layers, (), norms)[2]
+    if engine() == "cpu":
+        with pytest.raises(ValueError, match=r"norms\[2\]: expected \[16\]"):
+            op.network(x, layers, "cpu", "ieee", True, (), norms)
+        tensors, constants = op._operands(layers)
+        keys = [a.map.key for _, _, a in layers]
+        with pytest.raises(ValueError, match="norms, norm_eps: expected none, or two and one for each layer"):
+            torch.ops.fused_inr_native.mlp(
+                x, tensors[:4], tensors[4:8], tensors[8:], constants, keys, [], [None], [1e-5], False
+            )
+
+
+def test_fake_tensors_of_networks_with_norms():
+    layers, x = network("sine", torch.bfloat16), torch.randn(20, 2).bfloat16()
+    norms = with_norms(layers, "weight")
+    tensors, constants = op._operands(layers, norms)
+    config = op._config(layers, constants, engine(), "bf16", False, (), norms)
+    operands = op._arguments(config, tensors)
+    g = torch.randn(20, 3).bfloat16()
+    checked = ("test_schema", "test_faketensor")
+    torch.library.opcheck(raw.mlp, (x, *operands, engine(), "bf16", False), test_utils=checked)
+    for needs in ([True] * 5, [False, True, False, False, True], [True, False, True, True, False]):
+        torch.library.opcheck(raw.mlp_backward, (g, x, *operands, None, engine(), "bf16", needs), test_utils=checked)
+        arguments = (x, g, None, *operands, "squared_error", [], 0.5, engine(), "bf16", needs)
+        torch.library.opcheck(raw.mlp_loss, arguments, test_utils=checked)

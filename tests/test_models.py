@@ -409,22 +409,20 @@ def test_residual_and_norm_differentiate_twice():
     assert torch.autograd.gradgradcheck(net, (x,))
 
 
-def test_residual_runs_whole_where_the_engine_is_and_norm_says_why_not():
-    x = torch.rand(64, 2)
-    net = fi.SIREN(2, 32, 2, 3, residual=True)
+@pytest.mark.parametrize("variant", [{"residual": True}, {"norm": "layer"}, {"residual": True, "norm": "layer"}])
+def test_residual_and_norm_run_whole_where_the_engine_is(variant):
+    net, x = fi.SIREN(2, 32, 2, 3, **variant), torch.rand(64, 2)
     if backends.available()["cpu"][0]:
-        assert "whole network" in backends.explain(net, x)
-    normed = fi.SIREN(2, 32, 2, 3, norm="layer")
-    assert "LayerNorm" in backends.explain(normed, x)
-    normed.fusion = "network"
-    with pytest.raises(RuntimeError, match="LayerNorm"):
-        normed(x)
+        said = backends.explain(net, x)
+        assert "whole network" in said and ("LayerNorm" in said) == ("norm" in variant)
 
 
-def test_triton_takes_skip_connections_layer_by_layer():
-    assert "skip connections" in backends.implementation("triton").serves_network(
-        torch.rand(4, 2), [(32, 2), (32, 32)], [], "ieee", "forward", [False, False], (False, True)
-    )
+def test_triton_and_cuda_take_skip_connections_and_norms_layer_by_layer():
+    arguments = (torch.rand(4, 2), [(32, 2), (32, 32)], [], "ieee", "forward", [False, False])
+    triton, cuda = backends.implementation("triton"), backends.implementation("cuda")
+    assert "skip connections" in triton.serves_network(*arguments, (False, True), ())
+    assert "LayerNorm" in triton.serves_network(*arguments, (), (True, False))
+    assert "layer by layer" in cuda.serves_network(*arguments, (), (True, False))
 
 
 def test_state_dict_with_norms_and_copies():

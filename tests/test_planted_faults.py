@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import test_linear_act
+import test_mlp
 import test_moments
 import test_special_values
 import test_torch_integration
@@ -200,6 +201,41 @@ def draws_shared_by_the_branches(patch):
     wrapped(patch, raw, "normals", lambda run, a: run(branch=0))
 
 
+def eps_of_a_norm_ignored(patch):
+    wrapped(patch, backends, "layer_norm", lambda run, a: run(norm=(*a["norm"][:2], 0.0)))
+
+
+def bias_of_a_norm_ignored(patch):
+    wrapped(patch, backends, "layer_norm", lambda run, a: run(norm=(a["norm"][0], None, a["norm"][2])))
+
+
+def weight_of_a_norm_dropped_in_backward(patch):
+    def around(run, a):
+        gy, *_ = run(norm=(None, *a["norm"][1:]))
+        return gy, *run()[1:]
+
+    wrapped(patch, backends, "_layer_norm_backward", around)
+
+
+def statistics_of_a_norm_held_constant_in_backward(patch):
+    """gy = rstd g gamma, without the derivatives of mean and deviation."""
+
+    def around(run, a):
+        (weight, _, eps), y = a["norm"], a["y"]
+        rstd = (y.var(-1, unbiased=False, keepdim=True) + eps).rsqrt()
+        return a["g"] * weight * rstd, *run()[1:]
+
+    wrapped(patch, backends, "_layer_norm_backward", around)
+
+
+def norms_weight_from_what_is_not_normalised(patch):
+    def around(run, a):
+        gy, _, gb = run()
+        return gy, (a["g"] * a["y"]).sum(0), gb
+
+    wrapped(patch, backends, "_layer_norm_backward", around)
+
+
 # -- the checks that catch them
 
 
@@ -209,6 +245,10 @@ def finite_differences():
 
 def rounding_bound(name="sine", dtype=F32):
     test_linear_act.test_rounding_stays_within_the_bound(name, dtype, "reference", CPU)
+
+
+def layer_norm():
+    test_mlp.test_layer_norm_in_float64("sine", "reference")
 
 
 def every_shape(k):
@@ -244,6 +284,11 @@ QUICK = {
     one_layer_of_a_batch_for_all: lambda: test_linear_act.test_a_batch_of_weights_is_the_stack_of_layers(
         "sine", "reference"
     ),
+    eps_of_a_norm_ignored: layer_norm,
+    bias_of_a_norm_ignored: layer_norm,
+    weight_of_a_norm_dropped_in_backward: layer_norm,
+    statistics_of_a_norm_held_constant_in_backward: layer_norm,
+    norms_weight_from_what_is_not_normalised: layer_norm,
     draws_reused_by_every_call: test_moments.test_normals_are_normal,
     draws_shared_by_the_branches: test_moments.test_normals_are_normal,
     bits_that_change: lambda: test_linear_act.test_the_same_bits_twice("sine", "reference", CPU),

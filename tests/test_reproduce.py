@@ -293,7 +293,7 @@ def test_bad_arguments_are_one_line(tmp_path, picture, capsys, monkeypatch):
     assert "--seeds" in refused(capsys, "vi3nr-toy", "--seeds", 0)
     assert "one network size" in refused(capsys, "vi3nr-toy", "--widths", 64)
     assert "--widths" in refused(capsys, "siren-init", "--widths", 0)
-    assert "no fit" in refused(capsys, "vi3nr-toy", "--batch", 64)
+    assert "no fit" in refused(capsys, "vi3nr-toy", "--batch", 0)
     assert "--batch" in refused(capsys, "audio", "--batch", -1)
     assert "tokyo512.png" in refused(capsys, "siren-init", "--out", tmp_path / "o")
     assert "no such picture" in refused(capsys, "siren-init", "--data", tmp_path / "none.png")

@@ -99,6 +99,9 @@ struct NetworkLayer {
   int64_t features = 0;                     // of one branch
   int branches = 1, outputs = 1, params = 0;
   bool skip = false;           // output (map(z) + input) / sqrt(2); as many columns, and not of the identity
+  bool norm = false;           // LayerNorm of map(z), over all outputs * features columns, before the sum of a skip
+  double eps = 0;
+  const void *gamma = nullptr, *beta = nullptr;  // of the norm: compute type, [outputs * features]; null: 1, 0
   Rows weight;                 // compute type
   const void* bias = nullptr;  // compute type, [branches * features]
   const void* param[kMaxParams] = {};
@@ -106,6 +109,7 @@ struct NetworkLayer {
   void* value = nullptr;  // the map; null: the identity
   void* jet = nullptr;    // its jet, the learnable one where gp is wanted; null in a forward
   void *gw = nullptr, *gb = nullptr, *gp = nullptr;  // compute type, as in Backward; null: not wanted
+  void *g_gamma = nullptr, *g_beta = nullptr;        // compute type, [outputs * features]; null: not wanted
 };
 
 struct Network {

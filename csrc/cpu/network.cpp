@@ -4,6 +4,7 @@
 // Per tile, layer by layer (panels as in gemm.h):
 //   forward    z = y_before W^T + b, panel by panel, each at once through its map: y, or y and its derivatives J
 //   backward   gy = gz_after W_after, panel by panel, each at once times J: gz, its column sums; gw += gz^T y_before
+// A LayerNorm comes when all panels of a layer are there: its statistics are those of whole rows.
 #include "gemm_bfloat16.h"
 #include "tile.h"
 
@@ -27,7 +28,7 @@ int64_t y_panels(const NetworkLayer& l) {
 }
 
 // Whether a forward stores the layer's z: not that of a last linear layer, which nothing reads again.
-bool stores(const Network& n, int i) { return n.layer[i].value || i + 1 < n.layers; }
+bool stores(const Network& n, int i) { return n.layer[i].value || i + 1 < n.layers || n.layer[i].norm; }
 
 // What all layers of a network need at most, in panels or streams of one panel.
 template <class T>
@@ -81,6 +82,7 @@ int64_t saved_elements(const Network& n) {
 template <class T>
 struct PackedLayer {
   T *forward = nullptr, *input = nullptr, *bias = nullptr;
+  T *gamma = nullptr, *beta = nullptr;  // of a norm, in panels: 1 and 0 where it has none
 };
 
 template <class T>
@@ -93,6 +95,10 @@ void take_packed(Arena& arena, const Network& n, bool forward, bool input, bool 
     if (forward) of_layer.forward = arena.take<T>(z_panels<T>(l) * P * depth);
     if (forward && l.bias) of_layer.bias = arena.take<T>(z_panels<T>(l) * P);
     if (input && (i > 0 || first_input)) of_layer.input = arena.take<T>(in_panels<T>(l) * P * l.branches * l.features);
+    if (l.norm) {
+      of_layer.gamma = arena.take<T>(y_panels<T>(l) * P);
+      of_layer.beta = arena.take<T>(y_panels<T>(l) * P);
+    }
     if (packed) packed[i] = of_layer;
   }
 }
@@ -103,6 +109,18 @@ void pack_bias(const NetworkLayer& l, Range panels, T* packed) {
   const T* bias = static_cast<const T*>(l.bias);
   each_panel<Vector<T>>(l.features, panels.begin, panels.end, [&](int64_t panel, int64_t first, int64_t count) {
     for (int64_t j = 0; j < P; ++j) packed[panel * P + j] = j < count ? bias[first + j] : T(0);
+  });
+}
+
+template <class T>
+void pack_norm(const NetworkLayer& l, T* packed_gamma, T* packed_beta) {
+  constexpr int64_t P = kPanel<Vector<T>>;
+  const T *gamma = static_cast<const T*>(l.gamma), *beta = static_cast<const T*>(l.beta);
+  each_panel<Vector<T>>(l.features, 0, y_panels<T>(l), [&](int64_t panel, int64_t first, int64_t count) {
+    for (int64_t j = 0; j < P; ++j) {
+      packed_gamma[panel * P + j] = gamma && j < count ? gamma[first + j] : T(1);
+      packed_beta[panel * P + j] = beta && j < count ? beta[first + j] : T(0);
+    }
   });
 }
 
@@ -129,6 +147,7 @@ void pack(const Network& n, const PackedLayer<T>* packed, int64_t parts) {
         pack_rows<V>(weight, l.weight.row_stride, columns, l.in_channel, r.begin, r.end, packed[i].input);
       }
       if (packed[i].bias && part == 0) pack_bias<T>(l, {0, z_panels<T>(l)}, packed[i].bias);
+      if (packed[i].gamma && part == 0) pack_norm<T>(l, packed[i].gamma, packed[i].beta);
     }
   });
 }
@@ -180,6 +199,148 @@ bool skips(const Network& n) {
   return false;
 }
 
+bool norms(const Network& n) {
+  for (int i = 0; i < n.layers; ++i)
+    if (n.layer[i].norm) return true;
+  return false;
+}
+
+// Whether the outputs of a tile are made before its cotangents, even where pre-activations are stored.
+bool ascends(const Network& n) { return skips(n) || norms(n); }
+
+// -- LayerNorm of a tile's rows
+
+template <class T>
+T square_root_of(T x) {
+  if constexpr (sizeof(T) == 4)
+    return sqrtf(x);
+  else
+    return ::sqrt(x);
+}
+
+// Sums over the columns of one row of the layer's output. f(at, column, term) gives the K terms of a vector: `at` from where
+// the row begins in the tile, `column` in panels of one row. What lies beyond a channel's last column does not count, be it
+// a NaN.
+template <class T, int K>
+class RowSums {
+  using V = Vector<T>;
+  static constexpr int64_t P = kPanel<V>;
+  static constexpr int N = Block<V>::vectors;
+
+ public:
+  RowSums(const NetworkLayer& l, int64_t panel_size)
+      : outputs_(l.outputs), full_(l.features / P), size_(panel_size), rest_(l.features % P != 0) {
+    alignas(64) T position[P];
+    for (int64_t j = 0; j < P; ++j) position[j] = static_cast<T>(j);
+    for (int j = 0; j < N; ++j)
+      counts_[j] = V::load(position + j * V::size) < V(static_cast<double>(l.features % P));
+  }
+
+  template <class F>
+  FI_MEMBER void operator()(F f, T* result) const {
+    V sum[K][N], term[K];
+    for (int k = 0; k < K; ++k)
+      for (int j = 0; j < N; ++j) sum[k][j] = V(0.0);
+    int64_t panel = 0;
+    for (int c = 0; c < outputs_; ++c) {
+      for (int64_t end = panel + full_; panel < end; ++panel)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) {
+          f(panel * size_ + j * V::size, panel * P + j * V::size, term);
+          for (int k = 0; k < K; ++k) sum[k][j] += term[k];
+        }
+      if (!rest_) continue;
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        f(panel * size_ + j * V::size, panel * P + j * V::size, term);
+        for (int k = 0; k < K; ++k) sum[k][j] += select(counts_[j], term[k], V(0.0));
+      }
+      ++panel;
+    }
+    for (int k = 0; k < K; ++k) {
+      for (int j = 1; j < N; ++j) sum[k][0] += sum[k][j];
+      alignas(64) T lane[V::size];
+      sum[k][0].store(lane);
+      for (int w = V::size / 2; w > 0; w /= 2)
+        for (int j = 0; j < w; ++j) lane[j] += lane[j + w];
+      result[k] = lane[0];
+    }
+  }
+
+ private:
+  int outputs_;
+  int64_t full_, size_;
+  bool rest_;
+  typename V::Mask counts_[N];
+};
+
+// to = gamma * hat + beta of hat = (y - mean) / sqrt(variance + eps), where x is given plus x and over sqrt(2): rows of m, each
+// for itself. Mean first, then squared deviations. hat and 1 / sqrt(..) are kept where they are asked for; y may be hat or to.
+template <class T>
+void normalise(const NetworkLayer& l, const PackedLayer<T>& packed, int64_t m, const T* y, const T* x, T* hat, T* rstd, T* to) {
+  using V = Vector<T>;
+  constexpr int64_t P = kPanel<V>;
+  const int64_t panels = y_panels<T>(l), size = m * P;
+  const T count = static_cast<T>(l.outputs * l.features), eps = static_cast<T>(l.eps);
+  const RowSums<T, 1> over_row(l, size);
+  for (int64_t r = 0; r < m; ++r) {
+    const T* row = y + r * P;
+    T sum;
+    over_row([row](int64_t at, int64_t, V* term) FI_LAMBDA { *term = V::load(row + at); }, &sum);
+    const V mean(static_cast<double>(sum / count));
+    over_row(
+        [row, mean](int64_t at, int64_t, V* term) FI_LAMBDA {
+          const V deviation = V::load(row + at) - mean;
+          *term = deviation * deviation;
+        },
+        &sum);
+    const T scale = T(1) / square_root_of(sum / count + eps);
+    if (rstd) rstd[r] = scale;
+    const V by(static_cast<double>(scale)), half(kSkip);
+    for (int64_t p = 0; p < panels; ++p)
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < P; j += V::size) {
+        const int64_t at = p * size + r * P + j;
+        const V h = (V::load(y + at) - mean) * by;
+        if (hat) h.store(hat + at);
+        V out = fma(h, V::load(packed.gamma + p * P + j), V::load(packed.beta + p * P + j));
+        if (x) out = (out + V::load(x + at)) * half;
+        out.store(to + at);
+      }
+  }
+}
+
+// g, the cotangent of hat * gamma + beta, becomes that of y:
+// rstd (g gamma - mean(g gamma) - hat mean(g gamma hat)), means over the columns of a row
+template <class T>
+void normalise_backward(const NetworkLayer& l, const PackedLayer<T>& packed, int64_t m, const T* hat, const T* rstd, T* g) {
+  using V = Vector<T>;
+  constexpr int64_t P = kPanel<V>;
+  const int64_t panels = y_panels<T>(l), size = m * P;
+  const T count = static_cast<T>(l.outputs * l.features);
+  const T* gamma = packed.gamma;
+  const RowSums<T, 2> over_row(l, size);
+  for (int64_t r = 0; r < m; ++r) {
+    T *of_g = g + r * P, sum[2];
+    const T* of_hat = hat + r * P;
+    over_row(
+        [of_g, of_hat, gamma](int64_t at, int64_t column, V* term) FI_LAMBDA {
+          term[0] = V::load(of_g + at) * V::load(gamma + column);
+          term[1] = term[0] * V::load(of_hat + at);
+        },
+        sum);
+    const V mean(static_cast<double>(sum[0] / count)), along(static_cast<double>(sum[1] / count));
+    const V by(static_cast<double>(rstd[r]));
+    for (int64_t p = 0; p < panels; ++p)
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < P; j += V::size) {
+        const int64_t at = p * size + j;
+        const V centred = V::load(of_g + at) * V::load(gamma + p * P + j) - mean;
+        (fnma(V::load(of_hat + at), along, centred) * by).store(of_g + at);
+      }
+  }
+}
+
 // -- forward
 
 template <class T>
@@ -208,9 +369,11 @@ void forward_tile(const NetworkForward& f, const PackedLayer<T>* packed, int64_t
       T* out[kMaxStreams];
       for (int c = 0; c < l.outputs; ++c) out[c] = y + (c * panels + p) * m * P;
       apply<T>(l.value, l, m, p, to, stride, params, out);
-      for (int c = 0; l.skip && c < l.outputs; ++c) add_skip<T>(in + (c * panels + p) * m * P, m * P, out[c]);
+      for (int c = 0; l.skip && !l.norm && c < l.outputs; ++c) add_skip<T>(in + (c * panels + p) * m * P, m * P, out[c]);
     }
-    if (!l.value && stored) {
+    if (l.norm) {
+      normalise<T>(l, packed[i], m, l.value ? y : linear, l.skip ? in : nullptr, nullptr, nullptr, y);
+    } else if (!l.value && stored) {
       in = stored;
       continue;
     }
@@ -226,7 +389,7 @@ void forward_tile(const NetworkForward& f, const PackedLayer<T>* packed, int64_t
 
 struct PackedPairs {
   uint16_t* weight = nullptr;
-  float* bias = nullptr;
+  PackedLayer<float> other;  // bias, gamma and beta
 };
 
 int64_t pair_elements(const NetworkLayer& l) {
@@ -241,15 +404,18 @@ void pack(const Network& n, const PackedPairs* packed, int64_t parts) {
       const Range r = share(z_panels<float>(l), part, parts);
       pack_pairs<V>(static_cast<const float*>(l.weight.data), l.weight.row_stride, l.in_channels, l.in_channel, l.features,
                     r.begin, r.end, packed[i].weight);
-      if (packed[i].bias) pack_bias<float>(l, r, packed[i].bias);
+      if (packed[i].other.bias) pack_bias<float>(l, r, packed[i].other.bias);
+      if (packed[i].other.gamma && part == 0) pack_norm<float>(l, packed[i].other.gamma, packed[i].other.beta);
     }
   });
 }
 
-// One thread's memory for a tile: what products read is bfloat16, the rest float32 and never more than a panel of each stream.
+// One thread's memory for a tile: what products read is bfloat16, the rest float32 and, but for what a norm takes, never more
+// than a panel of each stream.
 struct PairScratch {
   uint16_t* tile[2];
   float *z, *y, *params, *around;
+  float* whole;  // a layer's output, where there are norms
 };
 
 // As forward_tile; what a layer reads is rounded to bfloat16, pre-activations and maps are float32.
@@ -270,31 +436,39 @@ void forward_tile(const NetworkForward& f, const PackedPairs* packed, int64_t ro
     const int64_t of_panel = 2 * P * l.in_channels * pairs_of(l.in_channel);
     float* const stored = saved && stores(n, i) ? saved : nullptr;
     if (stored) saved += z_panels<float>(l) * m * P;
+    // an output, float32, to where it is read
+    const auto finish = [&](int c, int64_t p, float* out) {
+      const int64_t at = (c * panels + p) * m * P, count = smaller(P, l.features - p * P);
+      if (l.skip) {
+        widen_bfloat16(in + at, s.around, m * P);
+        add_skip<float>(s.around, m * P, out);
+      }
+      if (i + 1 < n.layers)
+        narrow_panel<V>(out, m, count, next + at);
+      else
+        write_panel<float>(f.y, 0, row, m, c * l.features + p * P, count, out, false);
+    };
     for (int64_t p = 0; p < panels; ++p) {
       float* const z = stored ? stored + p * m * P : s.z;
       const int64_t stride = (stored ? panels : 1) * m * P;
       for (int b = 0; b < l.branches; ++b) {
         const int64_t panel = b * panels + p;
         pair_product<V>(m, depth, PairOperand{in, m * P, l.in_channel}, packed[i].weight + panel * of_panel, z + b * stride,
-                        packed[i].bias ? packed[i].bias + panel * P : nullptr);
+                        packed[i].other.bias ? packed[i].other.bias + panel * P : nullptr);
       }
       float* out[kMaxStreams] = {z};
       if (l.value) {
-        for (int c = 0; c < l.outputs; ++c) out[c] = s.y + c * m * P;
+        for (int c = 0; c < l.outputs; ++c) out[c] = l.norm ? s.whole + (c * panels + p) * m * P : s.y + c * m * P;
         apply<float>(l.value, l, m, p, z, stride, s.params, out);
+      } else if (l.norm) {
+        __builtin_memcpy(s.whole + p * m * P, z, static_cast<size_t>(m * P) * sizeof(float));
       }
-      const int64_t count = smaller(P, l.features - p * P);
-      for (int c = 0; c < l.outputs; ++c) {
-        const int64_t at = (c * panels + p) * m * P;
-        if (l.skip) {
-          widen_bfloat16(in + at, s.around, m * P);
-          add_skip<float>(s.around, m * P, out[c]);
-        }
-        if (i + 1 < n.layers)
-          narrow_panel<V>(out[c], m, count, next + at);
-        else
-          write_panel<float>(f.y, 0, row, m, c * l.features + p * P, count, out[c], false);
-      }
+      for (int c = 0; !l.norm && c < l.outputs; ++c) finish(c, p, out[c]);
+    }
+    if (l.norm) {
+      normalise<float>(l, packed[i].other, m, s.whole, nullptr, nullptr, nullptr, s.whole);
+      for (int c = 0; c < l.outputs; ++c)
+        for (int64_t p = 0; p < panels; ++p) finish(c, p, s.whole + (c * panels + p) * m * P);
     }
     uint16_t* const done = in;
     in = next;
@@ -313,9 +487,15 @@ void network_forward_bfloat16(const NetworkForward& f) {
   const auto take_packed_pairs = [&](Arena& arena) {
     PackedPairs* packed = arena.take<PackedPairs>(n.layers);
     for (int i = 0; i < n.layers; ++i) {
-      uint16_t* const weight = arena.take<uint16_t>(pair_elements(n.layer[i]));
-      float* const bias = n.layer[i].bias ? arena.take<float>(z_panels<float>(n.layer[i]) * P) : nullptr;
-      if (packed) packed[i] = {weight, bias};
+      const NetworkLayer& l = n.layer[i];
+      PackedPairs of_layer;
+      of_layer.weight = arena.take<uint16_t>(pair_elements(l));
+      if (l.bias) of_layer.other.bias = arena.take<float>(z_panels<float>(l) * P);
+      if (l.norm) {
+        of_layer.other.gamma = arena.take<float>(y_panels<float>(l) * P);
+        of_layer.other.beta = arena.take<float>(y_panels<float>(l) * P);
+      }
+      if (packed) packed[i] = of_layer;
     }
     return packed;
   };
@@ -333,6 +513,7 @@ void network_forward_bfloat16(const NetworkForward& f) {
     s.y = arena.take<float>(extent.outputs * panel);
     s.params = extent.expands ? arena.take<float>(extent.params * panel) : nullptr;
     s.around = arena.take<float>(panel);
+    s.whole = norms(n) ? arena.take<float>(extent.widest * panel) : nullptr;
     return s;
   };
   Arena scratch_size;
@@ -396,7 +577,7 @@ void network_forward(const NetworkForward& f) {
 template <class T>
 struct LayerSums {
   T* gw = nullptr;  // as outer_product leaves it
-  double *gb = nullptr, *gp = nullptr;
+  double *gb = nullptr, *gp = nullptr, *g_gamma = nullptr, *g_beta = nullptr;
 };
 
 // One thread's memory for a tile.
@@ -404,24 +585,33 @@ template <class T>
 struct TrainingScratch {
   T *x, *gz[2], *z, *gy, *derivatives, *params, *target;
   T* around;       // where there are skip connections: the cotangent that passes by a layer
+  T* g;            // where there are norms: the cotangent of all of a layer's output
   T** y;           // of each layer
   T** derivative;  // of each layer, streams [output][branch (, parameter)]; null where they are not stored
+  T **hat, **rstd;  // of each layer with a norm: the normalised tile (y itself where nothing follows), a number a row
 
   TrainingScratch(Arena& arena, const NetworkBackward& f, const Extent<T>& extent, int64_t tile) {
     const Network& n = f.network;
     const int64_t panel = tile * kPanel<Vector<T>>;
     y = arena.take<T*>(n.layers);
     derivative = arena.take<T*>(n.layers);
+    hat = arena.take<T*>(n.layers);
+    rstd = arena.take<T*>(n.layers);
     x = arena.take<T>(in_panels<T>(n.layer[0]) * panel);
     for (int i = 0; i < n.layers; ++i) {
       const NetworkLayer& l = n.layer[i];
       T* const of_layer = arena.take<T>(y_panels<T>(l) * panel);
       const int64_t streams = l.outputs * (l.branches + (l.gp ? l.params : 0));
       T* const of_derivative =
-          l.value && (!f.saved || skips(n)) ? arena.take<T>(streams * panels_of<Vector<T>>(1, l.features) * panel) : nullptr;
+          l.value && (!f.saved || ascends(n)) ? arena.take<T>(streams * panels_of<Vector<T>>(1, l.features) * panel) : nullptr;
+      const bool apart = l.norm && (l.gamma || l.beta || l.skip);
+      T* const of_hat = apart ? arena.take<T>(y_panels<T>(l) * panel) : of_layer;
+      T* const of_rstd = l.norm ? arena.take<T>(tile) : nullptr;
       if (y) {
         y[i] = of_layer;
         derivative[i] = of_derivative;
+        hat[i] = of_hat;
+        rstd[i] = of_rstd;
       }
     }
     gz[0] = arena.take<T>(extent.widest * panel);
@@ -432,6 +622,7 @@ struct TrainingScratch {
     params = extent.expands ? arena.take<T>(extent.params * panel) : nullptr;
     target = arena.take<T>(4 * panel);
     around = skips(n) ? arena.take<T>(extent.widest * panel) : nullptr;
+    g = norms(n) ? arena.take<T>(extent.widest * panel) : nullptr;
   }
 };
 
@@ -447,8 +638,8 @@ class TrainingTile {
     m_ = m;
     const int last = n_.layers - 1;
     read_rows<T>(n_.x, 0, row, m, n_.layer[0].in_channels, n_.layer[0].in_channel, s_.x);
-    // where a layer's output needs the outputs of those before it, all of them are made first
-    const bool backwards = saved && !s_.around;
+    // where a layer's output needs more than its own pre-activations of a panel, all outputs are made first
+    const bool backwards = saved && !ascends(n_);
     if (!backwards) forward(saved);
     saved_ = backwards ? saved : nullptr;  // of the layers in order; walked from its end
     if (saved_)
@@ -458,13 +649,7 @@ class TrainingTile {
     T* gz = s_.gz[0];
     T* next = s_.gz[1];
     begin_layer(last);
-    const int64_t panels = panels_of<V>(1, n_.layer[last].features);
-    for (int64_t p = 0; p < panels; ++p) {
-      jet(last, p);
-      cotangent(last, p);
-      if (n_.layer[last].skip) pass_around(last, p);
-      combine(last, p, gz);
-    }
+    through_layer(last, gz, [&](int64_t p) { cotangent(last, p); });
     for (int i = last; i >= 0; --i) {
       const NetworkLayer& l = n_.layer[i];
       const int64_t columns = l.branches * l.features;
@@ -475,24 +660,22 @@ class TrainingTile {
         const int64_t of_channel = panels_of<V>(1, before.features);
         begin_layer(i - 1);
         const bool plain = before.value && before.branches == 1 && before.outputs == 1 && !before.gp && !before.skip &&
-                           !l.skip;
-        for (int64_t p = 0; p < of_channel; ++p) {
+                           !before.norm && !l.skip;
+        for (int64_t p = 0; plain && p < of_channel; ++p) {  // gz = gy times the one derivative, on the way out of the product
           jet(i - 1, p);
-          if (plain) {  // gz = gy times the one derivative, on the way out of the product
-            T* const to = next + p * m * P;
-            product<V, Left::kTile>(m, p, p + 1, columns, left, packed_[i].input, columns * P, to, m * P, nullptr, false,
-                                    nullptr, derivative_);
-            if (sums_[i - 1].gb)
-              add_panel<T>(to, m, smaller(P, before.features - p * P), sums_[i - 1].gb + p * P);
-            continue;
-          }
-          for (int c = 0; c < before.outputs; ++c)
-            product<V, Left::kTile>(m, c * of_channel + p, c * of_channel + p + 1, columns, left, packed_[i].input,
-                                    columns * P, s_.gy + c * m * P, m * P, nullptr, false, nullptr);
-          if (l.skip) add_around(i - 1, p);
-          if (before.skip) pass_around(i - 1, p);
-          combine(i - 1, p, next);
+          T* const to = next + p * m * P;
+          product<V, Left::kTile>(m, p, p + 1, columns, left, packed_[i].input, columns * P, to, m * P, nullptr, false,
+                                  nullptr, derivative_);
+          if (sums_[i - 1].gb)
+            add_panel<T>(to, m, smaller(P, before.features - p * P), sums_[i - 1].gb + p * P);
         }
+        if (!plain)
+          through_layer(i - 1, next, [&](int64_t p) {
+            for (int c = 0; c < before.outputs; ++c)
+              product<V, Left::kTile>(m, c * of_channel + p, c * of_channel + p + 1, columns, left, packed_[i].input,
+                                      columns * P, gy_ + c * gy_stride_, m * P, nullptr, false, nullptr);
+            if (l.skip) add_around(i - 1, p);
+          });
         input = backwards && !before.value ? saved_ : s_.y[i - 1];  // the identity's z is its output
       } else if (f_.gx.data) {
         product<V, Left::kTile>(m, 0, in_panels<T>(l), columns, left, packed_[i].input, columns * P, next, m * P, nullptr,
@@ -517,12 +700,58 @@ class TrainingTile {
 
   static int streams_of(const NetworkLayer& l) { return l.outputs * (l.branches + (l.gp ? l.params : 0)); }
 
-  // value and derivatives of the panel p
+  // gz of layer i from the cotangent of its output, of which `incoming(p)` leaves the panel p of each channel in gy_
+  template <class F>
+  void through_layer(int i, T* gz, F incoming) {
+    const NetworkLayer& l = n_.layer[i];
+    const int64_t panels = panels_of<V>(1, l.features), size = m_ * P;
+    if (!l.norm) {
+      gy_ = s_.gy;
+      gy_stride_ = size;
+      for (int64_t p = 0; p < panels; ++p) {
+        jet(i, p);
+        incoming(p);
+        if (l.skip) pass_around(i, p);
+        combine(i, p, gz);
+      }
+      return;
+    }
+    // whole rows before the norm's backward; gz then takes their place where it has as many panels and reads them once
+    T* const g = l.branches == 1 && l.outputs == 1 && !l.gp ? gz : s_.g;
+    gy_stride_ = panels * size;
+    for (int64_t p = 0; p < panels; ++p) {
+      gy_ = g + p * size;
+      incoming(p);
+      if (l.skip) pass_around(i, p);
+      add_norm_sums(i, p);
+    }
+    normalise_backward<T>(l, packed_[i], m_, s_.hat[i], s_.rstd[i], g);
+    for (int64_t p = 0; p < panels; ++p) {
+      jet(i, p);
+      gy_ = g + p * size;
+      combine(i, p, gz);
+    }
+  }
+
+  // of the cotangent g of a norm's output, panel p of each channel: sums over rows of g * hat and of g
+  void add_norm_sums(int i, int64_t p) {
+    const NetworkLayer& l = n_.layer[i];
+    const int64_t panels = panels_of<V>(1, l.features), first = p * P, count = smaller(P, l.features - first);
+    for (int c = 0; c < l.outputs; ++c) {
+      const T* g = gy_ + c * gy_stride_;
+      const int64_t column = c * l.features + first;
+      if (sums_[i].g_gamma)
+        add_products<T>(g, s_.hat[i] + (c * panels + p) * m_ * P, m_, count, sums_[i].g_gamma + column);
+      if (sums_[i].g_beta) add_panel<T>(g, m_, count, sums_[i].g_beta + column);
+    }
+  }
+
+  // value (before a norm) and derivatives of the panel p
   void apply_jet(int i, int64_t p, const T* z, int64_t z_stride, T* derivative, int64_t derivative_stride) {
     const NetworkLayer& l = n_.layer[i];
     const int64_t panels = panels_of<V>(1, l.features);
     T* out[kMaxStreams];
-    for (int c = 0; c < l.outputs; ++c) out[c] = s_.y[i] + (c * panels + p) * m_ * P;
+    for (int c = 0; c < l.outputs; ++c) out[c] = s_.hat[i] + (c * panels + p) * m_ * P;
     for (int d = 0; d < streams_of(l); ++d) out[l.outputs + d] = derivative + d * derivative_stride;
     apply<T>(l.jet, l, m_, p, z, z_stride, s_.params, out);
   }
@@ -536,7 +765,7 @@ class TrainingTile {
       for (int64_t p = 0; p < panels; ++p) {
         const T* stored = saved && stores(n_, i) ? saved + p * m_ * P : nullptr;
         if (!l.value) {
-          T* const to = s_.y[i] + p * m_ * P;
+          T* const to = s_.hat[i] + p * m_ * P;
           if (!saved)
             preactivate<T>(l, packed_[i], m_, p, in, to, panels * m_ * P);
           else if (stored)
@@ -546,9 +775,10 @@ class TrainingTile {
         }
         if (!stored) preactivate<T>(l, packed_[i], m_, p, in, s_.z, m_ * P);
         apply_jet(i, p, stored ? stored : s_.z, (stored ? panels : 1) * m_ * P, s_.derivative[i] + p * m_ * P, panels * m_ * P);
-        for (int c = 0; l.skip && c < l.outputs; ++c)
+        for (int c = 0; l.skip && !l.norm && c < l.outputs; ++c)
           add_skip<T>(in + (c * panels + p) * m_ * P, m_ * P, s_.y[i] + (c * panels + p) * m_ * P);
       }
+      if (l.norm) normalise<T>(l, packed_[i], m_, s_.hat[i], l.skip ? in : nullptr, s_.hat[i], s_.rstd[i], s_.y[i]);
       if (saved && stores(n_, i)) saved += z_panels<T>(l) * m_ * P;
       in = s_.y[i];
     }
@@ -573,12 +803,12 @@ class TrainingTile {
     apply_jet(i, p, saved_ + p * m_ * P, panels * m_ * P, s_.derivatives, m_ * P);
   }
 
-  // the cotangent of the network's output, into gy
+  // the cotangent of the network's output, into gy_
   void cotangent(int i, int64_t p) {
     const NetworkLayer& l = n_.layer[i];
     const int64_t panels = panels_of<V>(1, l.features), first = p * P, count = smaller(P, l.features - first);
     for (int c = 0; c < l.outputs; ++c) {
-      T* gy = s_.gy + c * m_ * P;
+      T* gy = gy_ + c * gy_stride_;
       if (!f_.loss.jet) {
         read_panel<T>(f_.g, 0, row_, m_, c * l.features + first, count, gy);
         continue;
@@ -614,16 +844,16 @@ class TrainingTile {
   void add_around(int i, int64_t p) {
     const NetworkLayer& l = n_.layer[i];
     const int64_t panels = panels_of<V>(1, l.features), size = m_ * P;
-    for (int c = 0; c < l.outputs; ++c) add(s_.around + (c * panels + p) * size, size, s_.gy + c * size);
+    for (int c = 0; c < l.outputs; ++c) add(s_.around + (c * panels + p) * size, size, gy_ + c * gy_stride_);
   }
 
-  // gy of the panel p of layer i, which has a skip connection, becomes that of its map and of its input alike
+  // gy of the panel p of layer i, which has a skip connection, becomes that of its map (or norm) and of its input alike
   void pass_around(int i, int64_t p) {
     const NetworkLayer& l = n_.layer[i];
     const int64_t panels = panels_of<V>(1, l.features), size = m_ * P;
     const V by(kSkip);
     for (int c = 0; c < l.outputs; ++c) {
-      T *gy = s_.gy + c * size, *around = s_.around + (c * panels + p) * size;
+      T *gy = gy_ + c * gy_stride_, *around = s_.around + (c * panels + p) * size;
       for (int64_t e = 0; e < size; e += V::size) {
         const V scaled = V::load(gy + e) * by;
         scaled.store(gy + e);
@@ -641,7 +871,7 @@ class TrainingTile {
     for (int b = 0; b < l.branches; ++b) {
       T* to = gz + (b * panels + p) * size;
       if (!l.value) {
-        __builtin_memcpy(to, s_.gy, static_cast<size_t>(size) * sizeof(T));
+        if (to != gy_) __builtin_memcpy(to, gy_, static_cast<size_t>(size) * sizeof(T));
       } else {
         multiply(to, size, l.outputs, each, b);
       }
@@ -654,13 +884,13 @@ class TrainingTile {
       }
   }
 
-  // to = sum over outputs c of gy_c times the derivative of output c with respect to input `of`
+  // to = sum over outputs c of gy_c times the derivative of output c with respect to input `of`; `to` may be gy_ of one output
   void multiply(T* to, int64_t size, int outputs, int each, int of) {
     const T* derivative = derivative_ + of * derivative_stride_;
-    for (int64_t e = 0; e < size; e += V::size) (V::load(s_.gy + e) * V::load(derivative + e)).store(to + e);
+    for (int64_t e = 0; e < size; e += V::size) (V::load(gy_ + e) * V::load(derivative + e)).store(to + e);
     for (int c = 1; c < outputs; ++c) {
       derivative += each * derivative_stride_;
-      const T* gy = s_.gy + c * size;
+      const T* gy = gy_ + c * gy_stride_;
       for (int64_t e = 0; e < size; e += V::size)
         fma(V::load(gy + e), V::load(derivative + e), V::load(to + e)).store(to + e);
     }
@@ -674,7 +904,8 @@ class TrainingTile {
   double* loss_;
   const T* saved_ = nullptr;
   const T* derivative_ = nullptr;
-  int64_t row_ = 0, m_ = 0, derivative_stride_ = 0;
+  T* gy_ = nullptr;  // a panel of the cotangent of a layer's output, channels `gy_stride_` apart
+  int64_t row_ = 0, m_ = 0, derivative_stride_ = 0, gy_stride_ = 0;
 };
 
 template <class T>
@@ -696,6 +927,8 @@ void network_backward(const NetworkBackward& f) {
       if (l.gw) of_layer.gw = arena.take<T>(columns * in_panels<T>(l) * P);
       if (l.gb) of_layer.gb = arena.take<double>(columns);
       if (l.gp) of_layer.gp = arena.take<double>(l.params * l.features);
+      if (l.g_gamma) of_layer.g_gamma = arena.take<double>(l.outputs * l.features);
+      if (l.g_beta) of_layer.g_beta = arena.take<double>(l.outputs * l.features);
       if (sums) sums[i] = of_layer;
     }
   };
@@ -732,6 +965,8 @@ void network_backward(const NetworkBackward& f) {
         const NetworkLayer& l = n.layer[i];
         for (int64_t j = 0; own[i].gb && j < l.branches * l.features; ++j) own[i].gb[j] = 0;
         for (int64_t j = 0; own[i].gp && j < l.params * l.features; ++j) own[i].gp[j] = 0;
+        for (int64_t j = 0; own[i].g_gamma && j < l.outputs * l.features; ++j) own[i].g_gamma[j] = 0;
+        for (int64_t j = 0; own[i].g_beta && j < l.outputs * l.features; ++j) own[i].g_beta[j] = 0;
       }
       loss[part] = 0;
       TrainingTile<T> training(f, packed, scratch, own, loss + part);
@@ -758,6 +993,8 @@ void network_backward(const NetworkBackward& f) {
     };
     if (l.gb) add(&LayerSums<T>::gb, columns, l.gb);
     if (l.gp) add(&LayerSums<T>::gp, l.params * l.features, l.gp);
+    if (l.g_gamma) add(&LayerSums<T>::g_gamma, l.outputs * l.features, l.g_gamma);
+    if (l.g_beta) add(&LayerSums<T>::g_beta, l.outputs * l.features, l.g_beta);
     if (l.gw) {
       for (int64_t p = 0; p < parts; ++p) gw[p] = sums[p * n.layers + i].gw;
       add_weight_gradients<T>(n.parallel, threads, columns, l.in_channel, l.in_channels, gw, parts, static_cast<T*>(l.gw));

@@ -278,20 +278,33 @@ bool expands(int params, const int64_t* param_stride) {
   return false;
 }
 
-// total[j] += the sum of column j: a tile in the compute type, tiles in double, so that the error does not grow with the
-// number of rows
-template <class T>
-void add_panel(const T* panel, int64_t m, int64_t count, double* total) {
+// total[j] += the sum of the vectors at(0), at(kPanel), .. of m rows, column j: a tile in the compute type, tiles in double, so
+// that the error does not grow with the number of rows
+template <class T, class F>
+FI_INLINE void add_columns(int64_t m, int64_t count, double* total, F at) {
   using V = Vector<T>;
   constexpr int N = Block<V>::vectors;
   V sum[N];
   for (int j = 0; j < N; ++j) sum[j] = V(0.0);
-  for (int64_t i = 0; i < m; ++i, panel += kPanel<V>)
+  for (int64_t i = 0; i < m * kPanel<V>; i += kPanel<V>)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) sum[j] += V::load(panel + j * V::size);
+    for (int j = 0; j < N; ++j) sum[j] += at(i + j * V::size);
   alignas(64) T column[kPanel<V>];
   for (int j = 0; j < N; ++j) sum[j].store(column + j * V::size);
   for (int64_t j = 0; j < count; ++j) total[j] += static_cast<double>(column[j]);
+}
+
+// total[j] += the sum of column j
+template <class T>
+void add_panel(const T* panel, int64_t m, int64_t count, double* total) {
+  add_columns<T>(m, count, total, [panel](int64_t e) FI_LAMBDA { return Vector<T>::load(panel + e); });
+}
+
+// total[j] += the sum of a * b in column j
+template <class T>
+void add_products(const T* a, const T* b, int64_t m, int64_t count, double* total) {
+  add_columns<T>(m, count, total,
+                 [a, b](int64_t e) FI_LAMBDA { return Vector<T>::load(a + e) * Vector<T>::load(b + e); });
 }
 
 // gw[n, k] = the parts' sums in the order of the parts, each [panel of k][n][kPanel] as outer_product leaves it

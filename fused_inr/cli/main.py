@@ -14,7 +14,7 @@ from .. import __version__
 from . import CliError
 from .arguments import Parser, integer, non_negative, positive
 from .bench import BENCHES
-from .options import BACKENDS, INITS, METHODS, PRECISIONS
+from .options import BACKENDS, INITS, METHODS, NORMS, PRECISIONS
 from .reproduce import REPRODUCTIONS
 
 
@@ -43,6 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     network.add_argument(
         "--init", choices=INITS, help="paper: as the activation's paper says (default); siren-tuned: flic 2, initc 40"
     )
+    network.add_argument(
+        "--residual",
+        action="store_true",
+        default=None,
+        help="skip connections: hidden layers x <- (activation(W x + b) + x) / sqrt(2)",
+    )
+    network.add_argument("--norm", choices=NORMS, help="LayerNorm behind every activation, before a skip's sum (none)")
     steps = fit.add_argument_group("training (Adam, mean squared error)")
     steps.add_argument("--steps", type=integer(1), metavar="N", help="number of steps (500)")
     steps.add_argument("--lr", type=positive, metavar="X", help="learning rate (1e-4)")
@@ -91,7 +98,7 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="fused-inr-reproduce", metavar="DIR", help="folder of results (%(default)s)")
     parser.add_argument("--seeds", type=integer(1), metavar="N", help="how many seeds, from 0")
     parser.add_argument("--widths", type=integer(1), nargs="+", metavar="N", help="of networks, where it has several")
-    parser.add_argument("--batch", type=integer(0), default=0, metavar="N", help="pixels or samples a step; 0: all")
+    parser.add_argument("--batch", type=integer(0), metavar="N", help="pixels or samples a step of a fit; 0: all")
     parser.add_argument("--data", metavar="FILE", help="the picture or recording, where one is needed")
     parser.add_argument("--json", metavar="FILE", help="where the JSON goes (default: into DIR)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

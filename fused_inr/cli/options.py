@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16", "float64")
 INITS = ("paper", "default", "siren", "siren-tuned", "vi3nr")
+NORMS = ("layer",)
 METHODS = ("auto", "montecarlo", "quadrature")  # of moments
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 
@@ -15,6 +16,7 @@ class FitOptions:
     """What decides the result of a fit, bit for bit on one machine; stored in its checkpoint and its report.
 
     `size`: longer side after shrinking, 0 as it is. `depth`: hidden-to-hidden layers. `batch`: rows of a step, 0 all.
+    `residual`, `norm`: skip connections and LayerNorm, as of `MLP`.
     """
 
     picture: str | None = None
@@ -23,6 +25,8 @@ class FitOptions:
     width: int = 256
     depth: int = 3
     init: str = "paper"
+    residual: bool = False
+    norm: str | None = None
     steps: int = 500
     lr: float = 1e-4
     batch: int = 0

@@ -32,7 +32,7 @@ def build_model(options: FitOptions, channels: int) -> nn.Module:
     """The fused network of a fit: 2 coordinates, one first and `depth` hidden layers of `width`, `channels` outputs.
 
     `init="paper"`: SIREN's for sine and its relatives with an omega, VI3NR's for split, PyTorch's for the rest.
-    `init="siren-tuned"`: SIREN's with flic 2 and initc 40.
+    `init="siren-tuned"`: SIREN's with flic 2 and initc 40. `residual` and `norm` as of `MLP`.
     """
     torch.manual_seed(options.seed)
     activation = parse_activation(options.activation)
@@ -40,6 +40,7 @@ def build_model(options: FitOptions, channels: int) -> nn.Module:
     params: dict[str, Any] = activation.params
     learnable = tuple(activation.learnable)
     init: dict[str, Any] = {} if options.init == "paper" else {"init": options.init}
+    residual, norm = options.residual, options.norm
     if options.init == "siren-tuned":
         own = partial(siren_init_, flic=TUNED["flic"], initc=TUNED["initc"])
         init = TUNED if activation.name == "sine" else {"init": own}
@@ -47,14 +48,18 @@ def build_model(options: FitOptions, channels: int) -> nn.Module:
         model: nn.Module
         if activation.name == "sine":
             omega = params["omega"]
-            model = SIREN(*shape, omega=omega, first_omega=omega, learnable=learnable, **init)
+            model = SIREN(
+                *shape, omega=omega, first_omega=omega, learnable=learnable, residual=residual, norm=norm, **init
+            )
         elif activation.name == "split":
             omegas = params["w1"], params["w2"], params["w3"], params["w4"]
-            model = SplitNet(*shape, m=params["m"], omegas=omegas, learnable=learnable, **init)
+            model = SplitNet(
+                *shape, m=params["m"], omegas=omegas, learnable=learnable, residual=residual, norm=norm, **init
+            )
         else:
             if options.init == "paper" and activation.name in ("finer", "finer_detached", "incode"):
                 init = {"init": "siren"}
-            model = MLP(*shape, activation=activation, **init)
+            model = MLP(*shape, activation=activation, residual=residual, norm=norm, **init)
     except (TypeError, ValueError) as error:
         raise CliError(f"--activation {options.activation}, --init {options.init}: {error}") from error
     return model.double() if options.precision == "float64" else model

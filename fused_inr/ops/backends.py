@@ -33,6 +33,22 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WIDEST_TILE = 1024
 
 
+#: Of a layer's LayerNorm: weight and bias [C*N], or None for 1 and 0, and eps.
+Norm = tuple[Tensor | None, Tensor | None, float]
+
+
+def flat_norms(norms: Sequence[Norm | None]) -> tuple[list[Tensor | None], list[float]]:
+    """The arguments `norms` and `norm_eps` of a raw operation: weight and bias of each layer's, eps (-1: no norm)."""
+    tensors = [t for norm in norms for t in ((None, None) if norm is None else norm[:2])]
+    return tensors, [-1.0 if norm is None else norm[2] for norm in norms]
+
+
+def norms_by_layer(norms: Sequence[Tensor | None], norm_eps: Sequence[float]) -> list[Norm | None]:
+    """Of each layer, from those arguments."""
+    pairs = zip(norms[::2], norms[1::2], norm_eps, strict=True)
+    return [None if eps < 0 else (weight, bias, eps) for weight, bias, eps in pairs]
+
+
 #: factor of a skip connection: the mean square of a sum of two independent terms becomes that of each
 SKIP = 0.5**0.5
 
@@ -40,6 +56,14 @@ SKIP = 0.5**0.5
 def add_skip(y: Tensor, x: Tensor) -> Tensor:
     """(y + x) / sqrt(2), of a layer's output y and input x."""
     return (y + x) * SKIP
+
+
+def layer_norm(y: Tensor, norm: Norm) -> Tensor:
+    """nn.LayerNorm over the columns of y, computed in float32 for half types, in the type of y."""
+    weight, bias, eps = norm
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
+    return torch.nn.functional.layer_norm(y.to(dtype), y.shape[-1:], weight, bias, eps).to(y.dtype)
 
 
 class Backend:
@@ -76,11 +100,12 @@ class Backend:
 
     # -- whole networks (docs/architecture.md, section 7)
 
-    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips) -> str:
+    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms) -> str:
         """Why it cannot run a whole network whose layers it serves; empty when it can.
 
         `direction` is "forward" (with its backward) or "loss" (one pass of both); `learnable`, a layer: some parameters
-        of its activation are tensors; `skips`, a layer: it has a skip connection (empty: none has).
+        of its activation are tensors; `skips`, `norms`, a layer: it has a skip connection, a LayerNorm (empty: none
+        has).
         """
         return f"backend {self.name!r} runs layer by layer"
 
@@ -88,17 +113,17 @@ class Backend:
         """Why layers are the better way for a network that it could run whole; empty when they are not."""
         return ""
 
-    def mlp(self, x, weights, biases, params, constants, maps, skips, precision, save) -> tuple[Tensor, Tensor]:
+    def mlp(self, x, weights, biases, params, constants, maps, skips, norms, precision, save) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def mlp_backward(
-        self, g, x, weights, biases, params, constants, maps, skips, saved, precision, needs
+        self, g, x, weights, biases, params, constants, maps, skips, norms, saved, precision, needs
     ) -> list[Tensor]:
         raise NotImplementedError
 
     def mlp_loss(
-        self, x, target, row_weights, weights, biases, params, constants, maps, skips, loss, loss_constants, scale,
-        precision, needs,
+        self, x, target, row_weights, weights, biases, params, constants, maps, skips, norms, loss, loss_constants,
+        scale, precision, needs,
     ) -> list[Tensor]:  # fmt: skip
         raise NotImplementedError
 
@@ -207,58 +232,86 @@ class Reference(Backend):
 
         return moments.reference(sigmas, params, start, samples, seed, map)
 
-    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips):
+    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms):
         return ""
 
     def prefers_layers(self, shapes, maps):
         return "plain PyTorch gains nothing from a whole network"
 
-    def mlp(self, x, weights, biases, params, constants, maps, skips, precision, save):
-        for weight, bias, own, values, map, skip in _by_layer(weights, biases, params, constants, maps, skips):
+    def mlp(self, x, weights, biases, params, constants, maps, skips, norms, precision, save):
+        layers = _by_layer(weights, biases, params, constants, maps, skips, norms)
+        for weight, bias, own, values, map, skip, norm in layers:
             y = self.linear_act(x, weight, bias, own, values, map, precision, False)[0]
+            y = y if norm is None else layer_norm(y, norm)
             x = add_skip(y, x) if skip else y
         return x, x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
-    def mlp_backward(self, g, x, weights, biases, params, constants, maps, skips, saved, precision, needs):
-        layers = list(_by_layer(weights, biases, params, constants, maps, skips))
-        inputs = [x]
-        for weight, bias, own, values, map, skip in layers[:-1]:
+    def mlp_backward(self, g, x, weights, biases, params, constants, maps, skips, norms, saved, precision, needs):
+        layers = list(_by_layer(weights, biases, params, constants, maps, skips, norms))
+        inputs, mapped = [x], []
+        for weight, bias, own, values, map, skip, norm in layers if norms else layers[:-1]:
             y = self.linear_act(inputs[-1], weight, bias, own, values, map, precision, False)[0]
+            mapped.append(y)
+            y = y if norm is None else layer_norm(y, norm)
             inputs.append(add_skip(y, inputs[-1]) if skip else y)
         rest: list[list[Tensor]] = [[], [], []]
+        of_norms: list[Tensor] = []
         for i in range(len(layers) - 1, -1, -1):
-            weight, bias, own, values, map, skip = layers[i]
+            weight, bias, own, values, map, skip, norm = layers[i]
             g = g * SKIP if skip else g
             around = g if skip else None
+            if norm is not None:
+                g, *grads = _layer_norm_backward(g, mapped[i], norm, needs[4])
+                of_norms = grads + of_norms
+            elif norms:
+                of_norms = [g.new_empty(0), g.new_empty(0), *of_norms]
             wanted = [needs[0] or i > 0, needs[1], needs[2] and bias is not None, needs[3] and map.n_params > 0]
             g, *grads = self.linear_act_backward(g, inputs[i], weight, bias, own, values, None, map, precision, wanted)
             if around is not None and wanted[0]:
                 g = (g + around).to(inputs[i].dtype)
             for group, grad in zip(rest, grads, strict=True):
                 group.insert(0, grad)
-        return [g, *rest[0], *rest[1], *rest[2]]
+        return [g, *rest[0], *rest[1], *rest[2], *of_norms]
 
     def mlp_loss(
-        self, x, target, row_weights, weights, biases, params, constants, maps, skips, loss, loss_constants, scale,
-        precision, needs,
+        self, x, target, row_weights, weights, biases, params, constants, maps, skips, norms, loss, loss_constants,
+        scale, precision, needs,
     ):  # fmt: skip
-        y, _ = self.mlp(x, weights, biases, params, constants, maps, skips, precision, False)
+        y, _ = self.mlp(x, weights, biases, params, constants, maps, skips, norms, precision, False)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         value, g, _ = loss.torch_jet()(y.to(dtype), target.to(dtype), *loss_constants)
         if row_weights is not None:
             value, g = (t * row_weights.to(dtype).unsqueeze(-1) for t in (value, g))
         # not in the type of y: a mean's gradient is below what half types hold
-        grads = self.mlp_backward(g * scale, x, weights, biases, params, constants, maps, skips, None, precision, needs)
+        g = g * scale
+        grads = self.mlp_backward(g, x, weights, biases, params, constants, maps, skips, norms, None, precision, needs)
         return [value.sum() * scale, *grads]
 
 
-def _by_layer(weights, biases, params, constants, maps, skips):
-    """(weight, bias, parameters, constants, map, skip) of each layer of a raw call."""
+def _by_layer(weights, biases, params, constants, maps, skips, norms):
+    """(weight, bias, parameters, constants, map, skip, norm or None) of each layer of a raw call."""
     at = 0
-    for weight, bias, map, skip in zip(weights, biases, maps, skips or [False] * len(maps), strict=True):
+    skips, norms = skips or [False] * len(maps), norms or [None] * len(maps)
+    for weight, bias, map, skip, norm in zip(weights, biases, maps, skips, norms, strict=True):
         end = at + map.n_params
-        yield weight, bias, list(params[at:end]), list(constants[at:end]), map, skip
+        yield weight, bias, list(params[at:end]), list(constants[at:end]), map, skip, norm
         at = end
+
+
+def _layer_norm_backward(g: Tensor, y: Tensor, norm: Norm, needed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, and where needed of the weight and the bias: hat = (y - mean) rstd, scaled = g weight."""
+    weight, bias, eps = norm
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    g, y = g.to(dtype), y.to(dtype)
+    centred = y - y.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    hat = centred * rstd
+    scaled = g if weight is None else g * weight.to(dtype)
+    gy = rstd * (scaled - scaled.mean(-1, keepdim=True) - hat * (scaled * hat).mean(-1, keepdim=True))
+    sums = []
+    for t, terms in ((weight, g * hat), (bias, g)):
+        sums.append(g.new_empty(0) if t is None else terms.sum(0).to(t.dtype) if needed else t.new_empty(0))
+    return gy, sums[0], sums[1]
 
 
 # -- native libraries: the CPU engine, CUDA C++
@@ -338,7 +391,7 @@ class Cpu(_Native):
             return reason
         return "" if map.generated else self._compile(map)
 
-    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips):
+    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms):
         return ""
 
     def prefers_layers(self, shapes, maps):
@@ -351,22 +404,22 @@ class Cpu(_Native):
             self._ready(map)
         return self._operators(), [map.key for map in maps]
 
-    def mlp(self, x, weights, biases, params, constants, maps, skips, precision, save):
+    def mlp(self, x, weights, biases, params, constants, maps, skips, norms, precision, save):
         ops, keys = self._network(maps)
-        return ops.mlp(x, weights, biases, params, constants, keys, skips, save)
+        return ops.mlp(x, weights, biases, params, constants, keys, skips, *flat_norms(norms), save)
 
-    def mlp_backward(self, g, x, weights, biases, params, constants, maps, skips, saved, precision, needs):
+    def mlp_backward(self, g, x, weights, biases, params, constants, maps, skips, norms, saved, precision, needs):
         ops, keys = self._network(maps)
-        return ops.mlp_backward(g, x, weights, biases, params, constants, keys, skips, saved, needs)
+        return ops.mlp_backward(g, x, weights, biases, params, constants, keys, skips, *flat_norms(norms), saved, needs)
 
     def mlp_loss(
-        self, x, target, row_weights, weights, biases, params, constants, maps, skips, loss, loss_constants, scale,
-        precision, needs,
+        self, x, target, row_weights, weights, biases, params, constants, maps, skips, norms, loss, loss_constants,
+        scale, precision, needs,
     ):  # fmt: skip
         ops, keys = self._network([*maps, loss])
         return ops.mlp_loss(
-            x, target, row_weights, weights, biases, params, constants, keys[:-1], skips, keys[-1], loss_constants,
-            scale, needs,
+            x, target, row_weights, weights, biases, params, constants, keys[:-1], skips, *flat_norms(norms), keys[-1],
+            loss_constants, scale, needs,
         )  # fmt: skip
 
 
@@ -461,9 +514,11 @@ class Triton(Backend):
 
         return moments.moments(sigmas, params, start, samples, seed, map)
 
-    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips):
+    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms):
         if any(skips):
             return "backend 'triton' takes skip connections layer by layer"
+        if any(norms):
+            return "backend 'triton' takes LayerNorm layer by layer"
         if learnable[-1]:
             return "backend 'triton' takes learnable parameters of the last layer's activation layer by layer"
         from fused_inr.kernels import mlp
@@ -476,25 +531,25 @@ class Triton(Backend):
         reasons = (mlp.serves(shapes, maps, x.dtype, precision, arch, direction=d) for d in directions)
         return next(filter(None, reasons), "")
 
-    def mlp(self, x, weights, biases, params, constants, maps, skips, precision, save):
+    def mlp(self, x, weights, biases, params, constants, maps, skips, norms, precision, save):
         from fused_inr.kernels import mlp
 
         return mlp.mlp(x, weights, biases, params, constants, maps, precision, save)
 
-    def mlp_backward(self, g, x, weights, biases, params, constants, maps, skips, saved, precision, needs):
+    def mlp_backward(self, g, x, weights, biases, params, constants, maps, skips, norms, saved, precision, needs):
         from fused_inr.kernels import mlp
 
-        return mlp.mlp_backward(g, x, weights, biases, params, constants, maps, saved, precision, needs)
+        return mlp.mlp_backward(g, x, weights, biases, params, constants, maps, saved, precision, needs[:4])
 
     def mlp_loss(
-        self, x, target, row_weights, weights, biases, params, constants, maps, skips, loss, loss_constants, scale,
-        precision, needs,
+        self, x, target, row_weights, weights, biases, params, constants, maps, skips, norms, loss, loss_constants,
+        scale, precision, needs,
     ):  # fmt: skip
         from fused_inr.kernels import mlp
 
         return mlp.mlp_loss(
             x, target, row_weights, weights, biases, params, constants, maps, loss, loss_constants, scale, precision,
-            needs,
+            needs[:4],
         )  # fmt: skip
 
 
@@ -735,11 +790,12 @@ def choose_moments(map: ActivationMap, device: torch.device) -> str:
     return name
 
 
-def record_network(x: Tensor, layers, backend: str, precision: str, loss: str = "") -> None:
-    """For `explain`: a whole network that runs as one operation."""
+def record_network(x: Tensor, layers, normed: bool, backend: str, precision: str, loss: str = "") -> None:
+    """For `explain`: a whole network that runs as one operation, `normed`: with LayerNorm between the layers."""
     if _records is not None:
         widths = " -> ".join(str(weight.shape[0] // activation.branches) for weight, _, activation in layers)
         names = ", ".join(dict.fromkeys(activation.name for _, _, activation in layers))
+        names += ", LayerNorm" if normed else ""
         call = f"whole network [{', '.join(map(str, x.shape))}] -> {widths} {x.dtype} ({names})"
         _, rejected = _serving(_forced, layers[0][2].map.key, x.device, x.dtype)
         rejected += _not_obeyed(backend, precision, x)

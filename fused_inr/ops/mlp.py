@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..activations import Activation, ActivationMap, lookup
 from . import backends, linear_act, raw
+from .backends import Norm
 
 #: A layer: weight [B*N, K], bias [B*N] or None, activation.
 Layer = tuple[Tensor, Tensor | None, Activation]
@@ -33,6 +35,8 @@ class Config:
     save: bool
     #: for each layer, whether its output is (activation + input) / sqrt(2)
     skips: tuple[bool, ...] = ()
+    #: for each layer, eps of its LayerNorm, below 0 where it has none; empty where none has
+    norm_eps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,34 @@ def _state() -> str:
     return ""
 
 
+def _why_not_norm(x: Tensor, norm: Norm, columns: int) -> str:
+    """Why LayerNorm between the layers cannot be part of the network."""
+    weight, bias, eps = norm
+    if not eps >= 0:
+        return f"its LayerNorm has eps={eps}"
+    for t in (weight, bias):
+        if t is None:
+            continue
+        if t.device != x.device:
+            return f"its LayerNorm is not on the input's device, {x.device}"
+        if t.dtype not in (x.dtype, raw.compute_dtype(x.dtype)):
+            return f"its LayerNorm has {t.dtype}, the input {x.dtype}"
+        if t.shape != (columns,):
+            return f"its LayerNorm has {list(t.shape)} elements, its output {columns} columns"
+    return ""
+
+
 def why_not(
-    x: Tensor, layers: Sequence[Layer], skips: Sequence[bool] = (), *, direction: str = "forward"
+    x: Tensor,
+    layers: Sequence[Layer],
+    skips: Sequence[bool] = (),
+    norms: Sequence[Norm | None] = (),
+    *,
+    direction: str = "forward",
 ) -> tuple[str, str, str]:
     """Backend, precision, and the reason why the whole network cannot run there ("": it can).
+
+    `skips`, `norms`: of each layer, or empty where none has a skip connection, a LayerNorm.
 
     Raises:
         RuntimeError: a backend demanded with `backends.use` that cannot serve any layer.
@@ -82,6 +110,9 @@ def why_not(
         before, columns = columns, (activation.outputs, weight.shape[0] // activation.branches)
         if skips and skips[i] and (activation.map.key == "identity" or columns != before):
             return "", "", f"layer {i}: a skip connection needs an activation, and an output of its input's columns"
+        norm = norms[i] if norms else None
+        if norm is not None and (reason := _why_not_norm(x, norm, math.prod(columns))):
+            return "", "", f"layer {i}: {reason}"
     if not (x.is_floating_point() and x.dim() >= 1 and x.layout == torch.strided):
         return "", "", f"an input of {x.dtype} and {x.dim()} dimensions"
     backend, precision = backends.choose(first[2], x, first[0], record=False)
@@ -92,26 +123,29 @@ def why_not(
             return backend, precision, reason
     shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
     learnable = [activation.has_tensors for _, _, activation in layers]
-    return backend, precision, implementation.serves_network(x, shapes, maps, precision, direction, learnable, skips)
+    normed = [norm is not None for norm in norms]
+    reason = implementation.serves_network(x, shapes, maps, precision, direction, learnable, skips, normed)
+    return backend, precision, reason
 
 
 # -- the operation
 
 
 def _split(config: Config, tensors: Sequence[Tensor | None]):
-    """Weights, biases, parameters of the activations."""
+    """Weights, biases, parameters of the activations, weight and bias of each norm."""
     n = len(config.activations)
-    return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n :])
+    norms = 2 * n + len(config.constants)
+    return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n : norms]), list(tensors[norms:])
 
 
 def _arguments(config: Config, tensors: Sequence[Tensor | None]):
-    weights, biases, params = _split(config, tensors)
-    return weights, biases, params, config.constants, config.activations, config.skips
+    weights, biases, params, norms = _split(config, tensors)
+    return weights, biases, params, config.constants, config.activations, config.skips, norms, config.norm_eps
 
 
 def _layers(config: Config, tensors: Sequence[Tensor | None]) -> list[Layer]:
     """The operands as layers again."""
-    weights, biases, params = _split(config, tensors)
+    weights, biases, params, _ = _split(config, tensors)
     layers: list[Layer] = []
     at = 0
     for weight, bias, key, count in zip(weights, biases, config.activations, config.counts, strict=True):
@@ -126,13 +160,24 @@ def _layers(config: Config, tensors: Sequence[Tensor | None]) -> list[Layer]:
 
 
 def through_layers(
-    x: Tensor, layers: Sequence[Layer], skips: Sequence[bool] = (), chosen: tuple[str, str] | None = None
+    x: Tensor,
+    layers: Sequence[Layer],
+    skips: Sequence[bool] = (),
+    norms: Sequence[Norm | None] = (),
+    chosen: tuple[str, str] | None = None,
 ) -> Tensor:
     """The same network layer by layer: differentiable any number of times; `chosen` as in `linear_act`."""
-    for (weight, bias, activation), skip in zip(layers, skips or [False] * len(layers), strict=True):
+    skips, norms = skips or [False] * len(layers), norms or [None] * len(layers)
+    for (weight, bias, activation), skip, norm in zip(layers, skips, norms, strict=True):
         y = linear_act.linear_act(x, weight, bias, activation, chosen)
+        y = y if norm is None else backends.layer_norm(y, norm)
         x = backends.add_skip(y, x) if skip else y
     return x
+
+
+def _through_layers(x: Tensor, config: Config, tensors: Sequence[Tensor | None]) -> Tensor:
+    norms = backends.norms_by_layer(_split(config, tensors)[3], config.norm_eps)
+    return through_layers(x, _layers(config, tensors), config.skips, norms, (config.backend, config.precision))
 
 
 def _parameter_gradients(config: Config, params, gp: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -150,15 +195,21 @@ def _parameter_gradients(config: Config, params, gp: Sequence[Tensor], needs: Se
 
 def _gradients(config: Config, tensors, results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """gx and the gradients of `tensors` from a raw operation's results; None where not needed."""
-    n = len(config.activations)
-    params = tensors[2 * n :]
-    plain = [r if need else None for r, need in zip(results[: 1 + 2 * n], needs[: 1 + 2 * n], strict=True)]
-    return [*plain, *_parameter_gradients(config, params, results[1 + 2 * n :], needs[1 + 2 * n :])]
+    n, params = len(config.activations), _split(config, tensors)[2]
+    first, own = 1 + 2 * n, 1 + 2 * n + len(params)
+
+    def plain(results, needs):
+        return [r if need else None for r, need in zip(results, needs, strict=True)]
+
+    of_params = _parameter_gradients(config, params, results[first : first + n], needs[first:own])
+    return [*plain(results[:first], needs[:first]), *of_params, *plain(results[first + n :], needs[own:])]
 
 
 def _groups(config: Config, needs: Sequence[bool]) -> list[bool]:
+    """Whether x, any weight, bias, parameter, norm needs a gradient."""
     n = len(config.activations)
-    return [needs[0], any(needs[1 : 1 + n]), any(needs[1 + n : 1 + 2 * n]), any(needs[1 + 2 * n :])]
+    ends = [1, 1 + n, 1 + 2 * n, 1 + 2 * n + len(config.constants), len(needs)]
+    return [needs[0], *(any(needs[begin:end]) for begin, end in pairwise(ends))]
 
 
 def _again(run, x: Tensor, tensors, needs: Sequence[bool], g: Tensor) -> list[Tensor | None]:
@@ -172,7 +223,8 @@ def _again(run, x: Tensor, tensors, needs: Sequence[bool], g: Tensor) -> list[Te
 
 
 class Network(torch.autograd.Function):
-    """Inputs: x [M, K], config, then weights, biases (None where there is none), parameters (None where constant)."""
+    """Inputs: x [M, K], config, then weights, biases (None where there is none), parameters (None where constant),
+    and where there are norms each layer's weight and bias (None where there is none)."""
 
     @staticmethod
     def forward(x, config, *tensors):
@@ -196,9 +248,7 @@ class Network(torch.autograd.Function):
         needs = linear_act._wanted(ctx, present)
         needs = [needs[0], *needs[2:]]
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
-            chosen = config.backend, config.precision
-            layers = _layers(config, tensors)
-            grads = _again(lambda: through_layers(x, layers, config.skips, chosen), x, tensors, needs, g)
+            grads = _again(lambda: _through_layers(x, config, tensors), x, tensors, needs, g)
         else:
             results = linear_act._exactly(
                 x.device, raw.mlp_backward, g, x, *_arguments(config, tensors), saved, config.backend, config.precision,
@@ -215,10 +265,9 @@ class NetworkLoss(torch.autograd.Function):
     def forward(ctx, x, target, row_weights, config, criterion, *tensors):
         inputs = ctx.needs_input_grad
         needs = [inputs[0], *inputs[5:]]
-        weights, biases, params, constants, keys, skips = _arguments(config, tensors)
         loss, *results = raw.mlp_loss(
-            x, target, row_weights, weights, biases, params, constants, keys, skips, criterion.loss,
-            criterion.constants, criterion.scale, config.backend, config.precision, _groups(config, needs),
+            x, target, row_weights, *_arguments(config, tensors), criterion.loss, criterion.constants, criterion.scale,
+            config.backend, config.precision, _groups(config, needs),
         )  # fmt: skip
         grads = _gradients(config, tensors, results, needs)
         ctx.config, ctx.criterion, ctx.count = config, criterion, len(tensors)
@@ -231,10 +280,9 @@ class NetworkLoss(torch.autograd.Function):
         tensors, grads = rest[: ctx.count], rest[ctx.count :]
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
             needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
-            chosen = ctx.config.backend, ctx.config.precision
 
             def run():
-                y = through_layers(x, _layers(ctx.config, tensors), ctx.config.skips, chosen)
+                y = _through_layers(x, ctx.config, tensors)
                 return elementwise_loss(y, target, row_weights, lookup(ctx.criterion.loss), ctx.criterion)
 
             scaled = _again(run, x, tensors, needs, g)
@@ -254,30 +302,39 @@ def elementwise_loss(
     return loss.sum() * criterion.scale
 
 
-def _operands(layers: Sequence[Layer]) -> tuple[list[Tensor | None], tuple[float, ...]]:
+def _operands(
+    layers: Sequence[Layer], norms: Sequence[Norm | None] = ()
+) -> tuple[list[Tensor | None], tuple[float, ...]]:
     tensors: list[Tensor | None] = [weight for weight, _, _ in layers]
     tensors += [bias for _, bias, _ in layers]
     constants: list[float] = []
     for _, _, activation in layers:
         tensors += activation.tensors
         constants += activation.constants
-    return tensors, tuple(constants)
+    return [*tensors, *backends.flat_norms(norms)[0]], tuple(constants)
 
 
-def _config(layers: Sequence[Layer], constants, backend: str, precision: str, save: bool, skips) -> Config:
+def _config(layers: Sequence[Layer], constants, backend: str, precision: str, save: bool, skips, norms) -> Config:
     keys = tuple(activation.map.key for _, _, activation in layers)
     counts = tuple(len(activation.tensors) for _, _, activation in layers)
-    return Config(keys, constants, counts, backend, precision, save, tuple(skips) if any(skips) else ())
+    skips = tuple(skips) if any(skips) else ()
+    return Config(keys, constants, counts, backend, precision, save, skips, tuple(backends.flat_norms(norms)[1]))
 
 
 def network(
-    x: Tensor, layers: Sequence[Layer], backend: str, precision: str, save: bool, skips: Sequence[bool] = ()
+    x: Tensor,
+    layers: Sequence[Layer],
+    backend: str,
+    precision: str,
+    save: bool,
+    skips: Sequence[bool] = (),
+    norms: Sequence[Norm | None] = (),
 ) -> Tensor:
     """x [.., K] through all layers, on a backend of which `why_not` has found that it serves."""
-    tensors, constants = _operands(layers)
+    tensors, constants = _operands(layers, norms)
     track = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
-    config = _config(layers, constants, backend, precision, save and track, skips)
-    backends.record_network(x, layers, backend, precision)
+    config = _config(layers, constants, backend, precision, save and track, skips, norms)
+    backends.record_network(x, layers, bool(norms), backend, precision)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     run = linear_act._apply if track else _untracked
     y = linear_act._exactly(x.device, run, Network, rows, config, *tensors)[0]
@@ -297,10 +354,11 @@ def network_loss(
     backend: str,
     precision: str,
     skips: Sequence[bool] = (),
+    norms: Sequence[Norm | None] = (),
 ) -> Tensor:
     """The criterion of the network's output, with all gradients made in the same pass; rows flattened, [M, ..]."""
-    tensors, constants = _operands(layers)
-    config = _config(layers, constants, backend, precision, False, skips)
-    backends.record_network(x, layers, backend, precision, criterion.loss)
+    tensors, constants = _operands(layers, norms)
+    config = _config(layers, constants, backend, precision, False, skips, norms)
+    backends.record_network(x, layers, bool(norms), backend, precision, criterion.loss)
     args = (x, target, row_weights, config, criterion, *tensors)
     return linear_act._exactly(x.device, NetworkLoss.apply, *args)

@@ -27,7 +27,10 @@ _LIB.define(
     "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, str backend, int level, "
     "bool learnable) -> Tensor[]"
 )
-_NETWORK = "Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, str[] activations, bool[] skips"
+_NETWORK = (
+    "Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, str[] activations, bool[] skips, "
+    "Tensor?[] norms, float[] norm_eps"
+)
 _LIB.define(f"mlp(Tensor x, {_NETWORK}, str backend, str precision, bool save) -> (Tensor, Tensor)")
 _LIB.define(
     f"mlp_backward(Tensor g, Tensor x, {_NETWORK}, Tensor? saved, str backend, str precision, bool[] needs) -> Tensor[]"
@@ -71,28 +74,43 @@ def _act_map(inputs, params, constants, activation, backend, level, learnable):
 
 
 @torch.library.impl(_LIB, "mlp", "CompositeExplicitAutograd")
-def _mlp(x, weights, biases, params, constants, activations, skips, backend, precision, save):
+def _mlp(x, weights, biases, params, constants, activations, skips, norms, norm_eps, backend, precision, save):
     maps = [lookup(key) for key in activations]
-    return backends.implementation(backend).mlp(x, weights, biases, params, constants, maps, skips, precision, save)
+    return backends.implementation(backend).mlp(
+        x, weights, biases, params, constants, maps, skips, backends.norms_by_layer(norms, norm_eps), precision, save
+    )
 
 
 @torch.library.impl(_LIB, "mlp_backward", "CompositeExplicitAutograd")
-def _mlp_backward(g, x, weights, biases, params, constants, activations, skips, saved, backend, precision, needs):
+def _mlp_backward(
+    g, x, weights, biases, params, constants, activations, skips, norms, norm_eps, saved, backend, precision, needs
+):
     maps = [lookup(key) for key in activations]
     return backends.implementation(backend).mlp_backward(
-        g, x, weights, biases, params, constants, maps, skips, saved, precision, needs
+        g,
+        x,
+        weights,
+        biases,
+        params,
+        constants,
+        maps,
+        skips,
+        backends.norms_by_layer(norms, norm_eps),
+        saved,
+        precision,
+        needs,
     )
 
 
 @torch.library.impl(_LIB, "mlp_loss", "CompositeExplicitAutograd")
 def _mlp_loss(
-    x, target, row_weights, weights, biases, params, constants, activations, skips, loss, loss_constants, scale,
-    backend, precision, needs,
+    x, target, row_weights, weights, biases, params, constants, activations, skips, norms, norm_eps, loss,
+    loss_constants, scale, backend, precision, needs,
 ):  # fmt: skip
-    maps = [lookup(key) for key in activations]
+    maps, norms = [lookup(key) for key in activations], backends.norms_by_layer(norms, norm_eps)
     return backends.implementation(backend).mlp_loss(
-        x, target, row_weights, weights, biases, params, constants, maps, skips, lookup(loss), loss_constants, scale,
-        precision, needs,
+        x, target, row_weights, weights, biases, params, constants, maps, skips, norms, lookup(loss), loss_constants,
+        scale, precision, needs,
     )  # fmt: skip
 
 
@@ -128,38 +146,42 @@ def _(g, x, weight, bias, params, constants, z, activation, backend, precision, 
 
 
 @torch.library.register_fake("fused_inr::mlp", lib=_LIB)
-def _(x, weights, biases, params, constants, activations, skips, backend, precision, save):
+def _(x, weights, biases, params, constants, activations, skips, norms, norm_eps, backend, precision, save):
     last = lookup(activations[-1])
     y = x.new_empty((x.shape[0], last.outputs * (weights[-1].shape[0] // last.branches)))
     size = torch.library.get_ctx().new_dynamic_size() if save else 0  # what a backend stores is its own affair
     return y, x.new_empty((size,), dtype=compute_dtype(x.dtype))
 
 
-def _fake_gradients(x, weights, biases, activations, needs):
+def _fake_gradient(x, t, needed):
+    return x.new_empty(0, dtype=compute_dtype(x.dtype)) if t is None else t.new_empty(t.shape if needed else (0,))
+
+
+def _fake_gradients(x, weights, biases, activations, norms, needs):
     dtype = compute_dtype(x.dtype)
     maps = [lookup(key) for key in activations]
     grads = [x.new_empty(x.shape if needs[0] else (0,))]
     grads += [w.new_empty(w.shape if needs[1] else (0,)) for w in weights]
-    for weight, bias in zip(weights, biases, strict=True):
-        grads.append(weight.new_empty(0, dtype=dtype) if bias is None or not needs[2] else torch.empty_like(bias))
+    for bias in biases:
+        grads.append(_fake_gradient(x, bias, needs[2]))
     for weight, map in zip(weights, maps, strict=True):
         shape = (map.n_params, weight.shape[0] // map.branches) if needs[3] and map.n_params else (0,)
         grads.append(x.new_empty(shape, dtype=dtype))
-    return grads
+    return [*grads, *(_fake_gradient(x, t, needs[4]) for t in norms)]
 
 
 @torch.library.register_fake("fused_inr::mlp_backward", lib=_LIB)
-def _(g, x, weights, biases, params, constants, activations, skips, saved, backend, precision, needs):
-    return _fake_gradients(x, weights, biases, activations, needs)
+def _(g, x, weights, biases, params, constants, activations, skips, norms, norm_eps, saved, backend, precision, needs):
+    return _fake_gradients(x, weights, biases, activations, norms, needs)
 
 
 @torch.library.register_fake("fused_inr::mlp_loss", lib=_LIB)
 def _(
-    x, target, row_weights, weights, biases, params, constants, activations, skips, loss, loss_constants, scale,
-    backend, precision, needs,
+    x, target, row_weights, weights, biases, params, constants, activations, skips, norms, norm_eps, loss,
+    loss_constants, scale, backend, precision, needs,
 ):  # fmt: skip
     value = x.new_empty((), dtype=compute_dtype(x.dtype))
-    return [value, *_fake_gradients(x, weights, biases, activations, needs)]
+    return [value, *_fake_gradients(x, weights, biases, activations, norms, needs)]
 
 
 def group_branches(activation: str, level: int, learnable: bool) -> tuple[list[int], list[int]]:

@@ -33,7 +33,7 @@ class Request:
     seeds: int | None = None
     data: str | None = None
     widths: tuple[int, ...] | None = None
-    batch: int = 0  # rows a step of a fit sees; 0: all
+    batch: int | None = None  # rows a step of a fit sees, 0: all; None: as the reproduction has it
 
 
 @dataclass
@@ -71,7 +71,7 @@ def run(arguments: Namespace) -> int:
     widths = tuple(arguments.widths) if arguments.widths else None
     if widths and not getattr(module, "WIDTHS", False):
         raise CliError(f"--widths: {name} has one network size")
-    if arguments.batch and not getattr(module, "BATCH", False):
+    if arguments.batch is not None and not getattr(module, "BATCH", False):
         raise CliError(f"--batch: {name} has no fit that could go in batches")
     work = module.prepare(Request(arguments.full, arguments.seeds, arguments.data, widths, arguments.batch))
     folder = Path(arguments.out)
