@@ -9,7 +9,7 @@ tile (to 32) and of factors that wait in memory (64); chunks of rows where a tes
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -326,6 +326,18 @@ def test_factors_that_wait_take_one_launch(name, M, monkeypatch, launches):
     """Two tiles wait at a time, and fewer at the end of a program's: 10 tiles for 2 programs, 8, 1 for one program."""
     monkeypatch.setattr(mlp_tune, "LATER_ROWS", 32)
     train_both_ways(name, M, 33, hidden=2 if name == "sine" else 1)
+    assert launches == ["_launch_train"] * 2
+
+
+def test_factors_that_wait_in_feature_tiles(monkeypatch, launches):
+    """The sums lie row by row then, not block by block."""
+    pick = mlp_tune.pick
+
+    def later(arch, op, *rest):
+        return None if op == "one_pass" else replace(pick(arch, op, *rest), sums=False)
+
+    monkeypatch.setattr(mlp_tune, "pick", later)
+    train_both_ways("sine", 50, 20, hidden=2)
     assert launches == ["_launch_train"] * 2
 
 

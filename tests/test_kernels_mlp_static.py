@@ -52,9 +52,7 @@ def test_representative_kernels():
     for row in (hopper, by["sm90", "mlp_forward", "float32 tf32", 64], by["sm80", "mlp_forward", "bfloat16", 128]):
         # the stores of an output of 16 padded columns: what a thread holds of it, and nothing beside it
         assert row["stg"] == row["block_m"] * 16 // (32 * row["num_warps"])
-    # three products of bfloat16 pieces for one: of half the width in bytes, so one and a half times TF32's
-    split = by["sm90", "mlp_forward", "float32 bf16x3", 64]
-    assert "HGMMA" in split["tensor_op"] and not split["problems"]
+    assert "HGMMA" in by["sm90", "mlp_forward", "float32 bf16x3", 64]["tensor_op"]
     assert "UTC" in by["sm100", "mlp_forward", "bfloat16", 256]["tensor_op"]
     assert by["sm90", "mlp_save", "float16", 32]["stg"] > hopper["stg"]  # the count does see activations
 
@@ -67,6 +65,28 @@ def test_every_shipped_configuration(arch):
     rows = static_report.run((arch,), activations, kernels=kernels, scope="full")
     assert len(rows) > 60
     assert not failures(rows), "\n".join(failures(rows))
+
+
+def test_bf16x3_is_three_products_of_bfloat16():
+    """The small pieces first; no product of float32 is left, and none of the two smaller pieces."""
+    code = """
+import re, torch
+from fused_inr.kernels import aot
+for kernel, N in (("mlp_forward", 32), ("input_grad", 64)):
+    job = aot.Job("sm90", kernel, torch.float32, "bf16x3", "identity" if N == 64 else "sine", N, 64 if N == 64 else 2)
+    arguments, options = aot.build(job)
+    asm = arguments.compile(90, options).asm
+    asked = len(re.findall(r"tt.dot .*inputPrecision = bf16x3", asm["ttir"]))
+    dots = re.findall(r"(?:warp_group_dot|tt.dot) (?:%.*?) : tensor<\\S*x(\\w+), .*", asm["ttgir"])
+    print(kernel, asked, dots.count("bf16"), len(dots))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(result.stdout.splitlines()) == 2
+    for line in result.stdout.splitlines():
+        asked, of_bfloat16, of_any = map(int, line.split()[1:])
+        assert asked > 0 and of_bfloat16 == of_any == 3 * asked, line
 
 
 def test_row_offsets_are_64_bit():
