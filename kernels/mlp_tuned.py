@@ -9,7 +9,7 @@ Key = tuple[str, str, str, int, int, int]
 Numbers = tuple[int, int, int, int, int, bool, bool]
 
 TUNED: dict[Key, Numbers] = {
-    ("sm100", "backward", "tf32", 1, 1, 128): (32, 1, 8, 1, 0, False, False),
+    ("sm100", "backward", "tf32", 1, 1, 128): (16, 1, 8, 1, 0, False, False),
     ("sm100", "forward", "half", 1, 1, 32): (128, 1, 4, 2, 3, True, False),
     ("sm100", "forward", "half", 1, 1, 64): (64, 1, 4, 2, 3, True, False),
     ("sm100", "forward", "half", 1, 1, 128): (128, 1, 8, 2, 0, True, False),
@@ -98,7 +98,7 @@ TUNED: dict[Key, Numbers] = {
     ("sm86", "forward", "half", 2, 1, 128): (64, 1, 8, 2, 0, True, False),
     ("sm86", "forward", "half", 2, 2, 32): (64, 1, 4, 2, 3, True, False),
     ("sm86", "forward", "half", 2, 2, 64): (64, 1, 8, 2, 0, True, False),
-    ("sm86", "forward", "half", 2, 2, 128): (32, 1, 8, 1, 0, True, False),
+    ("sm86", "forward", "half", 2, 2, 128): (16, 1, 8, 1, 0, True, False),
     ("sm86", "forward", "half", 4, 1, 32): (64, 1, 8, 2, 0, True, False),
     ("sm86", "forward", "half", 4, 1, 64): (32, 1, 8, 2, 0, True, False),
     ("sm86", "forward", "tf32", 1, 1, 32): (128, 1, 4, 2, 3, True, False),
@@ -148,7 +148,7 @@ TUNED: dict[Key, Numbers] = {
     ("sm90", "forward", "tf32", 2, 1, 128): (32, 1, 8, 2, 0, True, False),
     ("sm90", "forward", "tf32", 4, 1, 32): (64, 1, 8, 2, 3, True, False),
     ("sm90", "forward", "tf32", 4, 1, 64): (32, 1, 8, 2, 0, True, False),
-    ("sm90", "forward", "x3", 1, 1, 32): (128, 1, 4, 2, 0, True, False),
+    ("sm90", "forward", "x3", 1, 1, 32): (64, 1, 4, 2, 0, True, False),
     ("sm90", "forward", "x3", 1, 1, 64): (128, 1, 8, 2, 0, True, False),
     ("sm90", "one_pass", "half", 1, 1, 32): (32, 1, 4, 1, 3, True, False),
     ("sm90", "save", "half", 1, 1, 128): (64, 1, 4, 2, 3, True, False),
@@ -156,6 +156,7 @@ TUNED: dict[Key, Numbers] = {
     ("sm90", "save", "half", 4, 1, 64): (32, 1, 8, 1, 0, True, False),
     ("sm90", "save", "tf32", 2, 1, 32): (64, 1, 4, 1, 0, True, False),
     ("sm90", "save", "tf32", 2, 1, 64): (64, 1, 8, 1, 0, True, False),
+    ("sm90", "save", "x3", 1, 1, 64): (64, 1, 8, 2, 0, True, False),
     ("sm90", "train", "half", 1, 1, 32): (128, 1, 8, 1, 0, True, False),
     ("sm90", "train", "half", 1, 1, 64): (128, 1, 8, 1, 0, True, False),
     ("sm90", "train", "half", 1, 1, 128): (64, 1, 8, 1, 0, True, False),
