@@ -49,11 +49,11 @@ class Options:
     lr: float = 1e-4
     frequencies: int = 128
     std: float = 5.0  # of the frequencies, periods per unit
-    batch: int = 4096  # pixels a step; 0: all
+    batch: int = 0  # pixels a step; 0: all
 
 
 def prepare(request: Request) -> Work:
-    options = Options(size=256, widths=(128,), batch=0) if request.full else Options()
+    options = Options(size=256, widths=(128,)) if request.full else Options()
     if request.batch is not None:
         options = replace(options, batch=request.batch)
     if request.widths:
