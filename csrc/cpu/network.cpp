@@ -218,10 +218,10 @@ T square_root_of(T x) {
     return ::sqrt(x);
 }
 
-// Sums over the columns of one row of the layer's output. f(at, column, term) gives the K terms of a vector: `at` from where
-// the row begins in the tile, `column` in panels of one row. What lies beyond a channel's last column does not count, be it
-// a NaN.
-template <class T, int K>
+// Sums over the columns of rows of the layer's output. f(at, column, sum) adds a vector to each of K sums: `at` from where the
+// first row begins in the tile, `column` in panels of one row. What lies beyond a channel's last column does not count, be it a
+// NaN.
+template <class T>
 class RowSums {
   using V = Vector<T>;
   static constexpr int64_t P = kPanel<V>;
@@ -236,31 +236,30 @@ class RowSums {
       counts_[j] = V::load(position + j * V::size) < V(static_cast<double>(l.features % P));
   }
 
-  template <class F>
-  FI_MEMBER void operator()(F f, T* result) const {
-    V sum[K][N], term[K];
-    for (int k = 0; k < K; ++k)
-      for (int j = 0; j < N; ++j) sum[k][j] = V(0.0);
+  template <int K, class F>
+  FI_MEMBER void add(F f, T* result) const {
+    V sum[N][K];
+    for (int j = 0; j < N; ++j)
+      for (int k = 0; k < K; ++k) sum[j][k] = V(0.0);
     int64_t panel = 0;
     for (int c = 0; c < outputs_; ++c) {
-      for (int64_t end = panel + full_; panel < end; ++panel)
+      for (const int64_t end = panel + full_; panel < end; ++panel)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) {
-          f(panel * size_ + j * V::size, panel * P + j * V::size, term);
-          for (int k = 0; k < K; ++k) sum[k][j] += term[k];
-        }
+        for (int j = 0; j < N; ++j) f(panel * size_ + j * V::size, panel * P + j * V::size, sum[j]);
       if (!rest_) continue;
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
-        f(panel * size_ + j * V::size, panel * P + j * V::size, term);
-        for (int k = 0; k < K; ++k) sum[k][j] += select(counts_[j], term[k], V(0.0));
+        V before[K];
+        for (int k = 0; k < K; ++k) before[k] = sum[j][k];
+        f(panel * size_ + j * V::size, panel * P + j * V::size, sum[j]);
+        for (int k = 0; k < K; ++k) sum[j][k] = select(counts_[j], sum[j][k], before[k]);
       }
       ++panel;
     }
     for (int k = 0; k < K; ++k) {
-      for (int j = 1; j < N; ++j) sum[k][0] += sum[k][j];
+      for (int j = 1; j < N; ++j) sum[0][k] += sum[j][k];
       alignas(64) T lane[V::size];
-      sum[k][0].store(lane);
+      sum[0][k].store(lane);
       for (int w = V::size / 2; w > 0; w /= 2)
         for (int j = 0; j < w; ++j) lane[j] += lane[j + w];
       result[k] = lane[0];
@@ -274,71 +273,106 @@ class RowSums {
   typename V::Mask counts_[N];
 };
 
-// to = gamma * hat + beta of hat = (y - mean) / sqrt(variance + eps), where x is given plus x and over sqrt(2): rows of m, each
-// for itself. Mean first, then squared deviations. hat and 1 / sqrt(..) are kept where they are asked for; y may be hat or to.
-template <class T>
-void normalise(const NetworkLayer& l, const PackedLayer<T>& packed, int64_t m, const T* y, const T* x, T* hat, T* rstd, T* to) {
+// R rows at a time, each for itself: sums are chains of dependent steps, and several fill the time in which one waits.
+template <class T, int R>
+FI_INLINE void normalise_rows(const NetworkLayer& l, const PackedLayer<T>& packed, const RowSums<T>& sums, int64_t size,
+                              const T* y, const T* x, T* hat, T* rstd, T* to) {
   using V = Vector<T>;
   constexpr int64_t P = kPanel<V>;
-  const int64_t panels = y_panels<T>(l), size = m * P;
   const T count = static_cast<T>(l.outputs * l.features), eps = static_cast<T>(l.eps);
-  const RowSums<T, 1> over_row(l, size);
-  for (int64_t r = 0; r < m; ++r) {
-    const T* row = y + r * P;
-    T sum;
-    over_row([row](int64_t at, int64_t, V* term) FI_LAMBDA { *term = V::load(row + at); }, &sum);
-    const V mean(static_cast<double>(sum / count));
-    over_row(
-        [row, mean](int64_t at, int64_t, V* term) FI_LAMBDA {
-          const V deviation = V::load(row + at) - mean;
-          *term = deviation * deviation;
-        },
-        &sum);
-    const T scale = T(1) / square_root_of(sum / count + eps);
+  T sum[R];
+  V mean[R], by[R];
+  sums.template add<R>(
+      [y](int64_t at, int64_t, V* s) FI_LAMBDA {
+        for (int r = 0; r < R; ++r) s[r] += V::load(y + r * P + at);
+      },
+      sum);
+  for (int r = 0; r < R; ++r) mean[r] = V(static_cast<double>(sum[r] / count));
+  sums.template add<R>(
+      [y, &mean](int64_t at, int64_t, V* s) FI_LAMBDA {
+        for (int r = 0; r < R; ++r) {
+          const V deviation = V::load(y + r * P + at) - mean[r];
+          s[r] = fma(deviation, deviation, s[r]);
+        }
+      },
+      sum);
+  for (int r = 0; r < R; ++r) {
+    const T scale = T(1) / square_root_of(sum[r] / count + eps);
     if (rstd) rstd[r] = scale;
-    const V by(static_cast<double>(scale)), half(kSkip);
-    for (int64_t p = 0; p < panels; ++p)
+    by[r] = V(static_cast<double>(scale));
+  }
+  const V half(kSkip);
+  for (int64_t p = 0; p < y_panels<T>(l); ++p)
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < P; j += V::size) {
+    for (int64_t j = 0; j < P; j += V::size) {
+      const V gamma = V::load(packed.gamma + p * P + j), beta = V::load(packed.beta + p * P + j);
+      for (int r = 0; r < R; ++r) {
         const int64_t at = p * size + r * P + j;
-        const V h = (V::load(y + at) - mean) * by;
+        const V h = (V::load(y + at) - mean[r]) * by[r];
         if (hat) h.store(hat + at);
-        V out = fma(h, V::load(packed.gamma + p * P + j), V::load(packed.beta + p * P + j));
+        V out = fma(h, gamma, beta);
         if (x) out = (out + V::load(x + at)) * half;
         out.store(to + at);
       }
+    }
+}
+
+// to = gamma * hat + beta of hat = (y - mean) / sqrt(variance + eps), where x is given plus x and over sqrt(2), of m rows. Mean
+// first, then squared deviations. hat and 1 / sqrt(..) are kept where they are asked for; y may be hat or to.
+template <class T>
+void normalise(const NetworkLayer& l, const PackedLayer<T>& packed, int64_t m, const T* y, const T* x, T* hat, T* rstd, T* to) {
+  constexpr int64_t P = kPanel<Vector<T>>, R = 4;
+  const RowSums<T> sums(l, m * P);
+  const auto from = [](auto* p, int64_t at) { return p ? p + at : p; };
+  int64_t r = 0;
+  for (; r + R <= m; r += R)
+    normalise_rows<T, R>(l, packed, sums, m * P, y + r * P, from(x, r * P), from(hat, r * P), from(rstd, r), to + r * P);
+  for (; r < m; ++r)
+    normalise_rows<T, 1>(l, packed, sums, m * P, y + r * P, from(x, r * P), from(hat, r * P), from(rstd, r), to + r * P);
+}
+
+template <class T, int R>
+FI_INLINE void normalise_rows_backward(const NetworkLayer& l, const PackedLayer<T>& packed, const RowSums<T>& sums,
+                                       int64_t size, const T* hat, const T* rstd, T* g) {
+  using V = Vector<T>;
+  constexpr int64_t P = kPanel<V>;
+  const T count = static_cast<T>(l.outputs * l.features);
+  const T* gamma = packed.gamma;
+  T sum[2 * R];
+  sums.template add<2 * R>(
+      [g, hat, gamma](int64_t at, int64_t column, V* s) FI_LAMBDA {
+        for (int r = 0; r < R; ++r) {
+          const V scaled = V::load(g + r * P + at) * V::load(gamma + column);
+          s[2 * r] += scaled;
+          s[2 * r + 1] = fma(scaled, V::load(hat + r * P + at), s[2 * r + 1]);
+        }
+      },
+      sum);
+  V mean[R], along[R], by[R];
+  for (int r = 0; r < R; ++r) {
+    mean[r] = V(static_cast<double>(sum[2 * r] / count));
+    along[r] = V(static_cast<double>(sum[2 * r + 1] / count));
+    by[r] = V(static_cast<double>(rstd[r]));
   }
+  for (int64_t p = 0; p < y_panels<T>(l); ++p)
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < P; j += V::size)
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = p * size + r * P + j;
+        const V centred = fma(V::load(g + at), V::load(gamma + p * P + j), -mean[r]);
+        (fnma(V::load(hat + at), along[r], centred) * by[r]).store(g + at);
+      }
 }
 
 // g, the cotangent of hat * gamma + beta, becomes that of y:
 // rstd (g gamma - mean(g gamma) - hat mean(g gamma hat)), means over the columns of a row
 template <class T>
 void normalise_backward(const NetworkLayer& l, const PackedLayer<T>& packed, int64_t m, const T* hat, const T* rstd, T* g) {
-  using V = Vector<T>;
-  constexpr int64_t P = kPanel<V>;
-  const int64_t panels = y_panels<T>(l), size = m * P;
-  const T count = static_cast<T>(l.outputs * l.features);
-  const T* gamma = packed.gamma;
-  const RowSums<T, 2> over_row(l, size);
-  for (int64_t r = 0; r < m; ++r) {
-    T *of_g = g + r * P, sum[2];
-    const T* of_hat = hat + r * P;
-    over_row(
-        [of_g, of_hat, gamma](int64_t at, int64_t column, V* term) FI_LAMBDA {
-          term[0] = V::load(of_g + at) * V::load(gamma + column);
-          term[1] = term[0] * V::load(of_hat + at);
-        },
-        sum);
-    const V mean(static_cast<double>(sum[0] / count)), along(static_cast<double>(sum[1] / count));
-    const V by(static_cast<double>(rstd[r]));
-    for (int64_t p = 0; p < panels; ++p)
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < P; j += V::size) {
-        const int64_t at = p * size + j;
-        const V centred = V::load(of_g + at) * V::load(gamma + p * P + j) - mean;
-        (fnma(V::load(of_hat + at), along, centred) * by).store(of_g + at);
-      }
-  }
+  constexpr int64_t P = kPanel<Vector<T>>, R = 2;
+  const RowSums<T> sums(l, m * P);
+  int64_t r = 0;
+  for (; r + R <= m; r += R) normalise_rows_backward<T, R>(l, packed, sums, m * P, hat + r * P, rstd + r, g + r * P);
+  for (; r < m; ++r) normalise_rows_backward<T, 1>(l, packed, sums, m * P, hat + r * P, rstd + r, g + r * P);
 }
 
 // -- forward

@@ -75,9 +75,9 @@ def _act_map(inputs, params, constants, activation, backend, level, learnable):
 
 @torch.library.impl(_LIB, "mlp", "CompositeExplicitAutograd")
 def _mlp(x, weights, biases, params, constants, activations, skips, norms, norm_eps, backend, precision, save):
-    maps = [lookup(key) for key in activations]
+    maps, norms = [lookup(key) for key in activations], backends.norms_by_layer(norms, norm_eps)
     return backends.implementation(backend).mlp(
-        x, weights, biases, params, constants, maps, skips, backends.norms_by_layer(norms, norm_eps), precision, save
+        x, weights, biases, params, constants, maps, skips, norms, precision, save
     )
 
 
@@ -85,20 +85,9 @@ def _mlp(x, weights, biases, params, constants, activations, skips, norms, norm_
 def _mlp_backward(
     g, x, weights, biases, params, constants, activations, skips, norms, norm_eps, saved, backend, precision, needs
 ):
-    maps = [lookup(key) for key in activations]
+    maps, norms = [lookup(key) for key in activations], backends.norms_by_layer(norms, norm_eps)
     return backends.implementation(backend).mlp_backward(
-        g,
-        x,
-        weights,
-        biases,
-        params,
-        constants,
-        maps,
-        skips,
-        backends.norms_by_layer(norms, norm_eps),
-        saved,
-        precision,
-        needs,
+        g, x, weights, biases, params, constants, maps, skips, norms, saved, precision, needs
     )
 
 
