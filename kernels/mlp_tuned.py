@@ -9,7 +9,6 @@ Key = tuple[str, str, str, int, int, int]
 Numbers = tuple[int, int, int, int, int, bool, bool]
 
 TUNED: dict[Key, Numbers] = {
-    ("sm100", "backward", "tf32", 1, 1, 128): (16, 1, 8, 1, 0, False, False),
     ("sm100", "forward", "half", 1, 1, 32): (128, 1, 4, 2, 3, True, False),
     ("sm100", "forward", "half", 1, 1, 64): (64, 1, 4, 2, 3, True, False),
     ("sm100", "forward", "half", 1, 1, 128): (128, 1, 8, 2, 0, True, False),
@@ -46,7 +45,7 @@ TUNED: dict[Key, Numbers] = {
     ("sm100", "train", "half", 4, 1, 32): (32, 1, 8, 1, 0, True, False),
     ("sm100", "train", "tf32", 1, 1, 32): (128, 1, 8, 1, 0, True, False),
     ("sm100", "train", "tf32", 1, 1, 64): (128, 1, 8, 1, 0, True, False),
-    ("sm100", "train", "tf32", 1, 1, 128): (32, 1, 8, 2, 0, False, False),
+    ("sm100", "train", "tf32", 1, 1, 128): (16, 1, 8, 1, 0, False, False),
     ("sm100", "train", "tf32", 2, 1, 32): (64, 1, 8, 1, 0, True, True),
     ("sm100", "train", "tf32", 2, 1, 64): (32, 1, 8, 2, 0, True, False),
     ("sm80", "backward", "half", 1, 1, 128): (16, 1, 8, 1, 0, False, False),
@@ -170,7 +169,6 @@ TUNED: dict[Key, Numbers] = {
     ("sm90", "train", "tf32", 1, 1, 128): (64, 1, 8, 1, 0, True, False),
     ("sm90", "train", "tf32", 2, 1, 32): (64, 1, 8, 1, 0, True, False),
     ("sm90", "train", "tf32", 2, 1, 64): (64, 1, 8, 1, 0, True, False),
-    ("sm90", "train", "x3", 1, 1, 32): (64, 1, 4, 1, 0, True, False),
     ("sm90", "train", "x3", 1, 1, 64): (64, 1, 8, 1, 0, False, False),
 }
 
