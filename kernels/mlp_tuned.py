@@ -169,7 +169,7 @@ TUNED: dict[Key, Numbers] = {
     ("sm90", "train", "tf32", 1, 1, 128): (64, 1, 8, 1, 0, True, False),
     ("sm90", "train", "tf32", 2, 1, 32): (64, 1, 8, 1, 0, True, False),
     ("sm90", "train", "tf32", 2, 1, 64): (64, 1, 8, 1, 0, True, False),
-    ("sm90", "train", "x3", 1, 1, 64): (64, 1, 8, 1, 0, False, False),
+    ("sm90", "train", "x3", 1, 1, 64): (32, 1, 8, 1, 0, False, False),
 }
 
 WHY: dict[Key, str] = {}
