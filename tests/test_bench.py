@@ -242,7 +242,7 @@ def test_the_warmed_allocator_spares_page_faults(tmp_path):
     assert (plain["warmed"], warmed["warmed"]) == (False, True)
     faults = [r["timings"]["eager"]["page_faults"] for r in (plain, warmed)]
     if "glibc" in "".join(__import__("platform").libc_ver()):
-        assert faults[1] < 100 < faults[0]
+        assert 100 < faults[0] and faults[1] < faults[0] / 50
 
 
 @pytest.mark.parametrize(

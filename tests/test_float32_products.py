@@ -147,7 +147,7 @@ def test_explain_tells_what_runs_and_what_was_not_obeyed(on_cuda, monkeypatch):
     def lines(x):
         monkeypatch.setattr(backends, "_records", [])
         backends.choose(sine, x, SimpleNamespace(shape=(5, 3)))
-        backends.record_network(x, [(torch.ones(5, 3), None, sine)], *backends.choose(sine, x, x, record=False))
+        backends.record_network(x, [(torch.ones(5, 3), None, sine)], False, *backends.choose(sine, x, x, record=False))
         return [str(choice) for choice in backends._records]
 
     reason = "not bf16x3 products: backend '{}' leaves float32 products to PyTorch's settings"
