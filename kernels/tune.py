@@ -186,9 +186,7 @@ def _branch_class(branches: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def pick(
-    arch: str, op: str, kind: int, dtype: torch.dtype, precision: str, branches: int, N: int, K: int
-) -> Config:
+def pick(arch: str, op: str, kind: int, dtype: torch.dtype, precision: str, branches: int, N: int, K: int) -> Config:
     """The configuration of one launch; op is "forward", "gz" or "weight_grad" (there N counts all branches'
     columns)."""
     if arch == "interpreter":

@@ -472,9 +472,7 @@ def test_poisoned_outputs():
     launch_forward(x, weight, bias, arguments, y[1], z[1], m.triton_map(0), B, C, "ieee")
     tiles = triton.cdiv(70, tune.pick("interpreter", "gz", tune.DOT, F64, "ieee", B, N, 17).block_m)
     gz, gb, gp = poisoned(1, 70, B * N), poisoned(1, tiles, B * N), poisoned(1, tiles, m.n_params * N)
-    launch_gz(
-        g, x, weight, bias, arguments, None, gz[1], gb[1], gp[1], m.triton_map(1, True), B, C, "ieee"
-    )
+    launch_gz(g, x, weight, bias, arguments, None, gz[1], gb[1], gp[1], m.triton_map(1, True), B, C, "ieee")
     config = tune.pick("interpreter", "weight_grad", tune.DOT, F64, "ieee", 1, B * N, 17)
     splits, rows = weight_grad_splits(70, B * N, 17, config, 1)
     gw, total = poisoned(1, splits, B * N, 17), poisoned(1, B * N)
