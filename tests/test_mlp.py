@@ -292,6 +292,20 @@ def grads_of(net, loss):
     return torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
 
 
+def check_ways(net) -> None:
+    """Layer by layer and in all ways to train a whole network: the same gradients."""
+    x, target = coordinates(), torch.randn(50, net.out_features, dtype=torch.float64)
+    with backends.use(engine()):
+        results = []
+        for fusion, save in (("layers", "nothing"), ("network", "preactivations"), ("network", "nothing")):
+            net.fusion, net.save = fusion, save
+            results.append(grads_of(net, (net(x) - target).square().mean()))
+        results.append(grads_of(net, losses.mse(net, x, target)))
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            same(a, b, 100.0)
+
+
 @pytest.mark.parametrize(
     "net",
     [
@@ -306,16 +320,7 @@ def grads_of(net, loss):
 )
 def test_fusion_and_save_change_no_result(net):
     net = net(fusion="network")
-    x, target = coordinates(), torch.randn(50, net.out_features, dtype=torch.float64)
-    with backends.use(engine()):
-        results = []
-        for fusion, save in (("layers", "nothing"), ("network", "preactivations"), ("network", "nothing")):
-            net.fusion, net.save = fusion, save
-            results.append(grads_of(net, (net(x) - target).square().mean()))
-        results.append(grads_of(net, losses.mse(net, x, target)))
-    for got in results[1:]:
-        for a, b in zip(got, results[0], strict=True):
-            same(a, b, 100.0)
+    check_ways(net)
 
 
 def test_the_choice_can_be_asked():
@@ -993,16 +998,7 @@ def test_layer_norm_and_fusion_change_no_result(make, affine):
             net.norms[i] = nn.LayerNorm(n.normalized_shape, eps=1e-3, elementwise_affine=False)
         for p in net.norms[i].parameters():
             nn.init.uniform_(p, 0.5, 1.5)
-    x, target = coordinates(), torch.randn(50, net.out_features, dtype=torch.float64)
-    with backends.use(engine()):
-        results = []
-        for fusion, save in (("layers", "nothing"), ("network", "preactivations"), ("network", "nothing")):
-            net.fusion, net.save = fusion, save
-            results.append(grads_of(net, (net(x) - target).square().mean()))
-        results.append(grads_of(net, losses.mse(net, x, target)))
-    for got in results[1:]:
-        for a, b in zip(got, results[0], strict=True):
-            same(a, b, 100.0)
+    check_ways(net)
 
 
 def test_layer_norms_that_are_frozen_or_trained_alone():

@@ -33,6 +33,11 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WIDEST_TILE = 1024
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Pre-activations, activations and accumulators: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 #: Of a layer's LayerNorm: weight and bias [C*N], or None for 1 and 0, and eps.
 Norm = tuple[Tensor | None, Tensor | None, float]
 
@@ -61,7 +66,7 @@ def add_skip(y: Tensor, x: Tensor) -> Tensor:
 def layer_norm(y: Tensor, norm: Norm) -> Tensor:
     """nn.LayerNorm over the columns of y, computed in float32 for half types, in the type of y."""
     weight, bias, eps = norm
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(y.dtype)
     weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
     return torch.nn.functional.layer_norm(y.to(dtype), y.shape[-1:], weight, bias, eps).to(y.dtype)
 
@@ -193,7 +198,7 @@ class Reference(Backend):
 
     @staticmethod
     def _preactivation(x, weight, bias):
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(x.dtype)
         z = x.to(dtype) @ weight.to(dtype).transpose(-1, -2)
         return z if bias is None else z + bias.to(dtype).unsqueeze(-2)
 
@@ -244,7 +249,7 @@ class Reference(Backend):
             y = self.linear_act(x, weight, bias, own, values, map, precision, False)[0]
             y = y if norm is None else layer_norm(y, norm)
             x = add_skip(y, x) if skip else y
-        return x, x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return x, x.new_empty(0, dtype=compute_dtype(x.dtype))
 
     def mlp_backward(self, g, x, weights, biases, params, constants, maps, skips, norms, saved, precision, needs):
         layers = list(_by_layer(weights, biases, params, constants, maps, skips, norms))
@@ -278,7 +283,7 @@ class Reference(Backend):
         scale, precision, needs,
     ):  # fmt: skip
         y, _ = self.mlp(x, weights, biases, params, constants, maps, skips, norms, precision, False)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(x.dtype)
         value, g, _ = loss.torch_jet()(y.to(dtype), target.to(dtype), *loss_constants)
         if row_weights is not None:
             value, g = (t * row_weights.to(dtype).unsqueeze(-1) for t in (value, g))
@@ -301,7 +306,7 @@ def _by_layer(weights, biases, params, constants, maps, skips, norms):
 def _layer_norm_backward(g: Tensor, y: Tensor, norm: Norm, needed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y, and where needed of the weight and the bias: hat = (y - mean) rstd, scaled = g weight."""
     weight, bias, eps = norm
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(y.dtype)
     g, y = g.to(dtype), y.to(dtype)
     centred = y - y.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..activations import lookup
 from . import backends
+from .backends import compute_dtype as compute_dtype
 
 _LIB = torch.library.Library("fused_inr", "DEF")
 _LIB.define(
@@ -40,11 +41,6 @@ _LIB.define(
     "float scale, str backend, str precision, bool[] needs) -> Tensor[]"
 )
 Params = Sequence[Tensor | None]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Pre-activations, activations and accumulators: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.library.impl(_LIB, "linear_act", "CompositeExplicitAutograd")

@@ -41,7 +41,7 @@ class Options:
 
 def prepare(request: Request) -> Work:
     options = Options(duration=7.0, steps=3000, width=256) if request.full else Options()
-    return work(replace(options, batch=request.batch or 0), seeds(request, 1), request.data)
+    return work(replace(options, batch=request.batch), seeds(request, 1), request.data)
 
 
 def work(options: Options, numbers: list[int], data: str | None) -> Work:

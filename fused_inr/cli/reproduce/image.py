@@ -42,7 +42,7 @@ class Options:
 
 
 def prepare(request: Request) -> Work:
-    options = replace(Options(size=256) if request.full else Options(), batch=request.batch or 0)
+    options = replace(Options(size=256) if request.full else Options(), batch=request.batch)
     if request.widths:
         options = replace(options, widths=request.widths)
     return work(options, seeds(request, 5), request.data)

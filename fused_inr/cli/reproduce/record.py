@@ -33,7 +33,7 @@ class Request:
     seeds: int | None = None
     data: str | None = None
     widths: tuple[int, ...] | None = None
-    batch: int | None = None  # rows a step of a fit sees, 0: all; None: as the reproduction has it
+    batch: int = 0  # rows a step of a fit sees; 0: all
 
 
 @dataclass
@@ -73,7 +73,7 @@ def run(arguments: Namespace) -> int:
         raise CliError(f"--widths: {name} has one network size")
     if arguments.batch is not None and not getattr(module, "BATCH", False):
         raise CliError(f"--batch: {name} has no fit that could go in batches")
-    work = module.prepare(Request(arguments.full, arguments.seeds, arguments.data, widths, arguments.batch))
+    work = module.prepare(Request(arguments.full, arguments.seeds, arguments.data, widths, arguments.batch or 0))
     folder = Path(arguments.out)
     stem = f"{name}-{'full' if arguments.full else 'quick'}"
     path = Path(arguments.json) if arguments.json else folder / f"{stem}.json"

@@ -48,7 +48,7 @@ WIDTHS = BATCH = True
 
 def prepare(request: Request) -> Work:
     options = Options(size=512, steps=3000, widths=(128, 256, 512, 1024)) if request.full else Options()
-    options = replace(options, batch=request.batch or 0)
+    options = replace(options, batch=request.batch)
     if request.widths:
         options = replace(options, widths=request.widths)
     return work(options, seeds(request, 1), request.data)

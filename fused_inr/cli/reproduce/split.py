@@ -54,8 +54,7 @@ class Options:
 
 def prepare(request: Request) -> Work:
     options = Options(size=256, widths=(128,)) if request.full else Options()
-    if request.batch is not None:
-        options = replace(options, batch=request.batch)
+    options = replace(options, batch=request.batch)
     if request.widths:
         options = replace(options, widths=request.widths)
     return work(options, seeds(request, 1), request.data)
