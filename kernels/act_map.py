@@ -43,7 +43,7 @@ def _at(sizes, i):
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
 def act_map_kernel(
-    in_ptrs, in_strides_m, in_strides_n, params, param_strides, out_ptrs, M, N,
+    in_ptrs, in_strides_m, in_strides_n, map_params, param_strides, out_ptrs, M, N,
     MAP: tl.constexpr, MODE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, FIRST: tl.constexpr,
     POINTERS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def act_map_kernel(
             p = tl.load(in_ptrs[i] + offs_n * in_strides_n[i], mask=mask_n, other=0.0).to(ACC)
             args = args + (p[None, :],)
         if i == 0:
-            args = args + load_params(params, param_strides, offs_n, mask_n, POINTERS, ACC)
+            args = args + load_params(map_params, param_strides, offs_n, mask_n, POINTERS, ACC)
     out = MAP(*args, MODE=MODE)
     for i in tl.static_range(len(out_ptrs)):
         if OUT[i] > 0:

@@ -120,10 +120,10 @@ class _Arguments:
 def _params(arguments: _Arguments, job: Job, P: int) -> int:
     """Learnable: each a tensor [N]; else a number each. Returns POINTERS."""
     if job.learnable:
-        arguments.tuple("params", [_POINTER[torch.float32]] * P)
+        arguments.tuple("map_params", [_POINTER[torch.float32]] * P)
         arguments.tuple("param_strides", ["one"] * P)
         return (1 << P) - 1
-    arguments.tuple("params", ["fp32"] * P)
+    arguments.tuple("map_params", ["fp32"] * P)
     arguments.tuple("param_strides", ["i32"] * P)
     return 0
 
@@ -249,7 +249,7 @@ def _build_mlp(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
     for name in ("x_ptr", "first_ptr", "hidden_ptr", "last_ptr"):
         arguments.pointer(name, job.dtype)
     arguments.pointer("bias_ptr", f32)
-    arguments.tuple("params", ["fp32"] * (0 if job.learnable else 2 * P))
+    arguments.tuple("map_params", ["fp32"] * (0 if job.learnable else 2 * P))
     arguments.pointer("table_ptr", f32 if job.learnable else None)
     arguments.tuple("last_params", [])
     arguments.integers(M=ROWS, K=job.K, OUT=MLP_OUTPUTS, stride_xm=job.K if job.aligned else job.K + 1)

@@ -122,7 +122,7 @@ def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
 def forward_kernel(
-    x_ptr, w_ptr, b_ptr, params, param_strides, y_ptr, z_ptr, M, N, K,
+    x_ptr, w_ptr, b_ptr, map_params, param_strides, y_ptr, z_ptr, M, N, K,
     stride_xg, stride_xm, stride_xk, stride_wg, stride_wn, stride_wk, stride_bg, stride_b,
     stride_yg, stride_ym, stride_zg, stride_zm,
     MAP: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, POINTERS: tl.constexpr,
@@ -144,7 +144,7 @@ def forward_kernel(
         z_tile = z_ptr + g * stride_zg + offs_m[:, None] * stride_zm + offs_n[None, :]
         for b in tl.static_range(B):
             tl.store(z_tile + b * N, z[b], mask=mask)
-    p = load_params(params, param_strides, offs_n, mask_n, POINTERS, ACC)
+    p = load_params(map_params, param_strides, offs_n, mask_n, POINTERS, ACC)
     y = MAP(*z, *p, MODE=MODE)
     y_tile = y_ptr + g * stride_yg + offs_m[:, None] * stride_ym + offs_n[None, :]
     for c in tl.static_range(C):
@@ -153,7 +153,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
 def gz_kernel(
-    g_ptr, x_ptr, w_ptr, b_ptr, params, param_strides, z_ptr, gz_ptr, gb_ptr, gp_ptr, M, N, K,
+    g_ptr, x_ptr, w_ptr, b_ptr, map_params, param_strides, z_ptr, gz_ptr, gb_ptr, gp_ptr, M, N, K,
     stride_gg, stride_gm, stride_gn, stride_xg, stride_xm, stride_xk, stride_wg, stride_wn, stride_wk,
     stride_bg, stride_b, stride_zg, stride_zm,
     MAP: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, P: tl.constexpr, POINTERS: tl.constexpr,
@@ -161,8 +161,8 @@ def gz_kernel(
     KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """gz [G, M, B*N] = MAP(z, params, g), the level-1 map; sums over the tile's rows of gz to gb [G, tiles, B*N], and
-    of the gradients of P parameters (0: constants) to gp [G, tiles, P*N]."""
+    """gz [G, M, B*N] = MAP(z, map_params, g), the level-1 map; sums over the tile's rows of gz to gb [G, tiles, B*N],
+    and of the gradients of P parameters (0: constants) to gp [G, tiles, P*N]."""
     layer, tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # int64
     offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -183,7 +183,7 @@ def gz_kernel(
     g_tile = g_ptr + layer * stride_gg + offs_m[:, None] * stride_gm
     for c in tl.static_range(C):
         g = g + (tl.load(g_tile + (c * N + offs_n)[None, :] * stride_gn, mask=mask, other=0.0).to(ACC),)
-    p = load_params(params, param_strides, offs_n, mask_n, POINTERS, ACC)
+    p = load_params(map_params, param_strides, offs_n, mask_n, POINTERS, ACC)
     out = MAP(*z, *p, *g, MODE=MODE)
     row = layer * tl.cdiv(M, BLOCK_M) + tile_m
     for b in tl.static_range(B):

@@ -256,7 +256,7 @@ def load_tiles(ptr, offs, offs_t, COUNT: tl.constexpr, BLOCK_T: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "L"], do_not_specialize_on_alignment=["M", "L"])
 def forward_kernel(
-    x_ptr, first_ptr, hidden_ptr, last_ptr, bias_ptr, params, table_ptr, last_params, y_ptr, z_ptr,
+    x_ptr, first_ptr, hidden_ptr, last_ptr, bias_ptr, map_params, table_ptr, last_params, y_ptr, z_ptr,
     M, L, K, K_PAD, OUT, stride_xm, stride_ym,
     MAP: tl.constexpr, LAST: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     SETS: tl.constexpr, TABLE: tl.constexpr, N: tl.constexpr, SAVE_Z: tl.constexpr, RESIDENT: tl.constexpr,
@@ -284,7 +284,7 @@ def forward_kernel(
         )  # fmt: skip
         if SAVE_Z:
             store_tiles(z, z_ptr + start * (B * WIDTH), offs, limit, offs_t, B * T, BLOCK_T, True)
-        p = layer_params(params, table_ptr, 0, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
+        p = layer_params(map_params, table_ptr, 0, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
         h = evaluate(z, p, offs_t, MAP, MODE, B, C, T, P, N, BLOCK_T, DTYPE)
         if RESIDENT:
             for i in tl.static_range(RESIDENT):
@@ -295,7 +295,7 @@ def forward_kernel(
                 if SAVE_Z:
                     z_tile = z_ptr + (M.to(tl.int64) * (i + 1) + start) * (B * WIDTH)
                     store_tiles(z, z_tile, offs, limit, offs_t, B * T, BLOCK_T, True)
-                p = layer_params(params, table_ptr, i + 1, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
+                p = layer_params(map_params, table_ptr, i + 1, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
                 h = evaluate(z, p, offs_t, MAP, MODE, B, C, T, P, N, BLOCK_T, DTYPE)
         else:
             for layer in tl.range(1, L, num_stages=STAGES):
@@ -307,7 +307,7 @@ def forward_kernel(
                 if SAVE_Z:
                     z_tile = z_ptr + (M.to(tl.int64) * layer + start) * (B * WIDTH)
                     store_tiles(z, z_tile, offs, limit, offs_t, B * T, BLOCK_T, True)
-                p = layer_params(params, table_ptr, layer, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
+                p = layer_params(map_params, table_ptr, layer, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
                 h = evaluate(z, p, offs_t, MAP, MODE, B, C, T, P, N, BLOCK_T, DTYPE)
         out = product(h, last_ptr, 1, C * WIDTH, C * T, 1, BLOCK_T, OUT_PAD, PRECISION, UPCAST, ACC, BLOCK_M)
         zy = out[0] + tl.load(bias_ptr + L * (B * WIDTH) + offs_o)[None, :]
@@ -417,8 +417,8 @@ def output_gradient(
     do_not_specialize_on_alignment=["M", "L", "ROWS_Z", "ROWS_OUT", "ACCUMULATE"],
 )
 def train_kernel(
-    x_ptr, g_ptr, target_ptr, row_weight_ptr, first_ptr, hidden_ptr, back_ptr, last_ptr, bias_ptr, params, table_ptr,
-    last_params, loss_params, scale, z_ptr, gx_ptr, gfirst_ptr, ghidden_ptr, glast_ptr, gbias_ptr, gparams_ptr,
+    x_ptr, g_ptr, target_ptr, row_weight_ptr, first_ptr, hidden_ptr, back_ptr, last_ptr, bias_ptr, map_params,
+    table_ptr, last_params, loss_params, scale, z_ptr, gx_ptr, gfirst_ptr, ghidden_ptr, glast_ptr, gbias_ptr, gparams_ptr,
     loss_ptr, gz_ptr, h_ptr, M, L, K, K_PAD, OUT, ROWS_Z, ROWS_OUT, ACCUMULATE, stride_xm, stride_gm, stride_tm,
     stride_sum,
     MAP: tl.constexpr, MAP_GRAD: tl.constexpr, LAST: tl.constexpr, LAST_GRAD: tl.constexpr, LOSS: tl.constexpr,
@@ -471,7 +471,7 @@ def train_kernel(
             )  # fmt: skip
             for layer in tl.range(1, L, num_stages=STAGES, disable_licm=True):
                 store_tiles(z, z_tile + stride_z * (layer - 1), offs, limit, offs_t, BT, BLOCK_T, False)
-                p = layer_params(params, table_ptr, layer - 1, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
+                p = layer_params(map_params, table_ptr, layer - 1, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
                 h = evaluate(z, p, offs_t, MAP, MODE, B, C, T, P, N, BLOCK_T, DTYPE)
                 z = product(
                     h, hidden_ptr + (layer - 1) * SQUARE, 1, C * WIDTH, CT, BT, BLOCK_T, BLOCK_T, PRECISION, UPCAST,
@@ -485,7 +485,7 @@ def train_kernel(
             z_tile = z_ptr + start * (B * WIDTH)
             offs_z = near
             z = load_tiles(z_tile + stride_z * (L - 1), offs_z, offs_t, BT, BLOCK_T)
-        p = layer_params(params, table_ptr, L - 1, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
+        p = layer_params(map_params, table_ptr, L - 1, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
         h = evaluate(z, p, offs_t, MAP, MODE, B, C, T, P, N, BLOCK_T, DTYPE)
 
         out = product(h, last_ptr, 1, C * WIDTH, CT, 1, BLOCK_T, OUT_PAD, PRECISION, UPCAST, ACC, BLOCK_M)
@@ -514,7 +514,7 @@ def train_kernel(
         for step in tl.range(1, L, num_stages=STAGES, disable_licm=True):
             layer = L - 1 - step  # gz is that of the layer above
             z = load_tiles(z_tile + stride_z * layer, offs_z, offs_t, BT, BLOCK_T)
-            p = layer_params(params, table_ptr, layer, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
+            p = layer_params(map_params, table_ptr, layer, offs_t, T, WIDTH, BLOCK_T, P, SETS, TABLE)
             if NEED_W:
                 h = evaluate(z, p, offs_t, MAP, MODE, B, C, T, P, N, BLOCK_T, DTYPE)
                 if LATER:
@@ -624,8 +624,8 @@ def store_blocks(ptr, blocks, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
 def one_pass_kernel(
-    x_ptr, g_ptr, target_ptr, row_weight_ptr, first_ptr, hidden_ptr, back_ptr, last_ptr, bias_ptr, params, table_ptr,
-    last_params, loss_params, scale, gx_ptr, gfirst_ptr, ghidden_ptr, glast_ptr, gbias_ptr, loss_ptr,
+    x_ptr, g_ptr, target_ptr, row_weight_ptr, first_ptr, hidden_ptr, back_ptr, last_ptr, bias_ptr, map_params,
+    table_ptr, last_params, loss_params, scale, gx_ptr, gfirst_ptr, ghidden_ptr, glast_ptr, gbias_ptr, loss_ptr,
     M, K, OUT, stride_xm, stride_gm, stride_tm, stride_sum,
     MAP: tl.constexpr, MAP_GRAD: tl.constexpr, LAST: tl.constexpr, LAST_GRAD: tl.constexpr, LOSS: tl.constexpr,
     LOSS_GRAD: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, P: tl.constexpr, SETS: tl.constexpr,
@@ -655,7 +655,7 @@ def one_pass_kernel(
             x_ptr, first_ptr, bias_ptr, rows, offs_t, K, K_PAD, stride_xm,
             B, NARROW, PRECISION, UPCAST, ACC, BLOCK_M, BLOCK_T, BLOCK_K,
         )  # fmt: skip
-        p = layer_params(params, table_ptr, 0, offs_t, 1, BLOCK_T, BLOCK_T, P, SETS, TABLE)
+        p = layer_params(map_params, table_ptr, 0, offs_t, 1, BLOCK_T, BLOCK_T, P, SETS, TABLE)
         h = evaluate(z, p, offs_t, MAP, MODE, B, C, 1, P, N, BLOCK_T, DTYPE)
         all_z = z
         all_h = h
@@ -665,7 +665,7 @@ def one_pass_kernel(
                 BLOCK_M,
             )  # fmt: skip
             z = add_bias(z, bias_ptr + layer * (B * BLOCK_T), offs_t, B, BLOCK_T)
-            p = layer_params(params, table_ptr, layer, offs_t, 1, BLOCK_T, BLOCK_T, P, SETS, TABLE)
+            p = layer_params(map_params, table_ptr, layer, offs_t, 1, BLOCK_T, BLOCK_T, P, SETS, TABLE)
             h = evaluate(z, p, offs_t, MAP, MODE, B, C, 1, P, N, BLOCK_T, DTYPE)
             all_z = all_z + z
             all_h = all_h + h
@@ -684,7 +684,7 @@ def one_pass_kernel(
         g = product(gz, last_ptr, C * BLOCK_T, 1, 1, C, OUT_PAD, BLOCK_T, PRECISION, UPCAST, ACC, BLOCK_M)
         new_hidden = ()
         for above in tl.static_range(HIDDEN, -1, -1):
-            p = layer_params(params, table_ptr, above, offs_t, 1, BLOCK_T, BLOCK_T, P, SETS, TABLE)
+            p = layer_params(map_params, table_ptr, above, offs_t, 1, BLOCK_T, BLOCK_T, P, SETS, TABLE)
             z = ()
             for b in tl.static_range(B):
                 z = z + (all_z[above * B + b],)
