@@ -418,8 +418,8 @@ def output_gradient(
 )
 def train_kernel(
     x_ptr, g_ptr, target_ptr, row_weight_ptr, first_ptr, hidden_ptr, back_ptr, last_ptr, bias_ptr, map_params,
-    table_ptr, last_params, loss_params, scale, z_ptr, gx_ptr, gfirst_ptr, ghidden_ptr, glast_ptr, gbias_ptr, gparams_ptr,
-    loss_ptr, gz_ptr, h_ptr, M, L, K, K_PAD, OUT, ROWS_Z, ROWS_OUT, ACCUMULATE, stride_xm, stride_gm, stride_tm,
+    table_ptr, last_params, loss_params, scale, z_ptr, gx_ptr, gfirst_ptr, ghidden_ptr, glast_ptr, gbias_ptr,
+    gparams_ptr, loss_ptr, gz_ptr, h_ptr, M, L, K, K_PAD, OUT, ROWS_Z, ROWS_OUT, ACCUMULATE, stride_xm, stride_gm, stride_tm,
     stride_sum,
     MAP: tl.constexpr, MAP_GRAD: tl.constexpr, LAST: tl.constexpr, LAST_GRAD: tl.constexpr, LOSS: tl.constexpr,
     LOSS_GRAD: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, P: tl.constexpr, GP: tl.constexpr,
