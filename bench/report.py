@@ -51,10 +51,12 @@ def one_or_more(accepted: Sequence[str]) -> Callable[[str], list[str]]:
 # -- where it ran
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, threads, time and command: what a figure means nothing without."""
+def environment(device: torch.device, *, unasked: Sequence[str] = ()) -> dict[str, Any]:
+    """Device, driver, versions, threads, time and command: what a figure means nothing without.
+
+    `unasked`: backends that are not asked whether they are available, since the answer may be a build of minutes.
+    """
     from .. import __version__
-    from ..ops import backends
 
     about: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -69,7 +71,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "backends": {name: "available" if ok else reason for name, (ok, reason) in backends.available().items()},
+        "backends": _backends(unasked),
         "commit": _commit(),
     }
     if device.type == "cuda":
@@ -83,6 +85,16 @@ def environment(device: torch.device) -> dict[str, Any]:
             "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
         }
     return about
+
+
+def _backends(unasked: Sequence[str]) -> dict[str, str]:
+    from ..ops import backends
+
+    found = {}
+    for name, backend in backends.TABLE.items():
+        usable, reason = (False, "not asked: it may have to be built first") if name in unasked else backend.available()
+        found[name] = "available" if usable else reason
+    return found
 
 
 def _versions(*names: str) -> dict[str, str | None]:

@@ -432,7 +432,6 @@ class Kernels:
             return self.networks.milliseconds(key, candidates)
         from ..kernels import tune
         from . import timing
-        from .gpu import _captured
 
         times: list[list[float]] = [[] for _ in candidates]
         for N, K in SHAPES[key[2]]:
@@ -443,7 +442,7 @@ class Kernels:
                     call = self.launch(key, N, K, operands)
                     call()
                     # a graph keeps the launch as it is now; without one the launch itself looks the numbers up
-                    steps[str(i)] = _captured(call) if self.device.type == "cuda" else call
+                    steps[str(i)] = timing.captured(call) if self.device.type == "cuda" else call
             timed = timing.interleaved(steps, self.device, seconds=self.seconds, rounds=(5, 50), block_ms=2.0)
             for i, each in enumerate(times):
                 each.append(timed[str(i)].ms)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fused_inr.bench import bounds
 from fused_inr.bench.cases import PRECISIONS, Case, Work, matmul_precision
-from fused_inr.bench.gpu import layer_accuracy, moments_error
+from fused_inr.bench.gpu.checks import layer_accuracy, moments_error
 
 import fused_inr as fi
 from fused_inr import activations
