@@ -199,9 +199,10 @@ def _run_with_limit(
 
 def small_cases(cuda: bool) -> list[str]:
     """What the sanitizer watches, by name: whole networks in every way to train, and layers; sizes with tails."""
-    precisions = ("bf16", "tf32") if cuda else ("ieee",) ways = ("one-pass", "default", "recompute") found =
-    [f"network {width} {precision} {way}" for width in (64, 128, 32) for precision in precisions for way in ways] for
-    precision in ("bf16", "tf32", "ieee") if cuda else ("ieee",):
+    precisions = ("bf16", "tf32") if cuda else ("ieee",)
+    ways = ("one-pass", "default", "recompute")
+    found = [f"network {width} {p} {way}" for width in (64, 128, 32) for p in precisions for way in ways]
+    for precision in ("bf16", "tf32", "ieee") if cuda else ("ieee",):
         for activation in ("sine", "split"):
             for backend in ("triton", "cuda") if cuda else ("cpu",):
                 found.append(f"layer {backend} {activation} {precision}")

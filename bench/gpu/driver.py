@@ -192,9 +192,7 @@ class Run:
         if not chosen:
             raise CliError("nothing to measure: no cell is in these parts under that name")
         if self.device.type == "cuda" and not self.options.full:
-            self.worker = (
-                self.new_worker()
-            )  # importing and the device's context take seconds; they overlap with compiling
+            self.worker = self.new_worker()  # it imports and makes its context while others compile
         for name, cells in chosen:
             if self.left() > 0:
                 self.ahead(name, cells)

@@ -71,17 +71,23 @@ class Steps:
         return self._ways[way]
 
     def call(self, variant: str) -> Callable[[], object]:
-        """The step of a variant: "fused", "layers bf16x3", "eager graph", .."""
+        """The step of a variant: "fused", "layers bf16x3", "eager graph", ..
+
+        Raises:
+            ValueError: there is no such variant of the case.
+        """
         from ...ops import backends
 
         name, _, how = variant.partition(" ")
         if name == "tcnn":
             return tiny_cuda_nn(self.case, self.device)
+        if not is_ours(name) and name not in ("eager", *cases.COMPILED):
+            raise ValueError(f"{variant!r} is no variant of a case")
         call: Callable[[], object] = self.owner(variant).call("fused" if is_ours(name) else name)
         if name == "cuda":
             call = cases.within(lambda: backends.use("cuda"), call)
-        if how == "bf16x3":
-            call = cases.within(lambda: backends.float32_products("bf16x3"), call)
+        if how in backends.PRODUCTS:
+            call = cases.within(lambda: backends.float32_products(how), call)
         return timing.captured(call) if how == "graph" else call
 
     def errors(self, variant: str, exact: cases.Exact) -> dict[str, Any]:

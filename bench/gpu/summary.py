@@ -143,9 +143,10 @@ def _gates(results: Sequence[Mapping[str, Any]]) -> str:
             shares[f"{result['cell']}: {name}"] = check["of_bound"], check["passed"]
     if not shares:
         return ""
-    wrong = [f"  beyond: {name}, {number(share)} of its bound" for name, (share, passed) in shares.items() if not
-    passed] right = {name: share for name, (share, passed) in shares.items() if passed} words = f"accuracy:
-    {len(shares)} gates, {len(wrong)} beyond the bound" if right:
+    wrong = [f"  beyond: {name}, {number(share)} of its bound" for name, (share, right) in shares.items() if not right]
+    right = {name: share for name, (share, passed) in shares.items() if passed}
+    words = f"accuracy: {len(shares)} gates, {len(wrong)} beyond the bound"
+    if right:
         closest = max(right, key=lambda name: right[name])
         words += f"; closest: {closest}, {number(right[closest])} of its bound"
     return "\n".join([words, *wrong])
