@@ -25,13 +25,12 @@ from ..cli.files import write_all
 
 
 def usable_device(parser: Parser, name: str) -> torch.device:
-    """The device of this name, or the parser's error if nothing can be put on it."""
+    """The device of this name, with its index ("cuda" is the current one), or the parser's error if nothing can be put
+    on it."""
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=torch.device(name)).device
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: {name!r} cannot be used here: {str(error).splitlines()[0]}")
-    return device
 
 
 def one_or_more(accepted: Sequence[str]) -> Callable[[str], list[str]]:

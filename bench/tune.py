@@ -501,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(f"argument --device: {str(error).splitlines()[0]}")
     if device.type != "cuda" or not torch.cuda.is_available():
         p.exit(2, f"fused-inr bench tune: measures on an NVIDIA GPU, and {options.device!r} is none that works here\n")
-    report.usable_device(p, options.device)
+    device = report.usable_device(p, options.device)
     torch.cuda.set_device(device)
     from ..kernels import tune
 
