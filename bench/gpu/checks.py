@@ -386,5 +386,3 @@ def run_profiled(device: torch.device, rows: int = 1 << 18) -> int:
         torch.cuda.synchronize(device)
         torch.cuda.profiler.stop()
     return 0
-
-

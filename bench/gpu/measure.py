@@ -289,6 +289,12 @@ def _small(cell: dict[str, Any], device: torch.device, tell: Tell) -> dict[str, 
     return checks.small_case(cell["case"], device)
 
 
+def _tune(job: dict[str, Any], device: torch.device, tell: Tell) -> dict[str, Any]:
+    from .. import tune_workers
+
+    return tune_workers.answer(job, device)
+
+
 #: A job's `run` -> what does it.
 RUNS: dict[str, Callable[[dict[str, Any], torch.device, Tell], dict[str, Any]]] = {
     "ceilings": _ceilings,
@@ -298,4 +304,5 @@ RUNS: dict[str, Callable[[dict[str, Any], torch.device, Tell], dict[str, Any]]] 
     "moments": _moments,
     "small": _small,
     "sweep": _sweep,
+    "tune": _tune,
 }
