@@ -439,7 +439,8 @@ if __name__ == "__main__":
         torch.device("cpu"), rows=16, seconds=0.0, jobs=2, log=None, left=lambda: 200.0)
     processes.prepare([(key, ("problem", numbers)), (bad, ("problem", numbers)), (key, ("static", numbers))])
     prepared = dict(processes._answers)
-    print(repr(processes.problem(key, numbers)), processes.problem(bad, numbers), processes.static_problems(key, numbers))
+    static = processes.static_problems(key, numbers)
+    print(repr(processes.problem(key, numbers)), processes.problem(bad, numbers), static)
     assert processes._answers == prepared
     times = processes.milliseconds(key, [numbers, (32, 64, 0, 4, 1)])
     assert [len(each) for each in times] == [2, 2] and min(map(min, times)) > 0

@@ -193,11 +193,12 @@ class Run:
             raise CliError("nothing to measure: no cell is in these parts under that name")
         if self.device.type == "cuda" and not self.options.full:
             self.worker = self.new_worker()  # it imports and makes its context while others compile
-        for name, cells in chosen:
+        needed = any(cell.get("needs") == "cuda" for _, found in chosen for cell in found)
+        for i, (name, cells) in enumerate(chosen):
+            if needed and i == min(1, len(chosen) - 1):  # what decides is measured alone
+                self.build = self.start_build()
             if self.left() > 0:
                 self.ahead(name, cells)
-            if self.build is None and any(cell.get("needs") == "cuda" for _, found in chosen for cell in found):
-                self.build = self.start_build()  # after the first part has been compiled: that is waited for
             watched = [cell for cell in cells if cell["group"] == "sanitizer"]
             if watched:
                 self.sanitize(watched)
