@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -236,6 +237,82 @@ def test_parts_that_were_asked_for(tmp_path):
     assert names("--only", "eikonal") == ["eikonal"]
 
 
+class Answers:
+    """Workers of a GPU that is not there: they answer what such a job is answered with."""
+
+    asked: ClassVar[list[dict]] = []
+    now = None
+
+    def __init__(self, **environment):
+        pass
+
+    def ask(self, job, limit):
+        self.asked.append(job)
+        if job["run"] == "ahead":
+            return {"error": "too slow"} if job["variant"] == "max-autotune" else {"compiled": True}
+        if job["run"] == "ceilings":
+            return {"ceilings": {"copy": 3000.0, "bf16": 800.0}}
+        if job["run"] == "bench":
+            return times(job["variants"]) | {"work": job["cell"], "checks": {}, "precision": "bf16"}
+        if job["run"] == "accuracy":
+            return {"orders": {}, "of_bound": 0.5, "passed": True}
+        if job["run"] == "moments":
+            return {"moments": {"triton": {"ms": 1.0, "ps_per_draw": 2.0}}, "passed": True}
+        return {"worst": {"all": {"ulp": 1.5}}}
+
+    def last_words(self):
+        return ""
+
+    def close(self):
+        pass
+
+
+def test_every_part_of_a_gpus_run(properties, tmp_path, monkeypatch):
+    """The driver's own way through all parts but the product, with workers and tools that answer at once."""
+    order = []
+    monkeypatch.setattr(driver, "Worker", None)
+    monkeypatch.setattr(driver.Run, "new_worker", lambda self, **environment: Answers(**environment))
+    monkeypatch.setattr(Answers, "asked", [])
+
+    def build(self):
+        order.append("build")
+        return subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+
+    def tool(name, result):
+        def run(*arguments):
+            order.append(name)
+            return result
+
+        return run
+
+    monkeypatch.setattr(driver.Run, "start_build", build)
+    watched = {"watched": ["a"], "reports": 0, "passed": True}
+    monkeypatch.setattr(checks, "run_tests", tool("tests", {"outcomes": {"passed": 3}, "passed": True}))
+    monkeypatch.setattr(checks, "sanitize", tool("sanitizer", watched))
+    monkeypatch.setattr(checks, "profile", tool("ncu", {"profile": [{}], "passed": True}))
+    names = [name for name in listed.PARTS if name != "product"]
+    options = driver.parser().parse_args(["--budget", "10000", "--parts", ",".join(names)])
+    results = report.Results(tmp_path / "results.json", {"device": "NVIDIA H100 80GB HBM3"})
+    run = driver.Run(results, OfCuda(), options, tmp_path)
+    run.everything()
+    run.close()
+    found = results.content["results"]
+    assert not run.not_reached and not any(summary.failed(r) for r in found if r["group"] != "ahead")
+    assert [r["cell"] for r in found if r["group"] == "ahead"][:3] == [
+        f"compiling ahead: {name}" for name in ("deciding", "autotune", "layers")
+    ]
+    assert order == ["build", "tests", *["sanitizer"] * 4, "ncu"]
+    deciding = next(r for r in found if r.get("variants"))
+    assert deciding["bound"] in ("products", "special") and 0 < deciding["variants"]["one-pass"]["of_floor"]
+    skipped = [r for r in found if "skipped" in r]  # what is too slow to compile is not waited for again
+    assert len(skipped) == 6 and all("max-autotune" in r["cell"] and "too slow" in r["skipped"] for r in skipped)
+    measured = [job["cell"] for job in Answers.asked if job["run"] != "ahead"]
+    assert len(measured) == len(set(measured)) > 150
+    text = summary.text(results.content)
+    assert "vs eager" in text and "3 passed" in text and "4 cases" not in text
+    assert all(r["cell"] in (tmp_path / "log.txt").read_text() for r in found)
+
+
 # -- workers
 
 
@@ -374,7 +451,7 @@ def test_what_is_compiled_ahead(properties):
     assert all(job["of"]["samples"] <= 1 << 13 for job in jobs)
     ((_, watched),) = listed.parts(OfCuda(), ["sanitizer"])
     jobs = measure.ahead_jobs(watched)
-    assert [job["of"]["case"] for job in jobs] == checks.small_cases(True)
+    assert [job["of"]["case"] for job in jobs] == [name for name in checks.small_cases(True) if " cuda " not in name]
 
 
 def test_a_job_of_compiling_ahead_runs():
@@ -457,6 +534,31 @@ def test_a_variant_of_ours_that_raises_costs_its_own_figure(monkeypatch):
     result = measure.RUNS["bench"](cell, CPU, silent)
     assert set(result["variants"]) == {"one-pass", "eager"}
     assert result["failed"] == {"fused": "RuntimeError: no configuration"} and not result["passed"]
+
+
+def test_products_of_split_factors_are_held_to_eager_in_tf32():
+    """On a CPU products are float32 whatever is asked for, so that their gate passes; what it is held to is seen."""
+    case = asdict(Case("network", "training", **SMALL))
+    steps = measure.Steps(Case(**case), CPU)
+    exact = steps.work.exact()
+    seen = []
+    outcome = cases.Work.outcome
+
+    def record(self, variant):
+        seen.append((self.case.precision, variant))
+        return outcome(self, variant)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases.Work, "outcome", record)
+        result = steps.errors("fused bf16x3", exact)
+    assert result["passed"] and seen == [("tf32", "eager"), ("tf32", "fused")]
+
+
+def test_training_in_fp16_has_no_gate():
+    case = asdict(Case("network", "training", **SMALL, precision="fp16"))
+    result = measure.RUNS["bench"]({"case": case, "variants": ["fused", "eager"], "seconds": 0.0}, CPU, silent)
+    assert set(result["variants"]) == {"fused", "eager"} and not result["checks"]
+    assert "loss scale" in result["unchecked"] and result["passed"]
 
 
 def test_without_a_reference_there_are_times_and_no_gates(monkeypatch):

@@ -1,7 +1,8 @@
 """The list of cells: what is measured on a GPU, in which order.
 
 Cells are in parts, and the parts in the order of what they decide. A cell is a dictionary that travels as JSON:
-`cell` its name, `group` what its figures are, `run` what a worker does for it (`measure.RUNS`).
+`cell` its name, `group` what its figures are, `run` what a worker does for it (`measure.RUNS`), `needs` a library
+that has to be built first, `about` the variant without which it has no point.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ class _Lists:
         for width in self.widths if self.cuda else ():
             for step, ours in (("training", ["one-pass", "fused"]), ("inference", ["fused"])):
                 case = self.network(step, "bf16", width=width)
-                yield self.bench(case, [*ours, "eager", "max-autotune"], ", max-autotune")
+                variants = [*ours, "eager", "max-autotune"]
+                yield self.bench(case, variants, ", max-autotune", about="max-autotune")
 
     def _layers(self) -> Iterator[Cell]:
         for step in ("training", "inference"):
@@ -212,8 +214,8 @@ class _Lists:
 
     def _sanitizer(self) -> Iterator[Cell]:
         for tool in checks.TOOLS if self.cuda else ():
-            cases = checks.small_cases(self.cuda)
-            yield {"cell": f"compute-sanitizer {tool}", "group": "sanitizer", "tool": tool, "small_cases": cases}
+            name, cases = f"compute-sanitizer {tool}", checks.small_cases(self.cuda)
+            yield {"cell": name, "group": "sanitizer", "tool": tool, "small_cases": cases, "needs": "cuda"}
 
     def _ncu(self) -> Iterator[Cell]:
         if self.cuda:

@@ -158,6 +158,7 @@ class Run:
         self.worker: Worker | None = None
         self.ceilings: dict[str, float] = {}
         self.build: subprocess.Popen | None = None
+        self.left_out: dict[tuple[str, str], str] = {}  # (cell, variant) -> why it is not measured
         # a process that compiles computes nothing worth a second thread; torch.compile compiles in processes of its own
         threads = str(max(1, (os.cpu_count() or 2) // 4))
         few = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": threads}
@@ -193,9 +194,9 @@ class Run:
             raise CliError("nothing to measure: no cell is in these parts under that name")
         if self.device.type == "cuda" and not self.options.full:
             self.worker = self.new_worker()  # it imports and makes its context while others compile
-        needed = any(cell.get("needs") == "cuda" for _, found in chosen for cell in found)
+        needed = [any(cell.get("needs") == "cuda" for cell in cells) for _, cells in chosen]
         for i, (name, cells) in enumerate(chosen):
-            if needed and i == min(1, len(chosen) - 1):  # what decides is measured alone
+            if self.build is None and (needed[i] or (i == 1 and any(needed))):  # what decides is measured alone
                 self.build = self.start_build()
             if self.left() > 0:
                 self.ahead(name, cells)
@@ -203,24 +204,25 @@ class Run:
             if watched:
                 self.sanitize(watched)
             for cell in cells:
-                if cell in watched:
-                    continue
-                if self.left() <= 0:
-                    self.not_reached.append(cell["cell"])
-                elif cell["group"] == "tests":
-                    limit = 3600.0 if self.options.full else min(self.options.budget * TESTS_SHARE, self.left())
-                    if self.options.parts == ["tests"]:
-                        limit = self.left()
-                    log = self.out / "tests.txt"
-                    self.record(cell, lambda limit=limit, log=log: checks.run_tests(limit, self.options.full, log))
-                elif cell["group"] == "ncu":
-                    limit, table = min(self.left(), 240.0), self.out / "ncu.csv"
-                    log = self.out / "ncu.txt"
-                    self.record(cell, lambda limit=limit, table=table, log=log: checks.profile(limit, table, log))
-                else:
-                    self.record(cell, lambda cell=cell: self.measure(cell))
+                if cell not in watched:
+                    self.one(cell)
         if self.not_reached:
             self.say(f"the budget is spent: {len(self.not_reached)} cells not reached (--full, or a larger --budget)")
+
+    def one(self, cell: Cell) -> None:
+        """A cell by itself, if there is time for it."""
+        left, full = self.left(), self.options.full
+        if left <= 0:
+            self.not_reached.append(cell["cell"])
+        elif cell["group"] == "tests":
+            alone = self.options.parts == ["tests"]
+            limit = 3600.0 if full else left if alone else min(self.options.budget * TESTS_SHARE, left)
+            self.record(cell, lambda: checks.run_tests(limit, full, self.out / "tests.txt"))
+        elif cell["group"] == "ncu":
+            limit, out = min(left, 240.0), self.out
+            self.record(cell, lambda: checks.profile(limit, out / "ncu.csv", out / "ncu.txt"))
+        else:
+            self.record(cell, lambda: self.measure(cell))
 
     def record(self, cell: Cell, do: Callable[[], dict[str, Any]]) -> None:
         start = time.monotonic()
@@ -248,6 +250,9 @@ class Run:
 
         def compile_all() -> dict[str, Any]:
             answers = self.pool.run(jobs, count, limit)
+            for job, answer in zip(jobs, answers):
+                if "error" in answer and job["variant"] == "max-autotune":  # it would take the cell's time
+                    self.left_out[job["of"]["cell"], job["variant"]] = f"not compiled ahead: {answer['error']}"
             names = [f"{job['of'].get('cell') or job['of'].get('case')}: {job['variant']}" for job in jobs]
             failed = {name: answer["error"] for name, answer in zip(names, answers) if "error" in answer}
             slowest = sorted(zip(names, answers), key=lambda pair: -pair[1]["seconds"])[:5]
@@ -272,11 +277,19 @@ class Run:
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
+    def built(self, patience: float) -> bool:
+        """Whether that build has ended, within `patience` seconds."""
+        try:
+            return self.build is None or self.build.wait(timeout=max(1.0, min(patience, 600.0))) is not None
+        except subprocess.TimeoutExpired:
+            return False
+
     # -- measuring
 
     def sanitize(self, cells: list[Cell]) -> None:
         """compute-sanitizer's tools, two at a time: nothing is timed meanwhile."""
         log = self.out / "sanitizer.txt"
+        self.built(self.left() / 4)  # without it, its cases are skipped
 
         def watch(cell: Cell) -> None:
             if self.left() <= 5:
@@ -290,12 +303,13 @@ class Run:
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """The worker's answer; without a variant that takes the process with it, if there is one."""
-        if cell.get("needs") == "cuda" and self.build is not None:
-            try:
-                self.build.wait(timeout=max(1.0, min(self.left(), 600.0)))
-            except subprocess.TimeoutExpired:
-                return {"error": "the CUDA C++ backend was not built in time"}
-        lost: dict[str, str] = {}
+        if cell.get("needs") == "cuda" and not self.built(self.left()):
+            return {"error": "the CUDA C++ backend was not built in time"}
+        lost = {variant: reason for (name, variant), reason in self.left_out.items() if name == cell["cell"]}
+        if left := [name for name in cell.get("variants", ()) if name not in lost]:
+            cell = {**cell, "variants": left}
+        if cell.get("about") in lost:
+            return {"skipped": lost[cell["about"]]}
         while True:
             if self.worker is None:
                 self.worker = self.new_worker()
@@ -316,7 +330,7 @@ class Run:
             cell = {**cell, "variants": [name for name in cell["variants"] if name not in left_out]}
         if lost:
             answer["failed"] = {**answer.get("failed", {}), **lost}
-            answer["passed"] = False
+            answer["passed"] = answer.get("passed", True) and not any(measure.is_ours(name) for name in lost)
         self.ceilings |= answer.get("ceilings", {})
         if answer.get("variants"):
             self.compare(cell, answer)
