@@ -29,7 +29,7 @@ import torch
 
 from ..cli import CliError
 from ..cli.files import prepare_folder, write_all
-from . import report, tune_networks
+from . import process, report, tune_networks
 
 #: What is a gain: below, differences between runs decide.
 GAIN = 0.98
@@ -590,7 +590,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 no GPU or a bad argument, 130 stopped by a signal (what was found until then is written)."""
     from . import tune_workers
 
-    start = time.monotonic()
+    start = time.monotonic() - process.age()
     p = parser()
     options = p.parse_args(argv)
     try:

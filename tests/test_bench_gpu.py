@@ -6,6 +6,7 @@ A rehearsal on the CPU runs the whole command. No test looks at a time.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -686,8 +687,53 @@ def test_what_the_sanitizer_says(lines, stopped, code, passed, watched):
 
 def test_tools_that_are_not_installed_are_skipped(monkeypatch, tmp_path):
     monkeypatch.setattr(checks.shutil, "which", lambda name: None)
-    assert "not installed" in checks.sanitize("memcheck", 1.0)["skipped"]
-    assert "not installed" in checks.profile(1.0, tmp_path / "ncu.csv")["skipped"]
+    assert "not installed" in checks.sanitize("memcheck", CPU, 1.0)["skipped"]
+    assert "not installed" in checks.profile(CPU, 1.0, tmp_path / "ncu.csv")["skipped"]
+
+
+#: Tools that do what the real ones' command line says, as far as the program depends on it: they run what stands behind
+#: their options, and say what such a tool says.
+SANITIZER = """#!/bin/sh
+while [ "$1" != "$PYTHON" ]; do [ "$1" = --tool ] && tool=$2; shift; done
+"$@" || exit 1
+[ "$tool" = racecheck ] && { echo "========= Error: Race reported"; exit 9; }
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+NCU = """#!/bin/sh
+[ "$1" = --query-metrics ] && { echo "gpu__time_duration  Counter  ns"; exit; }
+while [ "$1" != "$PYTHON" ]; do
+    [ "$1" = --log-file ] && table=$2
+    [ "$1" = --metrics ] && metrics=$2
+    shift
+done
+"$@" || exit 1
+head='"ID","Kernel Name"'; row='"0","train_kernel"'
+for name in $(echo "$metrics" | tr , ' '); do head="$head,\\"$name\\""; row="$row,\\"1\\""; done
+printf '%s\\n"",""\\n%s\\n' "$head" "$row" > "$table"
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="shell scripts")
+def test_a_rehearsal_of_the_tools(tmp_path, monkeypatch):
+    """The command with sanitizer and ncu, from argument to verdict."""
+    for name, script in (("compute-sanitizer", SANITIZER), ("ncu", NCU)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setattr(checks, "TOOLS", ("memcheck", "racecheck"))
+    out = tmp_path / "out"
+    assert driver.main(["--device", "cpu", "--jobs", "2", "--out", str(out), "--parts", "sanitizer,ncu"]) == 1
+    content = json.loads((out / "results.json").read_text())
+    found = {r["cell"]: r for r in content["results"]}
+    assert {name for name, r in found.items() if r.get("passed") is False} == {"compute-sanitizer racecheck"}
+    memcheck = found["compute-sanitizer memcheck"]
+    assert len(memcheck["watched"]) == len(checks.small_cases(False)) and memcheck["reports"] == 0
+    assert found["compute-sanitizer racecheck"]["reports"] == 1
+    profile = found["ncu"]
+    assert profile["metrics"][0] == "gpu__time_duration.sum" and len(profile["metrics"]) < len(checks.METRICS)
+    assert profile["profile"] == [{"Kernel Name": "train_kernel", **dict.fromkeys(profile["metrics"], "1")}]
+    assert "case network 64" in (out / "sanitizer.txt").read_text() and (out / "ncu.csv").is_file()
 
 
 def test_metrics_that_ncu_does_not_know_are_left_out():

@@ -213,13 +213,12 @@ class _Lists:
                 )
 
     def _sanitizer(self) -> Iterator[Cell]:
-        for tool in checks.TOOLS if self.cuda else ():
-            name, cases = f"compute-sanitizer {tool}", checks.small_cases(self.cuda)
-            yield {"cell": name, "group": "sanitizer", "tool": tool, "small_cases": cases, "needs": "cuda"}
+        for tool in checks.TOOLS:
+            cell = {"cell": f"compute-sanitizer {tool}", "group": "sanitizer", "tool": tool}
+            yield {**cell, "small_cases": checks.small_cases(self.cuda), **({"needs": "cuda"} if self.cuda else {})}
 
     def _ncu(self) -> Iterator[Cell]:
-        if self.cuda:
-            yield {"cell": "ncu", "group": "ncu"}
+        yield {"cell": "ncu", "group": "ncu"}
 
     def _sweep(self) -> Iterator[Cell]:
         for backend in ("triton", "cuda") if self.cuda else ():

@@ -247,14 +247,14 @@ def run_small_cases(device: torch.device) -> int:
     return wrong
 
 
-def sanitize(tool: str, limit: float, log: Path | None = None) -> dict[str, Any]:
+def sanitize(tool: str, device: torch.device, limit: float, log: Path | None = None) -> dict[str, Any]:
     """One of compute-sanitizer's tools over the small cases, without the caching allocator, which would hide bad
     accesses; stopped at its limit, it counts for the cases that it has watched."""
     found = _tool("compute-sanitizer")
     if found is None:
         return {"skipped": "compute-sanitizer is not installed"}
     command = [found, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
-    command += process.python("-m", "fused_inr.bench.gpu", "--small-cases")
+    command += process.python("-m", "fused_inr.bench.gpu", "--small-cases", "--device", str(device))
     lines, stopped, code = _run_with_limit(command, limit, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return sanitizer_verdict(lines, stopped, code, limit)
 
@@ -323,7 +323,7 @@ PROFILED = (
 )
 
 
-def profile(limit: float, table: Path, log: Path | None = None) -> dict[str, Any]:
+def profile(device: torch.device, limit: float, table: Path, log: Path | None = None) -> dict[str, Any]:
     """One launch of each kernel of `PROFILED` under ncu, its metrics as CSV in `table`. The clocks are left alone."""
     found = _tool("ncu")
     if found is None:
@@ -332,7 +332,7 @@ def profile(limit: float, table: Path, log: Path | None = None) -> dict[str, Any
     kernels = "regex:^(forward|train|one_pass|backward)_kernel"
     command = [found, "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", kernels, "--csv"]
     command += ["--page", "raw", "--metrics", ",".join(wanted), "--log-file", str(table), "--force-overwrite"]
-    command += process.python("-m", "fused_inr.bench.gpu", "--profiled")
+    command += process.python("-m", "fused_inr.bench.gpu", "--profiled", "--device", str(device))
     lines, stopped, code = _run_with_limit(command, limit, log)
     launches = profiled_launches(table.read_text(errors="replace") if table.is_file() else "")
     result: dict[str, Any] = {"profile": launches, "metrics": wanted, "exit_code": code, "output": lines[-20:]}
@@ -372,17 +372,19 @@ def profiled_launches(text: str) -> list[dict[str, str]]:
     ]
 
 
-def run_profiled(device: torch.device, rows: int = 1 << 18) -> int:
+def run_profiled(device: torch.device) -> int:
     """The program that ncu looks at: each step of `PROFILED` a few times, the last time watched."""
+    rows = 1 << 18 if device.type == "cuda" else 64
     for width, step, way in PROFILED:
         case = cases.Case("network", step, width=width, rows=rows, precision="bf16", way=way)
         call = cases.Work(case, device).call("fused")
         for _ in range(3):
             call()
-        torch.cuda.synchronize(device)
         print(f"{case}", flush=True)
-        torch.cuda.profiler.start()
-        call()
-        torch.cuda.synchronize(device)
-        torch.cuda.profiler.stop()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.profiler.start()
+            call()
+            torch.cuda.synchronize(device)
+            torch.cuda.profiler.stop()
     return 0

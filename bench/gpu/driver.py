@@ -33,8 +33,10 @@ from . import checks, measure, summary
 from .cells import ON_REQUEST, PARTS, Cell, parts
 from .workers import Pool, Worker, serve
 
-#: Seconds that a cell may take, and what of the remaining budget may go into compiling a part ahead and into tests.
-CELL_LIMIT_S, AHEAD_SHARE, TESTS_SHARE = 60.0, 0.45, 0.25
+#: Seconds that a cell may take, and that compiling a part ahead may take (torch.compile's search compiles hundreds of
+#: kernels); what of the remaining budget may go into that, and what of the whole into tests.
+CELL_LIMIT_S, AHEAD_LIMIT_S, SEARCH_LIMIT_S = 60.0, 100.0, 150.0
+AHEAD_SHARE, TESTS_SHARE = 0.4, 0.25
 #: What a cell may overrun the budget by, so that one that has begun is not lost.
 GRACE_S = 10.0
 
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def drive(device: torch.device, options) -> int:
     """Everything that was asked for, then the summary."""
-    start = time.monotonic()
+    start = time.monotonic() - process.age()
     rehearsal = device.type == "cpu"
     if not rehearsal:
         os.environ.setdefault("FUSED_INR_NATIVE", "0")  # nothing here runs on the CPU engine: it is not built
@@ -220,7 +222,7 @@ class Run:
             self.record(cell, lambda: checks.run_tests(limit, full, self.out / "tests.txt"))
         elif cell["group"] == "ncu":
             limit, out = min(left, 240.0), self.out
-            self.record(cell, lambda: checks.profile(limit, out / "ncu.csv", out / "ncu.txt"))
+            self.record(cell, lambda: checks.profile(self.device, limit, out / "ncu.csv", out / "ncu.txt"))
         else:
             self.record(cell, lambda: self.measure(cell))
 
@@ -245,7 +247,8 @@ class Run:
         jobs = measure.ahead_jobs(cells)
         if not jobs:
             return
-        limit = 3600.0 if self.options.full else min(self.left() * AHEAD_SHARE, 240.0)
+        limit = min(self.left() * AHEAD_SHARE, SEARCH_LIMIT_S if part == "autotune" else AHEAD_LIMIT_S)
+        limit = 3600.0 if self.options.full else limit
         count = min(len(jobs), self.options.jobs)
 
         def compile_all() -> dict[str, Any]:
@@ -296,7 +299,7 @@ class Run:
                 self.not_reached.append(cell["cell"])
                 return
             limit = 3600.0 if self.options.full else min(self.left() / (2 if cell in cells[:2] else 1), 300.0)
-            self.record(cell, lambda: checks.sanitize(cell["tool"], limit, log))
+            self.record(cell, lambda: checks.sanitize(cell["tool"], self.device, limit, log))
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(watch, cells))
