@@ -25,12 +25,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def age() -> float:
-    """Seconds since this process began, importing included; 0 where the system does not tell."""
+    """Seconds since this process began, importing included; 0 where the system does not tell, and in a process that has
+    done other things before (a minute and more of them)."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+        seconds = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return 0.0
+    return seconds if 0 < seconds < 60 else 0.0
 
 
 def end(process: subprocess.Popen, patience: float = 20.0) -> None:
