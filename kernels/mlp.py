@@ -843,15 +843,16 @@ class _Operands:
 def _pack_weights(net: Network, weights, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, C, N, W = net.branches, net.channels, net.features, net.width
     first = weights[0].to(dtype).reshape(B, N, net.inputs)
-    first = pad(first, (0, net.inputs_pad - net.inputs, 0, W - N)).view(net.rows, net.inputs_pad)
+    # contiguous: a pad by nothing keeps the strides of a transposed weight
+    first = pad(first, (0, net.inputs_pad - net.inputs, 0, W - N)).reshape(net.rows, net.inputs_pad).contiguous()
     hidden = first
     if net.layers > 1:
         hidden = torch.stack([w.to(dtype) for w in weights[1:-1]])
         if W != N:
             hidden = pad(hidden.view(-1, B, N, C, N), (0, W - N, 0, 0, 0, W - N)).view(-1, net.rows, net.columns)
     last = weights[-1].to(dtype).reshape(net.outputs, C, N)
-    last = pad(last, (0, W - N, 0, 0, 0, net.outputs_pad - net.outputs)).view(net.outputs_pad, net.columns)
-    return first, hidden, last
+    last = pad(last, (0, W - N, 0, 0, 0, net.outputs_pad - net.outputs)).reshape(net.outputs_pad, net.columns)
+    return first, hidden.contiguous(), last.contiguous()
 
 
 def _pack_bias(net: Network, biases, like: torch.Tensor, acc: torch.dtype) -> torch.Tensor:

@@ -755,6 +755,15 @@ def precision_of(device: torch.device, dtype: torch.dtype, backend: str = "trito
     return _pytorch_products() if asked is None else asked
 
 
+def products_of(precision: str, dtype: torch.dtype) -> str:
+    """The precision of products of `dtype` in a derivative of an operation that ran in `precision`.
+
+    Derivatives of higher order of half types multiply float32 numbers (gradients of pre-activations): in TF32, whose 10
+    bits are as many as float16 and more than bfloat16 has.
+    """
+    return "tf32" if dtype == torch.float32 and precision in ("bf16", "fp16") else precision
+
+
 def _not_obeyed(backend: str, precision: str, x: Tensor) -> tuple[tuple[str, str], ...]:
     """For `explain`: why products are not what was asked for."""
     asked = _asked_products()

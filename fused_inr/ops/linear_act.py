@@ -112,9 +112,11 @@ def _transposed(t: Tensor) -> Tensor:
 
 def _linear(config: Config, x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, differentiable, by the backend that runs everything else."""
+    precision = backends.products_of(config.precision, x.dtype)
     if not torch.is_grad_enabled() and not _forward_mode():
-        return raw.linear_act(x, weight, None, [], [], "identity", config.backend, config.precision, False)[0]
-    return _apply(LinearAct, x, weight, None, replace(config, activation="identity", constants=(), save=False))[0]
+        return raw.linear_act(x, weight, None, [], [], "identity", config.backend, precision, False)[0]
+    plain = replace(config, activation="identity", constants=(), precision=precision, save=False)
+    return _apply(LinearAct, x, weight, None, plain)[0]
 
 
 def _weight_gradient(config: Config, gz: Tensor, x: Tensor) -> Tensor:
@@ -140,8 +142,9 @@ class WeightGradient(torch.autograd.Function):
     def forward(config, gz, x):
         shape = (*x.shape[:-2], gz.shape[-1], x.shape[-1])
         weight = x.new_empty(1).expand(shape)  # only its shape counts
+        precision = backends.products_of(config.precision, x.dtype)
         return raw.linear_act_backward(
-            gz, x, weight, None, [], [], gz, "identity", config.backend, config.precision, [False, True, False, False]
+            gz, x, weight, None, [], [], gz, "identity", config.backend, precision, [False, True, False, False]
         )[1]
 
     @staticmethod
