@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import tune
 from .launch import TYPES, accumulator, dot_precision, mode, on_device
-from .maps import INTERPRETED, factor, identity, load_params, narrow, param_arguments
+from .maps import INTERPRETED, identity, load_params, narrow, param_arguments, rounded
 from .sums import launch_sum
 
 DOT, NARROW_K, NARROW_N = tune.DOT, tune.NARROW_K, tune.NARROW_N
@@ -83,6 +83,7 @@ def pre_activation(
             )
             if UPCAST:  # the interpreter multiplies bfloat16 as the integers that it keeps them in
                 x = x.to(ACC)
+            x = rounded(x, PRECISION)
             new = ()
             for b in tl.static_range(B):
                 w = tl.load(
@@ -92,6 +93,7 @@ def pre_activation(
                 )
                 if UPCAST:
                     w = w.to(ACC)
+                w = rounded(w, PRECISION)
                 new = new + (tl.dot(x, w, acc[b], input_precision=PRECISION, out_dtype=ACC),)
             acc = new
     if HAS_BIAS:
@@ -236,6 +238,8 @@ def weight_grad_kernel(
             if UPCAST:
                 gz = gz.to(ACC)
                 x = x.to(ACC)
+            gz = rounded(gz, PRECISION)
+            x = rounded(x, PRECISION)
             acc = tl.dot(gz, x, acc, input_precision=PRECISION, out_dtype=ACC)
     else:  # a narrow side: products over the rows of a block side by side, summed at the end
         partial = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), ACC)

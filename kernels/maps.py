@@ -116,13 +116,18 @@ def _to_tf32(v):
 
 
 @triton.jit
-def factor(v, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """v as a factor of a product: in its type, and rounded where the tensor cores would cut (TF32: they ignore the 13
-    low bits, an error of one sign that does not average out)."""
-    v = narrow(v, DTYPE)
+def rounded(v, PRECISION: tl.constexpr):
+    """v, rounded where the tensor cores would cut: in TF32 they ignore the 13 low bits, an error of one sign that does
+    not average out."""
     if PRECISION == "tf32":
         v = _to_tf32(v)
     return v
+
+
+@triton.jit
+def factor(v, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """v as a factor of a product: in its type, and `rounded`."""
+    return rounded(narrow(v, DTYPE), PRECISION)
 
 
 @triton.jit

@@ -82,6 +82,7 @@ class Decoder:
         self.symbols: dict[str, int] = {}
         self.unsupported: Counter = Counter()
         self.extra: list[int] = []
+        self.tables: dict[str, list[str]] = {}  # of jumps by an index
         self.parse(ptx)
 
     # ------------------------------------------------------------ operands
@@ -171,6 +172,7 @@ class Decoder:
         for sname in re.findall(r"\.extern \.shared \.align \d+ \.b8 (\w+)\[\]", ptx):
             self.symbols[sname] = SHARED_BASE + -(-self.static // 1024) * 1024
         body = ptx[ptx.index("{", m.end()) + 1 :]
+        body = re.sub(r"\.branchtargets[^;]*;", lambda table: " ".join(table[0].split()), body)  # on one line
         end = body.index("\n}")
         loc = ""
         depth_regs: dict[str, int] = {}
@@ -184,6 +186,10 @@ class Decoder:
                 piece = piece.strip()
                 while piece and piece[0] in "{}" and not re.match(r"^\{[^}]*\}\s*,", piece):
                     piece = piece[1:].strip()
+                table = re.match(r"^(\$?\w+):\s*\.branchtargets\s+(.*)", piece, re.S)
+                if table:
+                    self.tables[table[1]] = [name.strip() for name in table[2].split(",")]
+                    continue
                 label = re.match(r"^(\$?\w+):", piece)
                 if label:
                     self.labels[label[1]] = len(self.rows)
@@ -208,7 +214,20 @@ class Decoder:
             self.rows[row]["imm"] = self.labels[label]
         del depth_regs
 
+    def jump_by_index(self, index: str, labels: list[str], loc: str) -> None:
+        """brx.idx, as one comparison and jump for each of its labels."""
+        predicate = f"%jump{len(self.rows)}"
+        self.slots[predicate] = (self.allocate(4), 4)
+        for i, label in enumerate(labels[:-1]):
+            self.instruction(f"setp.eq.u32 {predicate}, {index}, {i}", loc)
+            self.instruction(f"@{predicate} bra {label}", loc)
+        self.instruction(f"bra {labels[-1]}", loc)
+
     def instruction(self, text: str, loc: str) -> None:
+        if text.startswith("brx.idx"):
+            index, table = split_operands(text.split(None, 1)[1])
+            self.jump_by_index(index, self.tables[table], loc)
+            return
         m = re.match(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", text, re.S)
         neg, pred, mnemonic, rest = m[1], m[2], m[3], m[4].strip()
         row = {"pred": -1, "pneg": 0, "aux": 0, "size": 0, "width": 0, "flags": 0, "imm": 0, "o": []}
