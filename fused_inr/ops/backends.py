@@ -79,6 +79,8 @@ class Backend:
     saves_preactivations = True
     #: whether it has products of its own for float32 on a GPU, or those that PyTorch's settings say
     chooses_products = False
+    #: whether a whole network takes weights of other floating-point types than its rows (under autocast)
+    reads_any_weights = False
 
     def available(self) -> tuple[bool, str]:
         """Whether it can run in this process, and the reason when not."""
@@ -441,6 +443,7 @@ class Triton(Backend):
     name = "triton"
     saves_preactivations = False
     chooses_products = True
+    reads_any_weights = True
 
     def available(self):
         try:
@@ -776,6 +779,11 @@ def _not_obeyed(backend: str, precision: str, x: Tensor) -> tuple[tuple[str, str
 
 
 # -- who runs a call
+
+
+def state() -> tuple:
+    """Everything about this process that a choice of backend and precision depends on."""
+    return (_forced, _asked_products(), torch.backends.cuda.matmul.fp32_precision, *TABLE.values())
 
 
 def choose(activation: Activation, x: Tensor, weight: Tensor, *, record: bool = True) -> tuple[str, str]:
