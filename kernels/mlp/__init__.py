@@ -352,7 +352,8 @@ def _training(
     else:
         one_pass = False
         config = by_sums(net, config, multiprocessors * config.resident_programs)
-    side = net.width // config.tiles if config.sums and not config.later and config.tiles > 1 else 0
+    blocks = config.sums and not config.later and config.tiles * net.channels > 1  # of more columns than one
+    side = net.width // config.tiles if blocks else 0
     loss = which.loss_map is not None
     where = pack.segments(net, need_w, need_b, need_p, loss, config.sums, side)
     back, jets = _has_back(call.dtype), which.keeps == JETS
