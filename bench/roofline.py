@@ -258,12 +258,12 @@ def _network(row: dict, kernel: str) -> Work:
     K, width = row["K"], mlp_tune.width(row["N"], row["arch"])
     inputs, outputs = max(16, 1 << (K - 1).bit_length()), max(16, MLP_OUTPUTS)
     narrow = K <= tune.NARROW_K_LIMIT
-    first = 0 if narrow else 2 * inputs * B * width
+    first = 2 * inputs * B * width
     hidden = (MLP_LAYERS - 1) * 2 * B * width * C * width
     last = 2 * C * width * outputs
     # activations and derivatives, or pre-activations
     z = (2 * C * (1 + B) if size == 2 else 4 * B) * MLP_LAYERS * width
-    forward, pass_back = first + hidden + last, 2 * (first + hidden + last)
+    forward, pass_back = (0 if narrow else first) + hidden + last, 2 * (first + hidden + last)
     moved = size * (K + MLP_OUTPUTS)
     flops = forward
     if kernel == "mlp_save":
