@@ -10,23 +10,18 @@ Shapes, inside: x [G, M, K], weight [G, B*N, K], z and gz [G, M, B*N], y and g [
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
 from . import tune
-from .maps import INTERPRETED, load_params, narrow, param_arguments
+from .launch import TYPES, accumulator, dot_precision, mode, on_device
+from .maps import INTERPRETED, identity, load_params, narrow, param_arguments, rounded
+from .sums import launch_sum
 
 DOT, NARROW_K, NARROW_N = tune.DOT, tune.NARROW_K, tune.NARROW_N
 
 # ---------------------------------------------------------------- kernels
-
-
-@triton.jit
-def identity(z0, MODE: tl.constexpr):
-    return (z0,)
 
 
 @triton.jit
@@ -88,6 +83,7 @@ def pre_activation(
             )
             if UPCAST:  # the interpreter multiplies bfloat16 as the integers that it keeps them in
                 x = x.to(ACC)
+            x = rounded(x, PRECISION)
             new = ()
             for b in tl.static_range(B):
                 w = tl.load(
@@ -97,6 +93,7 @@ def pre_activation(
                 )
                 if UPCAST:
                     w = w.to(ACC)
+                w = rounded(w, PRECISION)
                 new = new + (tl.dot(x, w, acc[b], input_precision=PRECISION, out_dtype=ACC),)
             acc = new
     if HAS_BIAS:
@@ -241,6 +238,8 @@ def weight_grad_kernel(
             if UPCAST:
                 gz = gz.to(ACC)
                 x = x.to(ACC)
+            gz = rounded(gz, PRECISION)
+            x = rounded(x, PRECISION)
             acc = tl.dot(gz, x, acc, input_precision=PRECISION, out_dtype=ACC)
     else:  # a narrow side: products over the rows of a block side by side, summed at the end
         partial = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), ACC)
@@ -263,55 +262,7 @@ def weight_grad_kernel(
     tl.store(out, narrow(acc, out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
 
 
-@triton.jit(do_not_specialize=["S", "chunk"], do_not_specialize_on_alignment=["S", "chunk"])
-def sum_kernel(
-    in_ptr, out_ptr, S, L, chunk, CHUNKS,
-    ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """out [G, CHUNKS, L] = sums of in [G, S, L] over `chunk` rows each, in a fixed order."""
-    tiles = tl.cdiv(L, BLOCK_L)
-    pid = tl.program_id(0)
-    row = pid // tiles  # layer and chunk
-    layer = (row // CHUNKS).to(tl.int64)
-    start = (row % CHUNKS) * chunk
-    stop = tl.minimum(start + chunk, S)
-    offs_l = ((pid % tiles) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
-    mask_l = offs_l < L
-    acc = tl.zeros((BLOCK_S, BLOCK_L), ACC)
-    for s in range(start, stop, BLOCK_S):
-        offs_s = (s + tl.arange(0, BLOCK_S)).to(tl.int64)
-        part = in_ptr + (layer * S + offs_s)[:, None] * L + offs_l[None, :]
-        acc += tl.load(part, mask=(offs_s < stop)[:, None] & mask_l[None, :], other=0.0).to(ACC)
-    out = out_ptr + row.to(tl.int64) * L + offs_l
-    tl.store(out, narrow(tl.sum(acc, axis=0), out_ptr.dtype.element_ty), mask=mask_l)
-
-
 # ---------------------------------------------------------------- launchers: allocated outputs, checked inputs
-
-
-def on_device(tensor: torch.Tensor):
-    """Triton launches on the current device and its current stream: make them the tensor's."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of pre-activations, sums and maps: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def mode(dtype: torch.dtype, precision: str) -> int:
-    """Primitives: accurate where the product is as good as float32's, fast where it is not, pure in the interpreter."""
-    if INTERPRETED:
-        return 2
-    return 0 if dtype == torch.float32 and precision in ("ieee", "tf32x3", "bf16x3") else 1
-
-
-def dot_precision(dtype: torch.dtype, precision: str) -> str:
-    # the interpreter ignores it; 16-bit types have one precision only
-    return precision if dtype == torch.float32 and not INTERPRETED else "ieee"
 
 
 def _layer_strides(t: torch.Tensor | None, dims: int) -> tuple[int, ...]:
@@ -339,7 +290,7 @@ def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, 
             *_layer_strides(y, 2)[:2], *_layer_strides(z, 2)[:2],
             MAP=function, MODE=mode(x.dtype, precision), B=B, C=C, POINTERS=pointers,
             HAS_BIAS=bias is not None, SAVE_Z=z is not None, KIND=kind,
-            PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED, ACC=_TRITON[acc],
+            PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED, ACC=TYPES[acc],
             **config.options(),
         )  # fmt: skip
 
@@ -363,7 +314,7 @@ def launch_gz(g, x, weight, bias, param_args, z, gz, gb, gp, function, B: int, C
             MAP=function, MODE=mode(x.dtype, precision), B=B, C=C, P=len(params) if gp is not None else 0,
             POINTERS=pointers, HAS_BIAS=bias is not None, HAS_Z=z is not None,
             WRITE_GZ=gz is not None, WRITE_GB=gb is not None, KIND=kind,
-            PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED, ACC=_TRITON[acc],
+            PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED, ACC=TYPES[acc],
             **config.options(),
         )  # fmt: skip
 
@@ -386,27 +337,8 @@ def launch_weight_grad(gz, x, out, splits: int, rows: int, config: tune.Config, 
         weight_grad_kernel[grid](
             gz, x, out, M, N, K, rows, splits, *gz.stride()[:2], *_layer_strides(x, 2),
             DOT_PRODUCT=config.dot, PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED,
-            ACC=_TRITON[accumulator(x.dtype)], **config.options(),
+            ACC=TYPES[accumulator(x.dtype)], **config.options(),
         )  # fmt: skip
-
-
-def launch_sum(partials: torch.Tensor, out: torch.Tensor) -> None:
-    """out [G, L] = partials [G, S, L] summed over S; both contiguous. Two passes where S is long."""
-    G, S, L = partials.shape
-    if not G * L:
-        return
-    config = tune.SUM
-    acc = accumulator(partials.dtype)
-    chunks = 1 if S <= 4 * config.chunk else triton.cdiv(S, config.chunk)
-    target = out if chunks == 1 else partials.new_empty((G, chunks, L))
-    chunk = triton.cdiv(S, chunks) if chunks == 1 else config.chunk
-    with on_device(partials):
-        sum_kernel[(G * chunks * triton.cdiv(L, config.block_l),)](
-            partials, target, S, L, chunk, chunks, ACC=_TRITON[acc],
-            BLOCK_S=config.block_s, BLOCK_L=config.block_l, num_warps=config.num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
-    if chunks > 1:
-        launch_sum(target, out)
 
 
 # ---------------------------------------------------------------- the raw operations

@@ -32,6 +32,8 @@ SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "sm10
 ARCHITECTURES = tuple(SHARED_LIMIT)
 #: The compute capability that each class is compiled for by the static report.
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90, "sm100": 100}
+#: Multiprocessors of the largest device of each class: A100, RTX 4090, H200, B200.
+MULTIPROCESSORS = {"sm80": 108, "sm86": 128, "sm90": 132, "sm100": 148}
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,18 @@ def arch(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     return _arch_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _multiprocessors_of_cuda(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; 2 for anything else, so that the interpreter's small tests see several programs."""
+    if device.type != "cuda":
+        return 2
+    return _multiprocessors_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def type_class(dtype: torch.dtype, precision: str) -> str:

@@ -125,7 +125,14 @@ class Interpreter : public Machine {
 
   void watch_registers(const Instruction &I, Warp &w, int at) {
     const int32_t *o = program.operands + I.first;
-    for (int k = 0; k < I.operands; k++) {
+    const bool copies = I.op == op::mov_32 || I.op == op::mov_64 || I.op == op::pack || I.op == op::unpack;
+    bool loading = false;  // a copy of what is still being loaded is one more register that must be waited for
+    for (int k = I.targets; k < I.operands && copies && !w.loads.empty(); k++) loading |= w.to_be_written[o[k] >> 6];
+    for (int k = 0; k < I.targets && loading; k++) {
+      w.to_be_written[o[k] >> 6]++;
+      w.loads.push_back(o[k] >> 6);
+    }
+    for (int k = 0; k < I.operands && !loading; k++) {
       const bool own = I.op == op::wgmma && k < I.targets;  // products of one sum follow each other
       if ((w.to_be_written[o[k] >> 6] && !own) || (k < I.targets && w.to_be_read[o[k] >> 6]))
         report(REGISTERS_IN_FLIGHT, at, -1, w.agent, 0, 0, 0, 0);
@@ -633,8 +640,23 @@ void Interpreter::run(Warp &w) {
       case op::bra:
         if (w.active & ~m) w.others.push_back({at + 1, w.active & ~m});
         w.active = m;
-        w.at = (int)I.value;
+        w.at = o[0];
         break;
+      case op::brx: {  // count: labels, which lie behind the operand that chooses one
+        const u32 *index = R(u32, 0);
+        if (w.active & ~m) w.others.push_back({at + 1, w.active & ~m});
+        w.active = 0;
+        for (int label = 0; label < I.count; label++) {
+          u32 lanes = 0;
+          for (int i = 0; i < 32; i++) lanes |= (u32)((m >> i & 1) && index[i] == (u32)label) << i;
+          if (lanes) w.others.push_back({o[1 + label], lanes});
+          m &= ~lanes;
+        }
+        if (m) {
+          report(OUT_OF_BOUNDS_READ, at, -1, w.agent, __builtin_ctz(m), 0, index[__builtin_ctz(m)], 4);
+          w.exited |= m;
+        }
+      } break;
       case op::ret:
         w.exited |= m;
         w.active &= ~m;

@@ -186,9 +186,11 @@ class Machine {
     c.r_sync = a.sync;
     if (program.has_partial_barriers) read_segments[&c][a.warp] = a.segment;
   }
-  // same: the bytes were there before, which makes the order of two writes indifferent
+  // What is written, and what was there: if it is the same, the order of two writes is indifferent.
   template <bool is_shared>
-  void write(Cell &c, Agent &a, int lane, int instruction, u64 address, int bytes, bool same) {
+  void write(Cell &c, Agent &a, int lane, int instruction, u64 address, int bytes, const uint8_t *data,
+             const uint8_t *before) {
+    auto beside = [&](Kind kind) { return memcmp(data, before, bytes) ? kind : SAME_VALUE; };
     const int writer = (int)c.w_instruction, reader = (int)c.r_instruction;
     if (is_shared) {
       if (c.in_flight || c.tensor_read > a.tensor_seen)
@@ -196,12 +198,12 @@ class Machine {
       if (c.pending) report(COPY_PENDING, instruction, writer, a, lane, c.w_warp, address, bytes);
     } else {
       if (c.w_epoch && c.w_epoch < first_epoch)
-        report(same ? SAME_VALUE : BLOCK_WRITE_AFTER_WRITE, instruction, writer, a, lane, c.w_warp, address, bytes);
+        report(beside(BLOCK_WRITE_AFTER_WRITE), instruction, writer, a, lane, c.w_warp, address, bytes);
       if (c.r_epoch && c.r_epoch < first_epoch)
         report(BLOCK_WRITE_AFTER_READ, instruction, reader, a, lane, __builtin_ctz(c.r_warps), address, bytes);
     }
     if (!write_comes_before(c, a))
-      report(same ? SAME_VALUE : WRITE_AFTER_WRITE, instruction, writer, a, lane, c.w_warp, address, bytes);
+      report(beside(WRITE_AFTER_WRITE), instruction, writer, a, lane, c.w_warp, address, bytes);
     const int v = reader_beside(c, a);
     if (v >= 0)
       report(WRITE_AFTER_READ, instruction, reader, a, lane, v, address, bytes);
@@ -219,20 +221,16 @@ class Machine {
 
   // -- memory: where an access goes, or nullptr
 
-  Region *region_of(u64 address, int bytes) {
-    for (int tries = 0; tries < 2; tries++) {
-      if (last_region && address >= last_region->address && address - last_region->address + bytes <= last_region->bytes)
-        return const_cast<Region *>(last_region);
-      last_region = nullptr;
-      for (int i = 0; i < launch.regions; i++)
-        if (address >= launch.region[i].address && address - launch.region[i].address < launch.region[i].bytes)
-          last_region = launch.region + i;
-    }
+  const Region *region_of(u64 address, int bytes) {
+    auto holds = [&](const Region &r) { return address >= r.address && address - r.address + bytes <= r.bytes; };
+    if (last_region && holds(*last_region)) return last_region;
+    for (int i = 0; i < launch.regions; i++)
+      if (holds(launch.region[i])) return last_region = launch.region + i;
     return nullptr;
   }
   uint8_t *global_at(u64 address, int bytes, bool writes, const Agent &a, int lane, int instruction) {
     if (address % bytes) report(MISALIGNED, instruction, -1, a, lane, 0, address, bytes);
-    Region *r = region_of(address, bytes);
+    const Region *r = region_of(address, bytes);
     if (r) return r->host + (address - r->address);
     report(writes ? OUT_OF_BOUNDS_WRITE : OUT_OF_BOUNDS_READ, instruction, -1, a, lane, 0, address, bytes);
     return nullptr;
@@ -263,9 +261,8 @@ class Machine {
   void write_shared(u64 address, int bytes, Agent &a, int lane, int instruction, const uint8_t *data) {
     if (!launch.races) return;
     const u64 at = address - SHARED_BASE;
-    const bool same = !memcmp(data, shared.data() + at, bytes);
     for (u64 c = at / program.shared_granule; c <= (at + bytes - 1) / program.shared_granule; c++)
-      write<true>(shared_cells[c], a, lane, instruction, address, bytes, same);
+      write<true>(shared_cells[c], a, lane, instruction, address, bytes, data, shared.data() + at);
   }
   int read_global(u64 address, int bytes, Agent &a, int lane, int instruction) {
     if (!launch.races) return -1;
@@ -282,9 +279,9 @@ class Machine {
     const Region *r = region_of(address, bytes);
     Pages &pages = global_cells[r - launch.region];
     const u64 base = r->address / program.global_granule;
-    const bool same = !memcmp(data, r->host + (address - r->address), bytes);
+    const uint8_t *before = r->host + (address - r->address);
     for (u64 c = address / program.global_granule; c <= (address + bytes - 1) / program.global_granule; c++)
-      write<false>(*pages.at(c - base), a, lane, instruction, address, bytes, same);
+      write<false>(*pages.at(c - base), a, lane, instruction, address, bytes, data, before);
   }
 
   // -- statistics: wavefronts of an access to shared memory, sectors of one to global memory

@@ -93,6 +93,7 @@ class _Row:
     width: int = 0
     flags: int = 0
     value: int = 0
+    labels: list[int] = field(default_factory=list)  # instructions that it may jump to
 
 
 def _bytes_of(kind: str) -> int:
@@ -125,31 +126,26 @@ def _elements(operand: str) -> list[str]:
 
 
 def _statements(body: str) -> Iterator[tuple[str, str]]:
-    """(statement, source location) of a function's body: instructions, labels with their colon, braces of scopes,
-    register declarations."""
-    location = ""
+    """(statement, source location) of a function's body: instructions and declarations without their semicolon, labels
+    with their colon, braces of scopes."""
+    location, text = "", ""
     for raw in body.splitlines():
         line, _, comment = raw.partition("//")
-        line = line.strip()
-        if line.startswith(".loc"):
+        if line.lstrip().startswith(".loc"):
             location = comment.strip()
             continue
-        for piece in line.split(";"):
-            piece = piece.strip()
-            while piece:
-                # a brace is a scope's unless it is a vector's
-                if piece[0] in "{}" and not re.match(r"\{[^{}]*\}\s*,", piece):
-                    yield piece[0], location
-                    piece = piece[1:].strip()
-                elif label := re.match(r"(\$?[\w$]+):(?!:)\s*", piece):
-                    yield label[0].strip(), location
-                    piece = piece[label.end() :]
-                else:
-                    # the closing brace of an inline assembly's scope may follow on the same line
-                    end = re.match(r"[^{}]*(?:\{[^{}]*\}[^{}]*)*", piece)
-                    statement = end[0] if end and end[0] else piece
-                    yield statement.strip(), location
-                    piece = piece[len(statement) :].strip()
+        text = f"{text} {line}".strip()
+        while text:
+            if text[0] in "{}":
+                end = 1
+            elif label := re.match(r"[$\w]+:(?!:)", text):
+                end = label.end()
+            elif ";" in text:
+                end = text.index(";")
+            else:
+                break  # it goes on in the next line
+            yield text[:end].strip(), location
+            text = text[end:].lstrip("; \t")
 
 
 def _block(text: str, opening: int) -> str:
@@ -264,7 +260,8 @@ class _Reader:
         body = _block(ptx, opening)
         self.memory(ptx, body)
         open_scopes = [0]  # numbers of the scopes around, the innermost last
-        made = 0
+        made, label = 0, ""
+        tables: dict[str, list[str]] = {}
         for statement, location in _statements(body):
             if statement == "{":
                 made += 1
@@ -274,7 +271,10 @@ class _Reader:
                 open_scopes.pop()
                 self.scopes.pop()
             elif statement.endswith(":"):
-                self.labels[open_scopes[-1], statement[:-1]] = len(self.rows)
+                label = statement[:-1]
+                self.labels[open_scopes[-1], label] = len(self.rows)
+            elif statement.startswith(".branchtargets"):
+                tables[label] = _split(statement.removeprefix(".branchtargets"))
             elif statement.startswith(".reg"):
                 self.registers(statement)
             elif statement.startswith("."):
@@ -282,8 +282,11 @@ class _Reader:
                     raise UnknownInstruction(statement)
             else:
                 self.instruction(statement, location, tuple(open_scopes))
-        for row, label, around in self.jumps:
-            row.value = next(self.labels[n, label] for n in reversed(around) if (n, label) in self.labels)
+        for row, name, around in self.jumps:
+            names = tables[name] if row.mnemonic.startswith("brx") else [name]
+            row.labels = [
+                next(self.labels[n, label] for n in reversed(around) if (n, label) in self.labels) for label in names
+            ]
         if self.unknown:
             raise UnknownInstruction(f"{self.name}: " + "; ".join(f"{why} ({t})" for why, t in self.unknown.items()))
 
@@ -347,9 +350,10 @@ class _Reader:
         self.rows.append(row)
         a = _split(found[4])
         try:
-            if row.mnemonic.startswith("bra"):
-                row.op = operation("bra")
-                self.jumps.append((row, a[0], around))
+            if row.mnemonic.startswith(("bra", "brx.idx")):
+                row.op = operation(row.mnemonic[:3])
+                row.sources = [self.source(x, 4) for x in a[:-1]]
+                self.jumps.append((row, a[-1], around))
             else:
                 self.decode(row, row.mnemonic.split("."), a)
         except UnknownInstruction as error:
@@ -688,9 +692,9 @@ class _Reader:
             operands = [*row.targets, *row.sources]
             code[i] = (
                 row.op, row.guard, row.negated, len(pool), len(row.targets), len(operands),
-                row.count, row.size, row.width, row.flags, row.value,
+                len(row.labels) or row.count, row.size, row.width, row.flags, row.value,
             )  # fmt: skip
-            pool += operands
+            pool += operands + row.labels
             for space, size in self.accesses(row):
                 smallest[space] = min(smallest[space], size)
         return Program(

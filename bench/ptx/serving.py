@@ -103,7 +103,7 @@ def few_programs(count: int) -> Iterator[None]:
     rows make several tiles of each."""
     mlp_tune.pick.cache_clear()
     try:
-        with mock.patch.dict(mlp_tune.PROGRAMS, dict.fromkeys(mlp_tune.PROGRAMS, count)):
+        with mock.patch.object(tune, "multiprocessors", lambda device: count):
             yield
     finally:
         mlp_tune.pick.cache_clear()

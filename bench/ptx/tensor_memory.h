@@ -106,7 +106,7 @@ class TensorMemory {
         if (i < 0) continue;
         const u32 value = o.word(1 + k)[lane];
         if (m.launch.races) {
-          m.write<true>(cells_[i], w.agent, lane, at, i, 4, data_[i] == value);
+          m.write<true>(cells_[i], w.agent, lane, at, i, 4, (const uint8_t *)&value, (const uint8_t *)&data_[i]);
           cells_[i].pending = 1;
           w.stores.push_back(i);
         }
