@@ -149,22 +149,21 @@ class Networks:
         """One time for each number of rows."""
         from ..kernels import mlp_tune
         from . import cases, timing
-        from .gpu import _captured, _within
 
         times: list[list[float]] = [[] for _ in candidates]
         step, way = STEPS[key[1]][0]
         for share in SHARES:
             work = self.work(key, step, way, max(1, int(self.rows * share * 64 / key[5])))
-            call = _within(lambda: self._ours(key), work.call("fused"))
+            call = cases.within(lambda: self._ours(key), work.call("fused"))
             steps: dict[str, Callable[[], object]] = {}
             with cases.matmul_precision(work.case.precision):
                 for i, numbers in enumerate(candidates):
                     if self.device.type == "cuda":
                         with mlp_tune.using(key, numbers):
                             call()
-                            steps[str(i)] = _captured(call)  # keeps the launch as it is now
+                            steps[str(i)] = timing.captured(call)  # keeps the launch as it is now
                     else:
-                        steps[str(i)] = _within(lambda numbers=numbers: mlp_tune.using(key, numbers), call)
+                        steps[str(i)] = cases.within(lambda numbers=numbers: mlp_tune.using(key, numbers), call)
                 timed = timing.interleaved(steps, self.device, seconds=self.seconds, rounds=(5, 50), block_ms=2.0)
             for i, each in enumerate(times):
                 each.append(timed[str(i)].ms)
