@@ -208,8 +208,11 @@ class _Network(nn.Module):
         if not isinstance(x, Tensor):
             return [], _op.Decision("", "", f"an input that is a {type(x).__name__}")
         layers, reason = self._operands()
-        if not reason and self.fusion == "auto" and direction == "forward":
-            reason = _DERIVED if x.requires_grad and x.is_leaf and torch.is_grad_enabled() else ""
+        if not reason and direction == "forward":
+            if self.fusion == "auto" and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+                reason = _DERIVED
+            elif not _op.tracked(x, layers, self._norms):
+                direction = "inference"
         if reason:
             return [], _op.Decision("", "", reason)
         decision = _op.decide(x, layers, self._skips, self._norms, direction)

@@ -222,9 +222,7 @@ def build(job: Job) -> tuple[_Arguments, dict]:
         _matrix(arguments, job, "g", C * N, "gm")
         arguments.integers(stride_gn=1, stride_zg=ROWS * columns, stride_zm=columns)
         function = maps.get(job.activation, 1, job.learnable)
-        arguments.constant(
-            MAP=function, P=P if job.learnable else 0, KEPT=kept, WRITE_GZ=True, WRITE_GB=True, **common
-        )
+        arguments.constant(MAP=function, P=P if job.learnable else 0, KEPT=kept, WRITE_GZ=True, WRITE_GB=True, **common)
     return arguments, config.options()
 
 

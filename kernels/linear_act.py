@@ -288,9 +288,7 @@ def _layer_strides(t: torch.Tensor | None, dims: int) -> tuple[int, ...]:
     return (*((0,) if t.dim() == dims else ()), *t.stride())
 
 
-def launch_forward(
-    x, weight, bias, param_args, y, z, function, B: int, C: int, precision: str, save: int = 1
-) -> None:
+def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, precision: str, save: int = 1) -> None:
     """y (and z, unless None) = function(x weight^T + bias). y and z: [.., M, columns], last stride 1. save 2: z takes
     the derivatives, and function is the jet."""
     G, M, N = y.shape[0] if y.dim() == 3 else 1, y.shape[-2], y.shape[-1] // C

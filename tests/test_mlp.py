@@ -648,7 +648,9 @@ def test_a_last_layer_with_a_skip_connection_and_one_pass():
     for run in (
         lambda x, layers: (plain_with_skips(x, layers, skips) - target).square().sum() / 2,
         lambda x, layers: op.network_loss(x, target, None, layers, criterion, op.Decision(engine(), "ieee", ""), skips),
-        lambda x, layers: op.network_loss(x, target, None, layers, criterion, op.Decision("reference", "ieee", ""), skips),
+        lambda x, layers: op.network_loss(
+            x, target, None, layers, criterion, op.Decision("reference", "ieee", ""), skips
+        ),
     ):
         results.append(gradients(run, x, layers))
     for value, grads in results[1:]:
@@ -749,7 +751,9 @@ def whole_with_norms(save=True, backend=None):
 def one_pass_with_norms(target, row_weights=None, backend=None):
     def run(x, layers, norms, skips):
         criterion = op.Criterion("squared_error", (), 0.5)
-        return op.network_loss(x, target, row_weights, layers, criterion, op.Decision(backend or engine(), "ieee", ""), skips, norms)
+        return op.network_loss(
+            x, target, row_weights, layers, criterion, op.Decision(backend or engine(), "ieee", ""), skips, norms
+        )
 
     return run
 

@@ -105,7 +105,9 @@ def test_opcheck_of_the_native_operators():
         for forward, backward, maps in raw_samples("cpu"):
             x, weight, bias, params, constants, name, _, _, keep = forward
             opcheck(
-                native.linear_act.default, (x, weight, bias, params, constants, name, bool(keep)), test_utils="test_schema"
+                native.linear_act.default,
+                (x, weight, bias, params, constants, name, bool(keep)),
+                test_utils="test_schema",
             )
             g, x, weight, bias, params, constants, z, name, _, _, needs = backward
             arguments = (g, x, weight, bias, params, constants, z, name, needs)

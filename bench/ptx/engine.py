@@ -156,7 +156,7 @@ def execute(
     grid: Iterable[int],
     threads: int,
     dynamic_shared: int = 0,
-    options: Options = Options(),  # noqa: B008
+    options: Options = Options(),
 ) -> Launch:
     """Run a program.
 

@@ -134,9 +134,9 @@ class Backend:
     def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms) -> str:
         """Why it cannot run a whole network whose layers it serves; empty when it can.
 
-        `direction` is "forward" (with its backward) or "loss" (one pass of both); `learnable`, a layer: some parameters
-        of its activation are tensors; `skips`, `norms`, a layer: it has a skip connection, a LayerNorm (empty: none
-        has).
+        `direction` is "inference", "forward" (with its backward) or "loss" (one pass of both); `learnable`, a layer:
+        some parameters of its activation are tensors; `skips`, `norms`, a layer: it has a skip connection, a LayerNorm
+        (empty: none has).
         """
         return f"backend {self.name!r} runs layer by layer"
 
@@ -567,7 +567,7 @@ class Triton(Backend):
         if x.is_cuda:
             major, minor = torch.cuda.get_device_capability(x.device)
             arch = 10 * major + minor
-        directions = ("loss",) if direction == "loss" else ("forward", "backward")
+        directions = {"inference": ("forward",), "forward": ("forward", "backward")}.get(direction, ("loss",))
         reasons = (mlp.serves(shapes, maps, x.dtype, precision, arch, direction=d) for d in directions)
         return next(filter(None, reasons), "")
 

@@ -319,9 +319,7 @@ def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tens
 
 def _bare_preactivation(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with torch.no_grad():
-        _, z = raw.linear_act(
-            x, weight, bias, [], [], "identity", config.backend, config.precision, "preactivations"
-        )
+        _, z = raw.linear_act(x, weight, bias, [], [], "identity", config.backend, config.precision, "preactivations")
     return z
 
 

@@ -110,6 +110,18 @@ _decisions: dict[tuple, Decision] = {}
 _MOST_DECISIONS = 1024
 
 
+def tracked(x: Tensor, layers: Sequence[Layer], norms: Sequence[Norm | None]) -> bool:
+    """Whether the network's output has a derivative."""
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(
+        t is not None and t.requires_grad
+        for tensors in (*((weight, bias, *activation.tensors) for weight, bias, activation in layers),
+                        *(norm[:2] for norm in norms if norm is not None))
+        for t in tensors
+    )  # fmt: skip
+
+
 def _described(tensor: Tensor | None):
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
@@ -168,8 +180,8 @@ def why_not(
 ) -> tuple[str, str, str]:
     """Backend, precision, and the reason why the whole network cannot run there ("": it can).
 
-    `skips`, `norms`: of each layer, or empty where none has a skip connection, a LayerNorm. `cast`: the type that
-    autocast gives input, weights and biases.
+    `skips`, `norms`: of each layer, or empty where none has a skip connection, a LayerNorm. `direction`: "inference",
+    "forward" (with its backward) or "loss". `cast`: the type that autocast gives input, weights and biases.
 
     Raises:
         RuntimeError: a backend demanded with `backends.use` that cannot serve any layer.

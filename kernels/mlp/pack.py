@@ -317,7 +317,15 @@ def launch_finish(
 ) -> None:
     """The network's gradients and the loss from sums [programs, where.total]; what there is none of is None."""
     arguments = (
-        sums, tuple(weights), tuple(biases), tuple(map_params), loss, sums.shape[0], scale, net.inputs, net.outputs
+        sums,
+        tuple(weights),
+        tuple(biases),
+        tuple(map_params),
+        loss,
+        sums.shape[0],
+        scale,
+        net.inputs,
+        net.outputs,
     )
     with on_device(sums):
         _finish(where.total // FINISH_BLOCK, arguments, _finish_constants(net, where, sums.dtype))
