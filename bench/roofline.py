@@ -290,10 +290,11 @@ def _layer(row: dict, kernel: str) -> Work:
     # a product by multiply-adds in a loop is counted from its shape, and so are those of no loop by the SASS
     in_loop = kind == tune.NARROW_N or (kind == tune.DOT and not dot)
     fma = _per_row(row["fp32_at"], 0 if in_loop else trips, row, tiles) + (flops / 2 if in_loop else 0)
-    if kernel in ("forward", "input_grad"):
-        moved = size * (K + C * N)
+    kept = size * C * B * N if size == 2 else 4 * B * N  # derivatives, or pre-activations
+    if kernel in ("forward", "forward_save", "input_grad"):
+        moved = size * (K + C * N) + (kept if kernel == "forward_save" else 0)
     else:
-        moved = size * (C * N + B * N) + (4 * B * N if from_z else size * K)
+        moved = size * (C * N + B * N) + (kept if from_z else size * K)
     return Work(moved, flops * products if dot else 0, rate, _per_row(row["mufu_at"], trips, row, tiles), fma)
 
 
@@ -314,12 +315,13 @@ def _network(row: dict, kernel: str) -> Work:
     size, rate, products = _type(row)
     K, width = row["K"], mlp_tune.width(row["N"], row["arch"])
     inputs, outputs = max(16, 1 << (K - 1).bit_length()), max(16, MLP_OUTPUTS)
-    narrow = size == 4 and K <= tune.NARROW_K_LIMIT
-    first = 0 if narrow else 2 * inputs * B * width
+    narrow = K <= tune.NARROW_K_LIMIT
+    first = 2 * inputs * B * width
     hidden = (MLP_LAYERS - 1) * 2 * B * width * C * width
     last = 2 * C * width * outputs
-    z = 4 * MLP_LAYERS * B * width
-    forward, pass_back = first + hidden + last, 2 * (first + hidden + last)
+    # activations and derivatives, or pre-activations
+    z = (2 * C * (1 + B) if size == 2 else 4 * B) * MLP_LAYERS * width
+    forward, pass_back = (0 if narrow else first) + hidden + last, 2 * (first + hidden + last)
     moved = size * (K + MLP_OUTPUTS)
     flops = forward
     if kernel == "mlp_save":

@@ -235,7 +235,7 @@ LAYERS = Table(
     _text,
 )
 NETWORKS = Table(
-    "mlp_tuned", ("tuple[str, str, str, int, int, int]", "tuple[int, int, int, int, int, bool, bool]"),
+    "mlp_tuned", ("tuple[str, str, str, int, int, int]", "tuple[int, int, int, int, int, bool, bool, int]"),
     _numbers_of_network, tune_networks.neighbours, tune_networks.candidates, tune_networks.text,
 )  # fmt: skip
 

@@ -147,7 +147,7 @@ def cache_folder(base: Path | None = None) -> Path:
 
 
 @contextmanager
-def _one_at_a_time(path: Path, patience: float = 1200.0) -> Iterator[None]:
+def one_at_a_time(path: Path, patience: float = 1200.0) -> Iterator[None]:
     """Spares several processes the same work. The kernel frees the lock of a killed process, and nobody waits for ever:
     after `patience` seconds two builds run side by side, which is only slower."""
     import fcntl
@@ -165,17 +165,18 @@ def _one_at_a_time(path: Path, patience: float = 1200.0) -> Iterator[None]:
         yield
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """Names a compilation by what it is made of."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def cached_library(base: Path | None = None, capabilities: Sequence[str] = _SHIPPED) -> Path:
     """The engine's library in the cache, compiled now if it is not there."""
     stamp, (_, version) = _stamp(sources()), compiler()
-    digest = _digest(stamp, version, platform.machine(), *capabilities)
-    library = cache_folder(base) / f"engine_{digest}.so"
+    name = digest(stamp, version, platform.machine(), *capabilities)
+    library = cache_folder(base) / f"engine_{name}.so"
     if not _usable(library, stamp):
-        with _one_at_a_time(library.with_suffix(".lock")):
+        with one_at_a_time(library.with_suffix(".lock")):
             if not _usable(library, stamp):
                 _logger.warning("fused_inr: compiling the native CPU engine (about a minute, once) into %s", library)
                 build(library, capabilities=capabilities)
@@ -185,7 +186,8 @@ def cached_library(base: Path | None = None, capabilities: Sequence[str] = _SHIP
 # -- building
 
 
-def _run(command: Sequence[str], verbose: bool) -> None:
+def run_compiler(command: Sequence[str], verbose: bool = False) -> None:
+    """Run a compiler; raises RuntimeError with its first error."""
     if verbose:
         print(shlex.join(command), file=sys.stderr, flush=True)
     try:
@@ -249,7 +251,7 @@ def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SH
         def compile_unit(unit: tuple[str, list[str], str]) -> str:
             source, flags, name = unit
             output = str(Path(temporary) / f"{name}.o")
-            _run([*command, *flags, "-c", str(folder / source), "-o", output], verbose)
+            run_compiler([*command, *flags, "-c", str(folder / source), "-o", output], verbose)
             return output
 
         with ThreadPoolExecutor(_workers()) as pool:
@@ -263,7 +265,7 @@ def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SH
         library = Path(temporary) / target.name
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         search = f"-L{torch_folder / 'lib'}"
-        _run(
+        run_compiler(
             [*command, "-shared", *objects, "-o", str(library), search, "-ltorch_cpu", "-lc10", *openmp, *undefined],
             verbose,
         )
@@ -319,14 +321,14 @@ def compile_maps(key: str, source: str, cache: Path | None = None) -> ctypes.Arr
     capability = ops.capability()
     folder = sources()
     command, version = compiler()
-    digest = _digest(_source_hash(folder), version, platform.machine(), capability, source)
-    library = cache_folder(cache) / f"maps_{digest}.so"
+    name = digest(_source_hash(folder), version, platform.machine(), capability, source)
+    library = cache_folder(cache) / f"maps_{name}.so"
     if not library.is_file():
         with tempfile.TemporaryDirectory(prefix=".build_", dir=library.parent) as temporary:
             header, built = Path(temporary) / "maps.h", Path(temporary) / library.name
             header.write_text(source)
             flags = [*_kernel_flags(capability), "-O2", f'-DFUSED_INR_MAPS_HEADER="{header}"', f"-I{folder}"]
-            _run([*command, *flags, "-shared", str(folder / "cpu" / "user_maps.cpp"), "-o", str(built)], False)
+            run_compiler([*command, *flags, "-shared", str(folder / "cpu" / "user_maps.cpp"), "-o", str(built)], False)
             os.replace(built, library)
     loaded = ctypes.CDLL(str(library))
     table = (ctypes.c_int64 * (3 + 2 * _SLOTS))()

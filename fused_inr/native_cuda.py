@@ -164,14 +164,14 @@ def build(target: Path, verbose: bool = False, archs: Sequence[int] | None = Non
         def compile_unit(unit: tuple[list[str], str, str]) -> str:
             flags, source, name = unit
             output = str(Path(temporary) / f"{name}.o")
-            native._run([*flags, "-c", str(cuda / source), "-o", output], verbose)
+            native.run_compiler([*flags, "-c", str(cuda / source), "-o", output], verbose)
             return output
 
         with ThreadPoolExecutor(native._workers()) as pool:
             objects = list(pool.map(compile_unit, units))
         library = Path(temporary) / target.name
         torch_libraries = ["-L" + str(Path(torch.__file__).resolve().parent / "lib"), "-ltorch_cpu", "-lc10", "-ldl"]
-        native._run([*link, *objects, "-o", str(library), *torch_libraries], verbose)
+        native.run_compiler([*link, *objects, "-o", str(library), *torch_libraries], verbose)
         os.replace(library, target)
     return target
 
@@ -180,10 +180,10 @@ def cached_library(base: Path | None = None) -> Path:
     """The backend's library in the cache, compiled now if it is not there."""
     stamp, (command, version), (_, host) = _stamp(native.sources()), nvcc(), native.compiler()
     archs = architectures(command)
-    digest = native._digest(stamp, version, host, platform.machine(), *map(str, archs))
+    digest = native.digest(stamp, version, host, platform.machine(), *map(str, archs))
     library = native.cache_folder(base) / f"cuda_{digest}.so"
     if not _usable(library, stamp):
-        with native._one_at_a_time(library.with_suffix(".lock"), patience=900.0):
+        with native.one_at_a_time(library.with_suffix(".lock"), patience=900.0):
             if not _usable(library, stamp):
                 native._logger.warning("fused_inr: compiling the CUDA backend (minutes, once) into %s", library)
                 build(library, archs=archs)
@@ -242,7 +242,7 @@ def compile_maps(key: str, source: str, cache: Path | None = None) -> None:
         raise RuntimeError(f"the CUDA backend is not available: {status()[1]}")
     folder, (command, version) = native.sources(), nvcc()
     archs = architectures(command)
-    digest = native._digest(_source_hash(folder), version, platform.machine(), *map(str, archs), source)
+    digest = native.digest(_source_hash(folder), version, platform.machine(), *map(str, archs), source)
     library = native.cache_folder(cache) / f"cuda_maps_{digest}.so"
     if not library.is_file():
         build_maps(library, source, archs)
@@ -270,9 +270,9 @@ def build_maps(library: Path, source: str, archs: Sequence[int]) -> Path:
         ]
         objects = [str(Path(temporary) / f"{i}.o") for i in range(len(units))]
         for (unit, scalar), output in zip(units, objects, strict=True):
-            native._run([*kernels, *names, *scalar, "-c", str(folder / "cuda" / unit), "-o", output], False)
+            native.run_compiler([*kernels, *names, *scalar, "-c", str(folder / "cuda" / unit), "-o", output], False)
         table = str(Path(temporary) / "table.o")
-        native._run([*host, "-O1", "-fPIC", "-c", str(folder / "cuda" / "user_maps.cpp"), "-o", table], False)
-        native._run([*link, "-shared", *objects, table, "-o", str(built)], False)
+        native.run_compiler([*host, "-O1", "-fPIC", "-c", str(folder / "cuda" / "user_maps.cpp"), "-o", table], False)
+        native.run_compiler([*link, "-shared", *objects, table, "-o", str(built)], False)
         os.replace(built, library)
     return library

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from . import tune
-from .linear_act import accumulator, launch_sum, mode, on_device
+from .launch import TYPES, accumulator, mode, on_device
 from .maps import load_params, narrow, param_arguments
+from .sums import launch_sum
 
 # ---------------------------------------------------------------- which groups a level has
 
@@ -97,7 +98,7 @@ def launch_act_map(inputs, param_args, outputs, function, sizes, config: tune.Co
         act_map_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
             tuple(inputs), strides_m, strides_n, params, param_strides, tuple(outputs), M, N,
             MAP=function, MODE=mode(z.dtype, "ieee"), IN=in_sizes, OUT=out_sizes, FIRST=first, POINTERS=pointers,
-            ACC=tl.float64 if z.dtype == torch.float64 else tl.float32, **options,
+            ACC=TYPES[accumulator(z.dtype)], **options,
         )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import act_map, linear_act, maps, mlp, mlp_tune, moments, tune
+from . import act_map, launch, linear_act, maps, mlp, mlp_tune, moments, sums, tune
 
 ROWS = 65536
 _POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -32,7 +32,8 @@ _POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation: "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map" or "sum", with shapes;
+    """One compilation: "forward", "forward_save" (that keeps what its backward takes), "input_grad", "gz", "gz_from_z"
+    (from what was kept), "weight_grad", "act_map" or "sum", with shapes;
     "moments" of N settings a program (K: the draws of a chunk); or of a whole network with K inputs, four layers of N
     features and three outputs: "mlp_forward", "mlp_stream" (no weights stay on chip), "mlp_save" (that keeps the
     pre-activations), "mlp_backward" (from those), "mlp_recompute" (without), "mlp_loss", "mlp_one_pass" (in
@@ -101,6 +102,8 @@ class _Arguments:
         path = self.names.index(name)
         entries = []
         for i, t in enumerate(types):
+            if t is None:
+                continue
             if t == "one":
                 entries.append("constexpr")
                 self.constants[path, i] = 1
@@ -110,11 +113,21 @@ class _Arguments:
                 self.attributes[path, i] = [["tt.divisibility", 16]]
         self.signature[name] = tuple(entries)
 
+    def group(self, name: str, pointers) -> None:
+        """A named tuple of pointers, None where there is none."""
+        self.tuple(name, pointers)
+        entries = []
+        for i, t in enumerate(pointers):
+            entries.append("constexpr" if t is None else t)
+            if t is None:
+                self.constants[self.names.index(name), i] = None
+        self.signature[name] = type(pointers)(*entries)
+
     def compile(self, capability: int, options: dict):
         signature = {n: self.signature[n] for n in self.names}
         source = ASTSource(self.kernel, signature, self.constants, self.attributes)
-        launch = {k: v for k, v in options.items() if k.islower()}
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+        lower = {k: v for k, v in options.items() if k.islower()}
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=lower)
 
 
 def _params(arguments: _Arguments, job: Job, P: int) -> int:
@@ -145,14 +158,14 @@ def build(job: Job) -> tuple[_Arguments, dict]:
     """The kernel's arguments and its launch options."""
     f32 = torch.float32
     if job.kernel == "sum":
-        arguments = _Arguments(linear_act.sum_kernel, job.aligned)
+        arguments = _Arguments(sums.sum_kernel, job.aligned)
         arguments.pointer("in_ptr", f32)
         arguments.pointer("out_ptr", job.dtype)
         arguments.integers(S=ROWS, L=job.N, chunk=tune.SUM.chunk, CHUNKS=256)
         arguments.constant(ACC=tl.float32, BLOCK_S=tune.SUM.block_s, BLOCK_L=tune.SUM.block_l)
         return arguments, {"num_warps": tune.SUM.num_warps, "enable_fp_fusion": True}
     B, C, P = (1, 1, 0) if job.kernel in ("input_grad", "weight_grad") else _shape(job.activation)
-    precision = linear_act.dot_precision(job.dtype, job.precision)
+    precision = launch.dot_precision(job.dtype, job.precision)
     common: dict[str, object] = {"PRECISION": precision, "UPCAST": False, "ACC": tl.float32}
     N, K = job.N, job.K
     if job.kernel == "weight_grad":
@@ -171,7 +184,7 @@ def build(job: Job) -> tuple[_Arguments, dict]:
         return _build_moments(job, B, C, P)
     if job.kernel in MLP:
         return _build_mlp(job, B, C, P)
-    forward = job.kernel in ("forward", "input_grad")
+    forward = job.kernel in ("forward", "forward_save", "input_grad")
     kernel = linear_act.forward_kernel if forward else linear_act.gz_kernel
     op = "forward" if forward else "gz"
     kind = tune.MAP if job.kernel == "gz_from_z" else tune.kind(N, K)
@@ -188,27 +201,28 @@ def build(job: Job) -> tuple[_Arguments, dict]:
         arguments.integers(stride_wg=N * K, stride_wn=1, stride_wk=N if job.aligned else N + 1)
     else:
         arguments.integers(stride_wg=B * N * K, stride_wn=K if job.aligned else K + 1, stride_wk=1)
-    mode = linear_act.mode(job.dtype, job.precision)
+    mode = launch.mode(job.dtype, job.precision)
     common.update(MODE=mode, B=B, C=C, POINTERS=pointers, HAS_BIAS=biased, KIND=kind, **_blocks(config))
     if forward:
+        save = (2 if job.dtype.itemsize == 2 else 1) if job.kernel == "forward_save" else 0
+        kept = {0: 0, 1: B * N, 2: C * B * N}[save]
         arguments.pointer("y_ptr", job.dtype)
-        arguments.pointer("z_ptr", None)
-        arguments.integers(stride_yg=ROWS * C * N, stride_ym=C * N, stride_zg=0, stride_zm=0)
-        function = linear_act.identity if job.kernel == "input_grad" else maps.get(job.activation, 0)
-        arguments.constant(MAP=function, SAVE_Z=False, **common)
+        arguments.pointer("z_ptr", {0: None, 1: f32, 2: job.dtype}[save])
+        arguments.integers(stride_yg=ROWS * C * N, stride_ym=C * N, stride_zg=ROWS * kept, stride_zm=kept)
+        function = maps.identity if job.kernel == "input_grad" else maps.get(job.activation, 0)
+        arguments.constant(MAP=maps.jet(job.activation) if save == 2 else function, SAVE=save, **common)
     else:
-        from_z = job.kernel == "gz_from_z"
+        kept = (2 if job.dtype.itemsize == 2 else 1) if job.kernel == "gz_from_z" else 0
+        columns = {0: 0, 1: B * N, 2: C * B * N}[kept]
         arguments.pointer("g_ptr", job.dtype)
-        arguments.pointer("z_ptr", f32 if from_z else None)
+        arguments.pointer("z_ptr", {0: None, 1: f32, 2: job.dtype}[kept])
         arguments.pointer("gz_ptr", job.dtype)
         arguments.pointer("gb_ptr", f32)
         arguments.pointer("gp_ptr", f32 if job.learnable else None)
         _matrix(arguments, job, "g", C * N, "gm")
-        arguments.integers(stride_gn=1, stride_zg=ROWS * B * N if from_z else 0, stride_zm=B * N if from_z else 0)
+        arguments.integers(stride_gn=1, stride_zg=ROWS * columns, stride_zm=columns)
         function = maps.get(job.activation, 1, job.learnable)
-        arguments.constant(
-            MAP=function, P=P if job.learnable else 0, HAS_Z=from_z, WRITE_GZ=True, WRITE_GB=True, **common
-        )
+        arguments.constant(MAP=function, P=P if job.learnable else 0, KEPT=kept, WRITE_GZ=True, WRITE_GB=True, **common)
     return arguments, config.options()
 
 
@@ -216,6 +230,8 @@ def _blocks(config: tune.Config) -> dict[str, int]:
     return {k: v for k, v in config.options().items() if k.startswith("BLOCK")}
 
 
+#: Jobs of single layers that multiply matrices.
+_PRODUCTS = ("forward", "forward_save", "input_grad", "gz", "weight_grad")
 #: Jobs of the whole-network kernels; what `mlp_tune.pick` calls their operation.
 MLP = {
     "mlp_forward": "forward",
@@ -245,63 +261,69 @@ def _build_mlp(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
     net = mlp.Network(job.K, MLP_OUTPUTS, MLP_HIDDEN + 1, job.N, B, C, P, W)
     kernels = {"train": mlp.train_kernel, "backward": mlp.train_kernel, "one_pass": mlp.one_pass_kernel}
     arguments = _Arguments(kernels.get(op, mlp.forward_kernel), job.aligned)
-    narrow = job.dtype == f32 and job.K <= tune.NARROW_K_LIMIT
-    for name in ("x_ptr", "first_ptr", "hidden_ptr", "last_ptr"):
-        arguments.pointer(name, job.dtype)
+    narrow = job.K <= tune.NARROW_K_LIMIT
+    half, back = job.dtype.itemsize == 2, job.dtype == f32
+    keeps = mlp.PREACTIVATIONS if job.learnable or not half else mlp.JETS
+    arguments.pointer("packed_ptr", job.dtype)
     arguments.pointer("bias_ptr", f32)
     arguments.tuple("map_params", ["fp32"] * (0 if job.learnable else 2 * P))
-    arguments.pointer("table_ptr", f32 if job.learnable else None)
     arguments.tuple("last_params", [])
     arguments.integers(M=ROWS, K=job.K, OUT=MLP_OUTPUTS, stride_xm=job.K if job.aligned else job.K + 1)
     arguments.constant(
-        MAP=maps.get(job.activation, 0), LAST=linear_act.identity, MODE=linear_act.mode(job.dtype, job.precision),
-        B=B, C=C, P=P, SETS=1 if job.learnable else 2, TABLE=job.learnable, N=job.N, NARROW=narrow,
-        PRECISION=linear_act.dot_precision(job.dtype, job.precision), UPCAST=False, ACC=tl.float32,
-        DTYPE=mlp.TYPES[job.dtype], OUT_PAD=net.outputs_pad, BLOCK_M=config.block_m, BLOCK_T=W // config.tiles,
-        BLOCK_K=job.K if narrow else min(32, net.inputs_pad),
+        LAST=maps.identity, MODE=launch.mode(job.dtype, job.precision), B=B, C=C, P=P, SETS=1 if job.learnable else 2,
+        TABLE=job.learnable, N=job.N, NARROW=narrow, PRECISION=launch.dot_precision(job.dtype, job.precision),
+        UPCAST=False, ACC=tl.float32, DTYPE=launch.TYPES[job.dtype], OUT_PAD=net.outputs_pad, BLOCK_M=config.block_m,
+        BLOCK_T=W // config.tiles, BLOCK_K=job.K if narrow else min(32, net.inputs_pad),
     )  # fmt: skip
+    function, jet = maps.get(job.activation, 0), maps.jet(job.activation)
     if op != "one_pass":
-        arguments.pointer("z_ptr", None if job.kernel in ("mlp_forward", "mlp_stream") else f32)
         arguments.integers(L=MLP_HIDDEN + 1, K_PAD=net.inputs_pad)
         arguments.constant(STAGES=config.stages, T=config.tiles)
     if op in ("forward", "save"):
+        arguments.pointer("x_ptr", job.dtype)
         arguments.pointer("y_ptr", job.dtype)
+        saves = job.kernel == "mlp_save"
+        arguments.pointer("saved_ptr", (job.dtype if keeps == mlp.JETS else f32) if saves else None)
         arguments.integers(stride_ym=MLP_OUTPUTS)
         resident = MLP_HIDDEN if config.resident >= MLP_HIDDEN and job.kernel != "mlp_stream" else 0
-        arguments.constant(SAVE_Z=job.kernel == "mlp_save", RESIDENT=resident)
+        arguments.constant(
+            MAP=jet if saves and keeps == mlp.JETS else function, SAVE=keeps if saves else mlp.NOTHING,
+            RESIDENT=resident, K_MAJOR=saves and back,
+        )  # fmt: skip
         return arguments, config.options()
     loss = job.kernel in ("mlp_loss", "mlp_one_pass")
-    settled = mlp.by_sums(net, config)
-    sums = op == "one_pass" or settled.sums
-    for name in ("back_ptr", "gx_ptr"):
-        arguments.pointer(name, job.dtype)
-    arguments.pointer("g_ptr", None if loss else job.dtype)
-    arguments.pointer("target_ptr", job.dtype if loss else None)
-    arguments.pointer("row_weight_ptr", f32 if loss else None)
-    for name in ("gfirst_ptr", "glast_ptr", "gbias_ptr"):
-        arguments.pointer(name, f32)
-    arguments.pointer("ghidden_ptr", f32 if sums else None)
-    arguments.pointer("loss_ptr", f32 if loss else None)
+    settled = mlp.by_sums(net, config, tune.MULTIPROCESSORS[job.arch] * config.resident_programs)
+    pointer = _POINTER[job.dtype]
+    data = mlp.Rows(pointer, None if loss else pointer, pointer if loss else None, _POINTER[f32] if loss else None)
+    arguments.group("data", data)
+    arguments.pointer("gx_ptr", job.dtype)
+    arguments.pointer("sums_ptr", f32)
     arguments.tuple("loss_params", [])
-    arguments.signature["scale"] = "fp32"
-    arguments.integers(stride_gm=MLP_OUTPUTS, stride_tm=MLP_OUTPUTS, stride_sum=1024)
-    squared = (Squared.triton_map(0), Squared.triton_map(1)) if loss else (linear_act.identity,) * 2
+    arguments.signature["scale"] = arguments.signature["unscale"] = "fp32"
+    starts = dict.fromkeys(("at_first", "at_hidden", "at_last", "at_bias", "at_loss"), 1024)
+    if op != "one_pass":
+        starts["at_params"] = 1024
+    arguments.integers(stride_gm=0 if loss else MLP_OUTPUTS, stride_tm=MLP_OUTPUTS if loss else 0, stride_sum=1024)
+    arguments.integers(**starts)
+    squared = (Squared.triton_map(0), Squared.triton_map(1)) if loss else (maps.identity,) * 2
     arguments.constant(
-        MAP_GRAD=maps.get(job.activation, 1, job.learnable), LAST_GRAD=maps.get("identity", 1), LOSS=squared[0],
-        LOSS_GRAD=squared[1], HAS_LOSS=loss, HAS_WEIGHTS=loss, NEED_X=True, NEED_W=True, NEED_B=True,
-        K_MAJOR=job.dtype == f32,
+        LAST_GRAD=maps.get("identity", 1), LOSS=squared[0], LOSS_GRAD=squared[1], HAS_LOSS=loss, HAS_WEIGHTS=loss,
+        NEED_X=True, NEED_W=True, NEED_B=True, K_MAJOR=back, GROUPS=1,
     )  # fmt: skip
     if op == "one_pass":
-        arguments.constant(HIDDEN=MLP_HIDDEN, K_PAD=net.inputs_pad)
+        arguments.constant(MAP=jet, HIDDEN=MLP_HIDDEN, K_PAD=net.inputs_pad, RESIDENT=config.reload and not back)
         return arguments, config.options()
-    arguments.pointer("gparams_ptr", f32 if job.learnable else None)
-    for name in ("gz_ptr", "h_ptr"):
-        arguments.pointer(name, job.dtype if settled.later or not sums else None)
-    arguments.integers(ROWS_Z=ROWS, ROWS_OUT=ROWS, ACCUMULATE=0)
+    jets, saved = keeps == mlp.JETS, job.kernel == "mlp_backward"
+    arguments.pointer("saved_ptr", job.dtype if jets else f32)
+    waits = settled.later or not settled.sums
+    arguments.pointer("gz_ptr", job.dtype if waits else None)
+    copied = not jets or (saved if settled.later else not saved)
+    arguments.pointer("h_ptr", job.dtype if waits and copied else None)
+    arguments.integers(START=0, ROWS_S=ROWS, ROWS_OUT=ROWS, ACCUMULATE=0)
     arguments.constant(
-        GP=P if job.learnable else 0, RECOMPUTE=job.kernel != "mlp_backward", SUMS=sums, LATER=settled.later,
-        RELOAD=config.reload,
-        BLOCK_X=min(32, net.inputs_pad),
+        MAP=jet if jets else function, MAP_GRAD=maps.get(job.activation, 1, job.learnable),
+        GP=P if job.learnable else 0, JETS=jets, RECOMPUTE=not saved, SUMS=settled.sums, LATER=settled.later,
+        RELOAD=config.reload, BLOCK_X=min(32, net.inputs_pad),
     )  # fmt: skip
     return arguments, config.options()
 
@@ -376,7 +398,7 @@ def compile_job(job: Job) -> dict[str, object]:
         row.update({k.lower(): v for k, v in options.items() if k != "enable_fp_fusion"})
         row.update({k.lower(): v for k, v in _block_constants(arguments).items()})
         if job.kernel in MLP:
-            row["programs"] = mlp_config(job).programs
+            row["programs"] = tune.MULTIPROCESSORS[job.arch] * mlp_config(job).resident_programs
         compiled = arguments.compile(tune.CAPABILITY[job.arch], options)
         row.update(inspect(compiled))
     except Exception as error:  # a row of its own, not the end of the report
@@ -489,7 +511,7 @@ def broken(job: Job, row: dict) -> list[str]:
     if row["trap"]:
         found.append("the PTX traps")
     arithmetic = row["tensor"] + row["ffma"] + row["ffma2"]
-    product = job.kernel in ("forward", "input_grad", "gz", "weight_grad") or job.kernel in MLP
+    product = job.kernel in _PRODUCTS or job.kernel in MLP
     if product and not arithmetic:
         found.append("no multiply-add")
     if not row["stg"]:
@@ -502,7 +524,7 @@ def slow(job: Job, row: dict) -> list[str]:
     found = []
     if row["spilled"] or row["local"]:
         found.append(f"{row['spilled']} bytes of stack, {row['local']} local loads and stores")
-    product = job.kernel in ("forward", "input_grad", "gz", "weight_grad")
+    product = job.kernel in _PRODUCTS
     dot = product and tune.kind(job.N, job.K) == tune.DOT or job.kernel in MLP
     ieee = job.dtype == torch.float32 and job.precision == "ieee"
     if dot and not ieee and not row["tensor"]:
@@ -539,7 +561,7 @@ def jobs(
     def add(**what) -> None:
         """Once for each different compilation: shapes that lead to one configuration do so to one program."""
         job = Job(**what)
-        op = {"input_grad": "forward", "gz_from_z": "gz"}.get(job.kernel, job.kernel)
+        op = {"input_grad": "forward", "forward_save": "forward", "gz_from_z": "gz"}.get(job.kernel, job.kernel)
         key: object = job
         if op in ("forward", "gz", "weight_grad"):
             kind = tune.MAP if job.kernel == "gz_from_z" else tune.kind(job.N, job.K)
@@ -563,7 +585,7 @@ def jobs(
                 base = {"arch": arch, "dtype": dtype, "precision": precision, "aligned": aligned}
                 for name in activations:
                     for N, K in shapes:
-                        for kernel in ("forward", "gz"):
+                        for kernel in ("forward", "forward_save", "gz"):
                             add(kernel=kernel, activation=name, N=N, K=K, **base)
                     add(kernel="gz_from_z", activation=name, N=256, K=256, **base)
                     if _shape(name)[2] and full:
@@ -607,7 +629,7 @@ def _sample(wanted: Iterable[Job]) -> list[Job]:
     """One job of each group that differ in activation and width only; the n-th group gives its n-th, cyclically."""
     groups: dict[object, list[Job]] = {}
     for job in wanted:
-        kind = tune.kind(job.N, job.K) if job.kernel in ("forward", "input_grad", "gz", "weight_grad") else None
+        kind = tune.kind(job.N, job.K) if job.kernel in _PRODUCTS else None
         key = (job.arch, job.kernel, kind, job.dtype, job.precision, job.aligned, job.learnable, job.level)
         groups.setdefault(key, []).append(job)
     return [group[i % len(group)] for i, group in enumerate(groups.values())]

@@ -105,6 +105,36 @@ def narrow(v, DTYPE: tl.constexpr):
     return v.to(DTYPE)
 
 
+@triton.jit
+def _to_tf32(v):
+    """float32 rounded to the 10 bits of TF32, to nearest, ties away from zero; NaN stays NaN."""
+    bits = v.to(tl.uint32, bitcast=True)
+    rounded = tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [bits], dtype=tl.uint32, is_pure=True, pack=1
+    )  # fmt: skip
+    return rounded.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(v, PRECISION: tl.constexpr):
+    """v, rounded where the tensor cores would cut: in TF32 they ignore the 13 low bits, an error of one sign that does
+    not average out."""
+    if PRECISION == "tf32":
+        v = _to_tf32(v)
+    return v
+
+
+@triton.jit
+def factor(v, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """v as a factor of a product: in its type, and `rounded`."""
+    return rounded(narrow(v, DTYPE), PRECISION)
+
+
+@triton.jit
+def identity(z0, MODE: tl.constexpr):
+    return (z0,)
+
+
 def param_arguments(params, constants, wide: bool, device) -> tuple[tuple, tuple, int]:
     """Parameters, their strides and POINTERS for `load_params`.
 

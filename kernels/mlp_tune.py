@@ -9,16 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from . import tune
 from .mlp_tuned import TUNED, Key, Numbers
-
-#: Persistent programs of eight warps: one for each multiprocessor of an A100, RTX 4090, H200, B200. A constant of the
-#: architecture, so that the order of sums is one as well.
-PROGRAMS = {"sm80": 108, "sm86": 128, "sm90": 132, "sm100": 148}
 
 #: What the programs' sums of weight gradients may take before a chunk of rows at a time is cheaper, in bytes; and what
 #: the scratch of a chunk takes. Both stay in the L2 cache (50 MB on an H200).
@@ -39,8 +35,10 @@ KINDS = ((1, 1), (2, 1), (2, 2), (4, 1))
 class Config:
     """Rows of a tile, feature tiles of the width, warps; stages of the weights' pipeline over the layers; hidden
     products whose weights may stay on chip (one_pass: whose gradients may stay in registers); gradients of the hidden
-    weights as part of a tile's backward, or of factors that wait in memory; pre-activations read a second time instead
-    of kept; programs, which `pick` fills in; tiles whose factors wait (`mlp.by_sums` settles it)."""
+    weights as part of a tile's backward, or of factors that stay in memory until the registers are free;
+    pre-activations read a second time instead of kept (one_pass: hidden weights that stay on chip); programs for each
+    multiprocessor, 0: as many as have eight warps together; tiles whose factors stay in memory (`mlp.by_sums` settles
+    it)."""
 
     block_m: int
     tiles: int
@@ -49,11 +47,20 @@ class Config:
     resident: int = 0
     sums: bool = True
     reload: bool = False
-    programs: int = 0
+    per_sm: int = 0
     later: int = 0
 
     def options(self) -> dict[str, int | bool]:
         return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+    @property
+    def resident_programs(self) -> int:
+        """Programs for each multiprocessor."""
+        return self.per_sm or max(1, 8 // self.num_warps)
+
+    def programs(self, device: torch.device) -> int:
+        """Persistent programs of a launch. The order of sums depends on them: the same bits on devices of one kind."""
+        return tune.multiprocessors(device) * self.resident_programs
 
 
 def width(N: int, arch: str) -> int:
@@ -68,11 +75,15 @@ def valid(config: Config, arch: str, op: str, B: int, C: int, WIDTH: int, itemsi
     block_t = WIDTH // c.tiles
     if any(v < 1 or v & (v - 1) for v in (c.block_m, c.tiles, c.num_warps)) or c.num_warps > 16 or c.stages < 1:
         return False
+    if not 0 <= c.per_sm or c.resident_programs * c.num_warps > 64:
+        return False
     if min(c.block_m, block_t) < 16 or c.tiles * block_t != WIDTH:
         return False
     operands = block_t * itemsize * (c.block_m + block_t * c.stages)
     resident = c.resident * B * C * WIDTH * WIDTH * itemsize
-    if arch in tune.SHARED_LIMIT and operands + resident > tune.SHARED_LIMIT[arch]:
+    # each program takes a KB besides; what a multiprocessor has is a KB more than a program may take
+    programs = c.resident_programs
+    if arch in tune.SHARED_LIMIT and programs * (operands + resident + 1024) > tune.SHARED_LIMIT[arch] + 1024:
         return False
     if arch == "sm100" and c.block_m >= 64 and B * block_t > 512:
         return False
@@ -89,18 +100,17 @@ def pick(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int,
     training pass that reads z), "one_pass"."""
     if arch == "interpreter":  # small tiles and few programs, so that small tests see several of each
         if op == "one_pass":
-            return Config(16, 1, 1, resident=2, programs=2) if WIDTH == 16 else None
+            return Config(16, 1, 1, resident=2, reload=True, per_sm=1) if WIDTH == 16 else None
         tiles = 2 if WIDTH == 32 else 1
         resident = 2 if WIDTH == 16 else 0
-        return Config(16, tiles, 1, resident=resident, sums=WIDTH <= 32, reload=WIDTH == 32, programs=2)
+        return Config(16, tiles, 1, resident=resident, sums=WIDTH <= 32, reload=WIDTH == 32, per_sm=1)
     cls = tune.type_class(dtype, precision)
     found = TUNED.get((arch, op, cls, B, C, WIDTH))
     # what writes or reads pre-activations takes more registers, and sometimes another tile
     other = {"save": "forward", "backward": "train"}.get(op)
     if found is None:
         return pick(arch, other, dtype, precision, B, C, WIDTH) if other else None
-    config = Config(*found)
-    return replace(config, programs=PROGRAMS[arch] * max(1, 8 // config.num_warps))
+    return Config(*found)
 
 
 def using(key: Key, value: Numbers) -> contextlib.AbstractContextManager[None]:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear_act import mode, on_device
+from .launch import mode, on_device
 from .maps import INTERPRETED
 from .primitives import fi_log, fi_sqrt, sincos_bounded
 

@@ -32,6 +32,8 @@ SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "sm10
 ARCHITECTURES = tuple(SHARED_LIMIT)
 #: The compute capability that each class is compiled for by the static report.
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90, "sm100": 100}
+#: Multiprocessors of the largest device of each class: A100, RTX 4090, H200, B200.
+MULTIPROCESSORS = {"sm80": 108, "sm86": 128, "sm90": 132, "sm100": 148}
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,23 @@ def kind(N: int, K: int) -> int:
     return NARROW_N if N <= NARROW_N_LIMIT else DOT
 
 
+#: Where PyTorch's library computes the product, with the map as a pointwise kernel: (architecture or "", operation,
+#: class of type) -> the least columns and rows of the weight from which it is the faster one. ieee: everywhere.
+LIBRARY: dict[tuple[str, str, str], int] = {
+    ("", "forward", "ieee"): 16,
+    ("", "input_grad", "ieee"): 16,
+    ("", "weight_grad", "ieee"): 16,
+}
+
+
+def library(arch: str, op: str, dtype: torch.dtype, precision: str, N: int, K: int) -> bool:
+    """Whether PyTorch's library is to compute a product with a weight [N, K]: op is "forward", "input_grad",
+    "weight_grad"."""
+    cls = type_class(dtype, precision)
+    least = LIBRARY.get((arch, op, cls), LIBRARY.get(("", op, cls)))
+    return least is not None and min(N, K) >= least
+
+
 @functools.cache
 def _arch_of_cuda(index: int) -> str:
     return arch_of_capability(*torch.cuda.get_device_capability(index))
@@ -169,6 +188,18 @@ def arch(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     return _arch_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _multiprocessors_of_cuda(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; 2 for anything else, so that the interpreter's small tests see several programs."""
+    if device.type != "cuda":
+        return 2
+    return _multiprocessors_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def type_class(dtype: torch.dtype, precision: str) -> str:

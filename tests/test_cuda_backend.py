@@ -183,8 +183,8 @@ def host_library():
     if reason := reason_without(native.compiler):
         pytest.skip(reason)
     stamp = native_cuda._stamp(native.sources())
-    library = native.cache_folder() / f"cuda_on_host_{native._digest(stamp, native.compiler()[1])}.so"
-    with native._one_at_a_time(library.with_suffix(".lock")):
+    library = native.cache_folder() / f"cuda_on_host_{native.digest(stamp, native.compiler()[1])}.so"
+    with native.one_at_a_time(library.with_suffix(".lock")):
         if not library.is_file() or native._stamp_of(library) != f"{stamp} for 0":
             native_cuda.build(library, on_host=True)
     if not hasattr(torch.ops.fused_inr_cuda_on_host, "stamp"):

@@ -22,7 +22,6 @@ from fused_inr.ops import backends, moments, raw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
 
-CUDA = torch.device("cuda")
 NAMES = activations.names()
 SOME = ("sine", "split", "gaussian", "complex_gabor")
 TYPES = tuple(PRECISIONS)
@@ -45,12 +44,9 @@ def among_others(request, tmp_path_factory):
 
 
 @pytest.fixture
-def poisoned():
-    """Fresh memory holds NaN, so that an element that no kernel writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+def device():
+    """The device. `tests/ptx` runs some of these tests on an emulated one, whose tensors are the CPU's."""
+    return torch.device("cuda")
 
 
 def assert_within(result: dict) -> None:
@@ -63,8 +59,8 @@ def assert_within(result: dict) -> None:
     assert not beyond
 
 
-def layer(k: int, n: int, activation, dtype=torch.float32, **more):
-    return fi.FusedLinear(k, n, activation=activation, **more).to(CUDA, dtype)
+def layer(device, k: int, n: int, activation, dtype=torch.float32, **more):
+    return fi.FusedLinear(k, n, activation=activation, **more).to(device, dtype)
 
 
 def outputs_and_gradients(f, x, g):
@@ -79,29 +75,29 @@ def outputs_and_gradients(f, x, g):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_triton_backend_serves_cuda_tensors(dtype):
-    net = layer(64, 64, "sine", dtype)
-    assert ": triton (" in backends.explain(net, torch.ones(8, 64, device=CUDA, dtype=dtype))
+def test_the_triton_backend_serves_cuda_tensors(device, dtype):
+    net = layer(device, 64, 64, "sine", dtype)
+    assert ": triton (" in backends.explain(net, torch.ones(8, 64, device=device, dtype=dtype))
 
 
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize("name", sorted(NAMES, key=lambda name: (name not in SOME, name)))
-def test_value_and_derivatives_within_the_bound(name, precision, poisoned):
-    assert_within(layer_accuracy(name, precision, CUDA, 1001, 96, 80))
+def test_value_and_derivatives_within_the_bound(device, name, precision, poisoned):
+    assert_within(layer_accuracy(name, precision, device, 1001, 96, 80))
 
 
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize("step", ["inference", "training", "eikonal"])
-def test_a_network_is_as_close_to_float64_as_eager(step, precision):
+def test_a_network_is_as_close_to_float64_as_eager(device, step, precision):
     if precision == "fp16" and step != "inference":
         pytest.skip("gradients of a mean over rows are below float16's range without loss scaling")
-    Work(Case("network", step, width=64, rows=4099, precision=precision), CUDA).check(1 << 16)
+    Work(Case("network", step, width=64, rows=4099, precision=precision), device).check(1 << 16)
 
 
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32x3"])
 @pytest.mark.parametrize("name", SOME)
-def test_products_of_split_factors_within_the_bound(name, precision, poisoned):
-    assert_within(layer_accuracy(name, precision, CUDA, 1001, 96, 80))
+def test_products_of_split_factors_within_the_bound(device, name, precision, poisoned):
+    assert_within(layer_accuracy(name, precision, device, 1001, 96, 80))
 
 
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32x3"])
@@ -109,8 +105,8 @@ def test_products_of_split_factors_within_the_bound(name, precision, poisoned):
     ("step", "way"),
     [("inference", "default"), ("training", "default"), ("training", "one-pass"), ("eikonal", "default")],
 )
-def test_a_network_of_split_factors_is_as_close_to_float64_as_eager_in_tf32(step, way, precision):
-    work = Work(Case("network", step, width=64, rows=4099, precision="tf32", way=way), CUDA)
+def test_a_network_of_split_factors_is_as_close_to_float64_as_eager_in_tf32(device, step, way, precision):
+    work = Work(Case("network", step, width=64, rows=4099, precision="tf32", way=way), device)
     with backends.float32_products(precision):
         assert work.backends() == [f"triton ({precision})"]
         work.check(1 << 16)
@@ -118,9 +114,9 @@ def test_a_network_of_split_factors_is_as_close_to_float64_as_eager_in_tf32(step
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("way", ["default", "recompute", "one-pass"])
-def test_training_at_width_128_is_as_close_to_float64_as_eager(way, precision):
+def test_training_at_width_128_is_as_close_to_float64_as_eager(device, way, precision):
     """Where gradients of the hidden weights may wait for registers."""
-    Work(Case("network", "training", width=128, rows=20_011, precision=precision, way=way), CUDA).check(1 << 16)
+    Work(Case("network", "training", width=128, rows=20_011, precision=precision, way=way), device).check(1 << 16)
 
 
 @pytest.mark.parametrize("precision", TYPES)
@@ -128,16 +124,16 @@ def test_training_at_width_128_is_as_close_to_float64_as_eager(way, precision):
     ("k", "n"), [(1, 64), (2, 256), (3, 33), (8, 64), (9, 64), (64, 1), (64, 3), (64, 4), (2, 3), (1, 1)]
 )
 @pytest.mark.parametrize("name", ["sine", "split", "complex_gabor"])
-def test_narrow_layers(name, k, n, precision, poisoned):
-    assert_within(layer_accuracy(name, precision, CUDA, 517, k, n))
+def test_narrow_layers(device, name, k, n, precision, poisoned):
+    assert_within(layer_accuracy(name, precision, device, 517, k, n))
 
 
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize(
     ("m", "k", "n"), [(1, 16, 16), (17, 17, 31), (127, 15, 129), (129, 257, 33), (8193, 256, 256), (300, 512, 512)]
 )
-def test_shapes_with_tails(m, k, n, precision, poisoned):
-    assert_within(layer_accuracy("sine", precision, CUDA, m, k, n))
+def test_shapes_with_tails(device, m, k, n, precision, poisoned):
+    assert_within(layer_accuracy("sine", precision, device, m, k, n))
 
 
 # -- the cuda backend: the same through C++, where there is an nvcc
@@ -155,15 +151,17 @@ def on_cuda():
 
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize("name", sorted(NAMES, key=lambda name: (name not in SOME, name)))
-def test_cuda_value_and_derivatives_within_the_bound(name, precision, poisoned, on_cuda):
+def test_cuda_value_and_derivatives_within_the_bound(device, name, precision, poisoned, on_cuda):
     for m, k, n in ((1001, 96, 80), (517, 3, 33), (1, 16, 17)) if name in SOME else ((1001, 96, 80),):
-        assert_within(layer_accuracy(name, precision, CUDA, m, k, n))
+        assert_within(layer_accuracy(name, precision, device, m, k, n))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_cuda_has_the_same_bits_again_and_follows_a_captured_graph(dtype, on_cuda):
-    net = torch.nn.Sequential(layer(2, 64, "sine", dtype), layer(64, 64, "split", dtype), layer(64, 3, None, dtype))
-    x, g = torch.rand(20_011, 2, device=CUDA).to(dtype), torch.randn(20_011, 3, device=CUDA).to(dtype)
+def test_cuda_has_the_same_bits_again_and_follows_a_captured_graph(device, dtype, on_cuda):
+    net = torch.nn.Sequential(
+        layer(device, 2, 64, "sine", dtype), layer(device, 64, 64, "split", dtype), layer(device, 64, 3, None, dtype)
+    )
+    x, g = torch.rand(20_011, 2, device=device).to(dtype), torch.randn(20_011, 3, device=device).to(dtype)
     first = outputs_and_gradients(net, x, g)
     for _ in range(50):
         assert all(torch.equal(a, b) for a, b in zip(first, outputs_and_gradients(net, x, g)))
@@ -175,16 +173,16 @@ def test_cuda_has_the_same_bits_again_and_follows_a_captured_graph(dtype, on_cud
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = outputs_and_gradients(net, x, g)
-    x.copy_(torch.rand(20_011, 2, device=CUDA))
+    x.copy_(torch.rand(20_011, 2, device=device))
     graph.replay()
     replayed = [t.clone() for t in captured]
     assert all(torch.equal(a, b) for a, b in zip(replayed, outputs_and_gradients(net, x, g)))
 
 
-def test_cuda_launches_on_the_current_stream(on_cuda):
+def test_cuda_launches_on_the_current_stream(device, on_cuda):
     """What is queued on a stream comes first, though it takes its time."""
-    net = layer(256, 256, "sine")
-    x = torch.randn(3000, 256, device=CUDA)
+    net = layer(device, 256, 256, "sine")
+    x = torch.randn(3000, 256, device=device)
     expected = net(x).detach()
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -197,37 +195,37 @@ def test_cuda_launches_on_the_current_stream(on_cuda):
     assert torch.equal(got, expected)
 
 
-def test_cuda_is_where_the_tensors_are(on_cuda):
+def test_cuda_is_where_the_tensors_are(device, on_cuda):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    net, x = layer(64, 32, "sine"), torch.randn(100, 64, device=CUDA)
+    net, x = layer(device, 64, 32, "sine"), torch.randn(100, 64, device=device)
     with torch.cuda.device(0):
         there = net.to("cuda:1")(x.to("cuda:1"))
     assert there.device == torch.device("cuda:1")
     torch.testing.assert_close(there.cpu(), net.to("cuda:0")(x).cpu())
 
 
-def test_cuda_ignores_autocast_inside(on_cuda):
-    net = layer(64, 32, "sine")
-    x = torch.randn(100, 64, device=CUDA)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+def test_cuda_ignores_autocast_inside(device, on_cuda):
+    net = layer(device, 64, 32, "sine")
+    x = torch.randn(100, 64, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         y = net(x)
     assert y.dtype == torch.bfloat16
     weight, bias = net.weight.bfloat16(), net.bias.bfloat16()
     assert torch.equal(y, linear_act(x.bfloat16(), weight, bias, net.activation))
 
 
-def test_cuda_second_and_third_order(on_cuda):
-    test_third_order()
-    Work(Case("network", "eikonal", width=64, rows=4099, precision="ieee"), CUDA).check(1 << 16)
+def test_cuda_second_and_third_order(device, on_cuda):
+    test_third_order(device)
+    Work(Case("network", "eikonal", width=64, rows=4099, precision="ieee"), device).check(1 << 16)
 
 
-def test_cuda_formula_at_run_time(on_cuda):
+def test_cuda_formula_at_run_time(device, on_cuda):
     import sympy
 
     formula = activations.define("test_gpu_chirp", lambda z, a: sympy.sin(a * z**2), a=1.5)
-    z = torch.randn(100, 32, device=CUDA)
-    y = linear_act(z, torch.eye(32, device=CUDA), None, formula)
+    z = torch.randn(100, 32, device=device)
+    y = linear_act(z, torch.eye(32, device=device), None, formula)
     torch.testing.assert_close(y, torch.sin(1.5 * z**2))
 
 
@@ -236,11 +234,11 @@ def test_cuda_formula_at_run_time(on_cuda):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0, 64, 32), (0, 2, 32)])
-def test_no_rows(shape, dtype):
+def test_no_rows(device, shape, dtype):
     m, k, n = shape
-    net = layer(k, n, "sine", dtype)
-    x = torch.ones(m, k, device=CUDA, dtype=dtype)
-    y, gx, gw, gb = outputs_and_gradients(net, x, torch.ones(m, n, device=CUDA, dtype=dtype))
+    net = layer(device, k, n, "sine", dtype)
+    x = torch.ones(m, k, device=device, dtype=dtype)
+    y, gx, gw, gb = outputs_and_gradients(net, x, torch.ones(m, n, device=device, dtype=dtype))
     assert y.shape == (0, n)
     assert gx.shape == (0, k)
     assert not gw.any()
@@ -249,12 +247,12 @@ def test_no_rows(shape, dtype):
 
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize("layout", ["offset", "transposed", "strided", "expanded rows", "expanded gradient"])
-def test_layouts(layout, precision):
+def test_layouts(device, layout, precision):
     m, k, n, dtype = 300, 63, 65, PRECISIONS[precision]
     act = activations.get("sine")
-    weight = (torch.rand(n, k, device=CUDA) / 8 - 1 / 16).to(dtype)
-    bias = torch.rand(n, device=CUDA).to(dtype)
-    x = (torch.rand(m, k + 1, device=CUDA) * 2 - 1).to(dtype)
+    weight = (torch.rand(n, k, device=device) / 8 - 1 / 16).to(dtype)
+    bias = torch.rand(n, device=device).to(dtype)
+    x = (torch.rand(m, k + 1, device=device) * 2 - 1).to(dtype)
     x = {
         "offset": lambda: x[:, 1:],
         "transposed": lambda: x[:, :k].t().contiguous().t(),
@@ -262,7 +260,7 @@ def test_layouts(layout, precision):
         "expanded rows": lambda: x[:1, :k].expand(m, k),
         "expanded gradient": lambda: x[:, :k],
     }[layout]()
-    g = torch.randn(m, n, device=CUDA).to(dtype)
+    g = torch.randn(m, n, device=device).to(dtype)
     g = g[:1].expand(m, n) if layout == "expanded gradient" else g
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
     with matmul_precision(precision):
@@ -275,13 +273,13 @@ def test_layouts(layout, precision):
 
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_batch_of_weights_is_as_many_layers(shared, precision):
+def test_a_batch_of_weights_is_as_many_layers(device, shared, precision):
     groups, m, k, n, dtype = 3, 130, 48, 40, PRECISIONS[precision]
     act = activations.get("split")
-    weight = (torch.randn(groups, 4 * n, k, device=CUDA) / k**0.5).to(dtype).requires_grad_()
-    bias = torch.randn(groups, 4 * n, device=CUDA).to(dtype).requires_grad_()
-    x = torch.randn(*(() if shared else (groups,)), m, k, device=CUDA).to(dtype).requires_grad_()
-    g = torch.randn(groups, m, n, device=CUDA).to(dtype)
+    weight = (torch.randn(groups, 4 * n, k, device=device) / k**0.5).to(dtype).requires_grad_()
+    bias = torch.randn(groups, 4 * n, device=device).to(dtype).requires_grad_()
+    x = torch.randn(*(() if shared else (groups,)), m, k, device=device).to(dtype).requires_grad_()
+    g = torch.randn(groups, m, n, device=device).to(dtype)
     with matmul_precision(precision):
         y = linear_act(x, weight, bias, act)
         gx, gw, gb = torch.autograd.grad(y, (x, weight, bias), g)
@@ -303,14 +301,14 @@ def test_a_batch_of_weights_is_as_many_layers(shared, precision):
 @pytest.mark.parametrize("per_feature", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in NAMES if activations.lookup(name).n_params])
-def test_learnable_parameters(name, dtype, per_feature):
+def test_learnable_parameters(device, name, dtype, per_feature):
     from fused_inr.bench.cases import twin
 
     m, k, n = 515, 32, 48
-    net = layer(k, n, activations.lookup(name)(learnable=True, per_feature=per_feature), dtype)
+    net = layer(device, k, n, activations.lookup(name)(learnable=True, per_feature=per_feature), dtype)
     eager = twin(net)
-    x = (torch.rand(m, k, device=CUDA) * 2 - 1).to(dtype)
-    g = torch.randn(m, net.output_features, device=CUDA).to(dtype)
+    x = (torch.rand(m, k, device=device) * 2 - 1).to(dtype)
+    g = torch.randn(m, net.output_features, device=device).to(dtype)
     ours = dict(zip(("y", "x", *(n for n, _ in net.named_parameters())), outputs_and_gradients(net, x, g)))
     names = ("y", "x", *(n.removeprefix("linear.") for n, _ in eager.named_parameters()))
     theirs = dict(zip(names, outputs_and_gradients(eager, x, g)))
@@ -321,10 +319,10 @@ def test_learnable_parameters(name, dtype, per_feature):
         assert result["of_bound"] <= 1, (key, result)
 
 
-def test_third_order():
+def test_third_order(device):
     act = activations.get("sine").with_params(omega=3.0)
-    weight, bias = torch.randn(24, 20, device=CUDA) / 5, torch.randn(24, device=CUDA)
-    x = torch.rand(70, 20, device=CUDA)
+    weight, bias = torch.randn(24, 20, device=device) / 5, torch.randn(24, device=device)
+    x = torch.rand(70, 20, device=device)
 
     def third(f, *leaves):
         leaves = [t.detach().requires_grad_() for t in leaves]
@@ -349,11 +347,11 @@ def test_third_order():
 
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize("name", ["sine", "split"])
-def test_the_same_bits_250_times(name, precision):
+def test_the_same_bits_250_times(device, name, precision):
     dtype = PRECISIONS[precision]
-    net = layer(96, 64, activations.lookup(name)(learnable=True), dtype)
-    x = torch.randn(20_011, 96, device=CUDA).to(dtype)
-    g = torch.randn(20_011, 64, device=CUDA).to(dtype)
+    net = layer(device, 96, 64, activations.lookup(name)(learnable=True), dtype)
+    x = torch.randn(20_011, 96, device=device).to(dtype)
+    g = torch.randn(20_011, 64, device=device).to(dtype)
     with matmul_precision(precision):
         first = outputs_and_gradients(net, x, g)
         for _ in range(249):
@@ -363,10 +361,12 @@ def test_the_same_bits_250_times(name, precision):
 
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize("second_order", [False, True])
-def test_a_captured_graph_follows_its_inputs(second_order, precision):
+def test_a_captured_graph_follows_its_inputs(device, second_order, precision):
     dtype = PRECISIONS[precision]
-    net = torch.nn.Sequential(layer(2, 64, "sine", dtype), layer(64, 64, "split", dtype), layer(64, 3, None, dtype))
-    x = torch.rand(1000, 2, device=CUDA).to(dtype).requires_grad_()
+    net = torch.nn.Sequential(
+        layer(device, 2, 64, "sine", dtype), layer(device, 64, 64, "split", dtype), layer(device, 64, 3, None, dtype)
+    )
+    x = torch.rand(1000, 2, device=device).to(dtype).requires_grad_()
 
     def step():
         out = net(x)
@@ -386,7 +386,7 @@ def test_a_captured_graph_follows_its_inputs(second_order, precision):
             captured = step()
         for _ in range(3):
             with torch.no_grad():
-                x.copy_(torch.rand(1000, 2, device=CUDA))
+                x.copy_(torch.rand(1000, 2, device=device))
                 for parameter in net.parameters():
                     parameter.mul_(1.01)
             graph.replay()
@@ -395,11 +395,11 @@ def test_a_captured_graph_follows_its_inputs(second_order, precision):
                 assert torch.equal(a, b)
 
 
-def test_two_streams():
+def test_two_streams(device):
     """Work goes to the stream that is current, and two at once do not meet."""
-    net = layer(256, 256, "sine")
-    xs = [torch.randn(30_000, 256, device=CUDA) for _ in range(2)]
-    g = torch.randn(30_000, 256, device=CUDA)
+    net = layer(device, 256, 256, "sine")
+    xs = [torch.randn(30_000, 256, device=device) for _ in range(2)]
+    g = torch.randn(30_000, 256, device=device)
     alone = [outputs_and_gradients(net, x, g) for x in xs]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in xs]
@@ -428,8 +428,8 @@ def test_another_device_than_the_current_one():
     assert (y - expected).abs().max() < 1e-3
 
 
-def test_a_thousand_steps_hold_no_more_memory_than_ten():
-    work = Work(Case("network", "training", width=64, rows=1000), CUDA)
+def test_a_thousand_steps_hold_no_more_memory_than_ten(device):
+    work = Work(Case("network", "training", width=64, rows=1000), device)
     step = work.call("fused")
     for _ in range(10):
         step()
@@ -445,9 +445,9 @@ def test_a_thousand_steps_hold_no_more_memory_than_ten():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_eager(dtype):
-    net = torch.nn.Sequential(layer(2, 64, "sine", dtype), layer(64, 64, "gaussian", dtype))
-    x, g = torch.rand(500, 2, device=CUDA).to(dtype), torch.randn(500, 64, device=CUDA).to(dtype)
+def test_compiled_equals_eager(device, dtype):
+    net = torch.nn.Sequential(layer(device, 2, 64, "sine", dtype), layer(device, 64, 64, "gaussian", dtype))
+    x, g = torch.rand(500, 2, device=device).to(dtype), torch.randn(500, 64, device=device).to(dtype)
     compiled = torch.compile(net, fullgraph=True)
     expected, got = outputs_and_gradients(net, x, g), outputs_and_gradients_compiled(compiled, net, x, g)
     for a, b in zip(expected, got):
@@ -461,10 +461,10 @@ def outputs_and_gradients_compiled(compiled, net, x, g):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    net = layer(64, 32, "sine")
-    x = torch.randn(100, 64, device=CUDA)
-    with torch.autocast("cuda", dtype=dtype):
+def test_autocast(device, dtype):
+    net = layer(device, 64, 32, "sine")
+    x = torch.randn(100, 64, device=device)
+    with torch.autocast(device.type, dtype=dtype):
         y = net(x)
     assert y.dtype == dtype
     assert torch.equal(y, linear_act(x.to(dtype), net.weight.to(dtype), net.bias.to(dtype), net.activation))
@@ -472,19 +472,19 @@ def test_autocast(dtype):
     assert net.weight.grad.dtype == torch.float32
 
 
-def test_vmap_over_weights_and_rows():
+def test_vmap_over_weights_and_rows(device):
     act = activations.get("sine")
-    weights, x = torch.randn(5, 32, 48, device=CUDA) / 48, torch.randn(5, 60, 48, device=CUDA)
+    weights, x = torch.randn(5, 32, 48, device=device) / 48, torch.randn(5, 60, 48, device=device)
     together = torch.func.vmap(lambda w, x: linear_act(x, w, None, act))(weights, x)
     for i in range(5):
-        exact, bound = bounds.layer_bounds(x[i], weights[i], None, act, torch.ones(60, 32, device=CUDA), "ieee")
+        exact, bound = bounds.layer_bounds(x[i], weights[i], None, act, torch.ones(60, 32, device=device), "ieee")
         assert bounds.of_bound(together[i], exact["y"], bound["y"])["of_bound"] <= 1
 
 
 @pytest.mark.filterwarnings("ignore:fused_inr runs on the PyTorch reference")
-def test_float64_runs_on_the_cuda_backend_or_the_reference_and_triton_says_why_not():
-    net = layer(8, 8, "sine", torch.float64)
-    x = torch.ones(4, 8, device=CUDA, dtype=torch.float64)
+def test_float64_runs_on_the_cuda_backend_or_the_reference_and_triton_says_why_not(device):
+    net = layer(device, 8, 8, "sine", torch.float64)
+    x = torch.ones(4, 8, device=device, dtype=torch.float64)
     assert net(x).dtype == torch.float64
     assert (": cuda (" if backends.TABLE["cuda"].available()[0] else ": reference (") in backends.explain(net, x)
     with backends.use("triton"), pytest.raises(RuntimeError, match="float64"):
@@ -492,30 +492,30 @@ def test_float64_runs_on_the_cuda_backend_or_the_reference_and_triton_says_why_n
 
 
 @pytest.mark.parametrize("name", ["sine", "gaussian", "relu", "split", "sinc", "tanh"])
-def test_values_that_are_not_finite_stay_in_their_rows(name):
-    net = layer(32, 32, name)
-    x = torch.randn(64, 32, device=CUDA)
+def test_values_that_are_not_finite_stay_in_their_rows(device, name):
+    net = layer(device, 32, 32, name)
+    x = torch.randn(64, 32, device=device)
     x[3, 5], x[40, 0], x[63, 31] = math.nan, math.inf, -math.inf
-    g = torch.ones(64, 32, device=CUDA)
+    g = torch.ones(64, 32, device=device)
     y, gx, *_ = outputs_and_gradients(net, x, g)
     with backends.use("reference"):
         expected, expected_gx, *_ = outputs_and_gradients(net, x, g)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(gx.isnan(), expected_gx.isnan())
-    clean = torch.ones(64, dtype=torch.bool, device=CUDA)
+    clean = torch.ones(64, dtype=torch.bool, device=device)
     clean[[3, 40, 63]] = False
     assert y[clean].isfinite().all()
     assert gx[clean].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_float32_sine_at_every_exponent(backend):
+def test_float32_sine_at_every_exponent(device, backend):
     """The accurate sine of the kernels: 2 ulp, absolute 2^-23 near zeros; also at the floats nearest multiples of
     pi/2."""
-    exponents = torch.arange(-30, 31, device=CUDA, dtype=torch.float64)
-    mantissas = 1 + torch.rand(61, 4096, device=CUDA, dtype=torch.float64)
+    exponents = torch.arange(-30, 31, device=device, dtype=torch.float64)
+    mantissas = 1 + torch.rand(61, 4096, device=device, dtype=torch.float64)
     x = (mantissas * torch.exp2(exponents)[:, None]).float().flatten()
-    near = (torch.arange(1, 100_001, device=CUDA, dtype=torch.float64) * (math.pi / 2)).float()
+    near = (torch.arange(1, 100_001, device=device, dtype=torch.float64) * (math.pi / 2)).float()
     x = torch.cat((x, -x, near, -near))
     x = x[: len(x) // 64 * 64].view(-1, 64)
     usable, reason = backends.TABLE[backend].available()
@@ -539,20 +539,20 @@ def moments_backend(name: str):
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_the_stream_of_random_numbers_is_the_cpus(backend):
+def test_the_stream_of_random_numbers_is_the_cpus(device, backend):
     moments_backend(backend)
     if backend == "triton":
         from fused_inr.kernels.moments import random_bits
     else:
         random_bits = torch.ops.fused_inr_cuda.random_bits
     for start, branch, seed in ((0, 0, 0), (4 * (2**32 - 100), 3, 2**62 + 7), (2**63 - 8192, 1, 1)):
-        words = random_bits(start, 8192, branch, seed, CUDA)
+        words = random_bits(start, 8192, branch, seed, device)
         assert torch.equal(words.cpu(), moments.random_bits(start, 8192, branch, seed))
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("name", sorted(NAMES, key=lambda name: (name not in SOME, name)))
-def test_moments_agree_with_the_cpus_and_are_the_same_bits(name, backend):
+def test_moments_agree_with_the_cpus_and_are_the_same_bits(device, name, backend):
     """Means of v, v^2, v^4 over the same draws, within five standard errors; small parameters, so that float32 keeps
     the phase."""
     run = moments_backend(backend).moments
@@ -560,7 +560,7 @@ def test_moments_agree_with_the_cpus_and_are_the_same_bits(name, backend):
     sigmas = torch.linspace(0.3, 1.2, 3 * map.branches).view(3, map.branches)
     params = torch.tensor([[min(c, 3.0) for c in map.defaults.values()]] * 3).reshape(3, map.n_params)
     expected = moments.reference(sigmas, params, 0, samples, 5, map)
-    sigmas, params = sigmas.to(CUDA), params.to(CUDA)
+    sigmas, params = sigmas.to(device), params.to(device)
     found = run(sigmas, params, 0, samples, 5, map)
     assert torch.equal(found, run(sigmas, params, 0, samples, 5, map))
     assert torch.equal(found[3:5], run(sigmas, params, 3 * moments.CHUNK, 2 * moments.CHUNK, 5, map))
@@ -579,15 +579,15 @@ def test_moments_agree_with_the_cpus_and_are_the_same_bits(name, backend):
 
 @pytest.mark.alone
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_more_than_two_to_the_31_elements(dtype):
+def test_more_than_two_to_the_31_elements(device, dtype):
     rows, columns = (1 << 25) + 3, 64
     # the output, the gradient of the pre-activation, and what one of them takes once more, in float32
     needed = (2 * dtype.itemsize + 4) * rows * columns
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free device memory")
-    net = layer(2, columns, "sine", dtype)
-    x = (torch.rand(rows, 2, device=CUDA) * 2 - 1).to(dtype)
-    g = torch.ones(1, 1, device=CUDA, dtype=dtype).expand(rows, columns)
+    net = layer(device, 2, columns, "sine", dtype)
+    x = (torch.rand(rows, 2, device=device) * 2 - 1).to(dtype)
+    g = torch.ones(1, 1, device=device, dtype=dtype).expand(rows, columns)
     y, gx, gw, gb = outputs_and_gradients(net, x, g)
     for part in (slice(0, 777), slice(rows // 2, rows // 2 + 777), slice(rows - 777, rows)):
         some = outputs_and_gradients(net, x[part], g[part])

@@ -219,11 +219,11 @@ def test_two_builds_at_once_wait_for_each_other_and_a_killed_one_holds_nobody(tm
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     holder.stdout.readline()
-    with native._one_at_a_time(path, patience=0.3):
+    with native.one_at_a_time(path, patience=0.3):
         pass  # patience at its end: goes on without the lock
     holder.kill()
     holder.wait()
-    with native._one_at_a_time(path, patience=60):
+    with native.one_at_a_time(path, patience=60):
         pass
 
 
