@@ -5,7 +5,9 @@ What the engine does not have is an error with the instruction's name; nothing i
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import itertools
 import re
 import struct
 from collections.abc import Iterator
@@ -50,6 +52,13 @@ def operation(name: str) -> int:
     if found < 0:
         raise UnknownInstruction(name)
     return found
+
+
+def operations() -> tuple[str, ...]:
+    """The names of all operations of the engine."""
+    name = library.load().fused_inr_ptx_name
+    name.restype = ctypes.c_char_p
+    return tuple(found.decode() for found in iter(map(name, itertools.count()).__next__, None))
 
 
 @dataclass
@@ -287,13 +296,16 @@ class _Reader:
             row.labels = [
                 next(self.labels[n, label] for n in reversed(around) if (n, label) in self.labels) for label in names
             ]
+        for row, where in _meeting_points(self.rows, operation("ret")).items():
+            self.rows[row].value = where
         if self.unknown:
             raise UnknownInstruction(f"{self.name}: " + "; ".join(f"{why} ({t})" for why, t in self.unknown.items()))
 
     def parameters(self, text: str) -> None:
         self.params, at = [], 0
         for align, kind, name, count in re.findall(
-            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?(?:\.align\s+\d+\s+)?)?(\w+)(?:\[(\d+)\])?", text
+            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?(?:\.align\s+\d+\s+)?)?(\w+)(?:\[(\d+)\])?",
+            text,
         ):
             size = _bytes_of(kind)
             alignment = int(align) if align else size
@@ -426,7 +438,7 @@ class _Reader:
         kind = "b32" if p[-1] == "pred" else p[-1]
         bits = re.sub(r"\D", "", kind)
         compare = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(p[1], p[1])
-        if kind[0] == "b" or (compare in ("eq", "ne") and kind[0] in "su"):
+        if kind[0] == "b":
             kind = f"u{bits}"
         self.plain(row, f"setp_{compare}_{kind}", a, _bytes_of(kind))
 
@@ -718,6 +730,46 @@ class _Reader:
             for space in ("shared", "global"):
                 if generic or row.op in (operation(f"ld_{space}"), operation(f"st_{space}")):
                     yield space, row.size * row.count
+
+
+def _meeting_points(rows: list[_Row], ret: int) -> dict[int, int]:
+    """For each jump on a condition, the first instruction that all its ways come to (its immediate post-dominator; the
+    number of instructions where there is none): there a warp that has diverged runs together again."""
+    end = len(rows)
+    starts = sorted(
+        {0, end} | {t for row in rows for t in row.labels} | {i + 1 for i, r in enumerate(rows) if r.labels}
+    )
+    block_of = {start: n for n, start in enumerate(starts)}
+    blocks = list(zip(starts, starts[1:]))
+    after: list[set[int]] = []
+    for first, behind in blocks:
+        last = rows[behind - 1]
+        always = last.guard < 0 and (bool(last.labels) or last.op in (ret, operation("trap")))
+        after.append({block_of[t] for t in last.labels} | (set() if always else {block_of[behind]}))
+        if not after[-1]:
+            after[-1] = {len(blocks)}
+    # sets of post-dominators, as bits
+    everything = (1 << (len(blocks) + 1)) - 1
+    dominators = [everything] * len(blocks) + [1 << len(blocks)]
+    changed = True
+    while changed:
+        changed = False
+        for n in reversed(range(len(blocks))):
+            common = everything
+            for successor in after[n]:
+                common &= dominators[successor]
+            common |= 1 << n
+            changed |= common != dominators[n]
+            dominators[n] = common
+    found = {}
+    for n, (_, behind) in enumerate(blocks):
+        if rows[behind - 1].labels:
+            strict = dominators[n] & ~(1 << n)
+            # the nearest is the one that all others dominate
+            ways = (d for d in range(len(blocks) + 1) if strict >> d & 1 and dominators[d] == strict)
+            nearest = next(ways, len(blocks))
+            found[behind - 1] = starts[nearest] if nearest < len(blocks) else end
+    return found
 
 
 def read(ptx: str, entry: str | None = None, *, contract: bool = False) -> Program:
