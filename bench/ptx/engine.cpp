@@ -629,9 +629,13 @@ void Interpreter::run(Warp &w) {
         together();
         w.agent.sync++;
         break;
-      case op::bra:  // value: where the lanes that jump and those that do not meet again
-        if (const u32 stay = w.path.lanes & ~m) diverge(w, (int)I.value, {{at + 1, stay}, {o[0], m}});
-        else w.path.at = o[0];
+      case op::bra:  // value: where the lanes that jump and those that do not meet again; flags: those that stay go first
+        if (const u32 stay = w.path.lanes & ~m) {
+          if (I.flags) diverge(w, (int)I.value, {{o[0], m}, {at + 1, stay}});
+          else diverge(w, (int)I.value, {{at + 1, stay}, {o[0], m}});
+        } else {
+          w.path.at = o[0];
+        }
         break;
       case op::brx: {  // count: labels, which lie behind the operand that chooses one; value: as above
         const u32 *index = R(u32, 0);
@@ -700,7 +704,7 @@ bool Interpreter::release_barriers() {
     if (arrived < needed) report(EXITED_WARP, 0, -1, warps[b.arrived[0].warp].agent, 0, 0, 0, 0);
     int waiting = 0;
     for (const Arrival &a : b.arrived) waiting += a.waits;
-    if (waiting == alive) new_epoch();
+    if (waiting == launch.warps || arrived < needed) new_epoch();
     else join(b);
     for (const Arrival &a : b.arrived)
       if (a.waits) warps[a.warp].state = State::ready;

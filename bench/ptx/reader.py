@@ -267,11 +267,12 @@ class _Reader:
         opening = ptx.index("{", head.end())
         self.parameters(ptx[head.end() : opening])
         body = _block(ptx, opening)
-        self.memory(ptx, body)
+        statements = list(_statements(body))
+        self.memory(ptx, [statement for statement, _ in statements])
         open_scopes = [0]  # numbers of the scopes around, the innermost last
         made, label = 0, ""
         tables: dict[str, list[str]] = {}
-        for statement, location in _statements(body):
+        for statement, location in statements:
             if statement == "{":
                 made += 1
                 open_scopes.append(made)
@@ -296,8 +297,7 @@ class _Reader:
             row.labels = [
                 next(self.labels[n, label] for n in reversed(around) if (n, label) in self.labels) for label in names
             ]
-        for row, where in _meeting_points(self.rows, operation("ret")).items():
-            self.rows[row].value = where
+        _settle_jumps(self.rows)
         if self.unknown:
             raise UnknownInstruction(f"{self.name}: " + "; ".join(f"{why} ({t})" for why, t in self.unknown.items()))
 
@@ -318,22 +318,28 @@ class _Reader:
         threads = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", text)
         self.threads = int(threads[1]) * int(threads[2] or 1) * int(threads[3] or 1) if threads else 0
 
-    def memory(self, ptx: str, body: str) -> None:
+    def memory(self, ptx: str, statements: list[str]) -> None:
         """Addresses of shared, local and module variables."""
-        for align, name, size in re.findall(r"^\s*\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]", body, re.M):
-            self.static = -(-self.static // int(align)) * int(align)
-            self.symbols[name] = SHARED_BASE + self.static
-            self.static += int(size)
+        for statement in statements:
+            declared = re.match(r"\.(shared|local)\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]", statement)
+            if not declared:
+                continue
+            align, name, size = int(declared[2]), declared[3], int(declared[4])
+            if declared[1] == "shared":
+                self.static = -(-self.static // align) * align
+                self.symbols[name] = SHARED_BASE + self.static
+                self.static += size
+            else:
+                self.local_bytes = -(-self.local_bytes // align) * align
+                self.symbols[name] = self.local_bytes
+                self.local_bytes += size
         for name in re.findall(r"^\s*\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]", ptx, re.M):
             self.symbols[name] = SHARED_BASE + -(-self.static // 1024) * 1024
-        for align, name, size in re.findall(r"^\s*\.local\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]", body, re.M):
-            self.local_bytes = -(-self.local_bytes // int(align)) * int(align)
-            self.symbols[name] = self.local_bytes
-            self.local_bytes += int(size)
-        variable = r"^(?:\.visible\s+)?\.(?:global|const)\s+\.align\s+(\d+)\s+\.(\w+)\s+(\w+)(?:\[(\d+)\])?(?:\s*=\s*\{([^}]*)\})?;"
+        variable = r"^(?:\.visible\s+)?\.(?:global|const)\s+\.align\s+(\d+)\s+\.(\w+)\s+(\w+)"
+        variable += r"(?:\[(\d+)\])?(?:\s*=\s*\{([^}]*)\})?;"
         at = _VARIABLES
         for _, kind, name, count, values in re.findall(variable, ptx, re.M):
-            if not re.search(rf"\b{name}\b", body):
+            if not any(name in statement for statement in statements):
                 continue
             size = _bytes_of(kind)
             data = bytearray(size * int(count or 1))
@@ -732,44 +738,40 @@ class _Reader:
                     yield space, row.size * row.count
 
 
-def _meeting_points(rows: list[_Row], ret: int) -> dict[int, int]:
-    """For each jump on a condition, the first instruction that all its ways come to (its immediate post-dominator; the
-    number of instructions where there is none): there a warp that has diverged runs together again."""
-    end = len(rows)
+def _settle_jumps(rows: list[_Row]) -> None:
+    """Where a warp that has diverged runs together again: the first instruction that all ways from a jump come to (its
+    immediate post-dominator; the number of instructions where there is none). Where they never meet, those that stay go
+    first if their way ends sooner."""
+    end, ends = len(rows), (operation("ret"), operation("trap"))
     starts = sorted(
         {0, end} | {t for row in rows for t in row.labels} | {i + 1 for i, r in enumerate(rows) if r.labels}
     )
-    block_of = {start: n for n, start in enumerate(starts)}
-    blocks = list(zip(starts, starts[1:]))
+    number = {start: n for n, start in enumerate(starts)}
+    last = [behind - 1 for behind in starts[1:]]
     after: list[set[int]] = []
-    for first, behind in blocks:
-        last = rows[behind - 1]
-        always = last.guard < 0 and (bool(last.labels) or last.op in (ret, operation("trap")))
-        after.append({block_of[t] for t in last.labels} | (set() if always else {block_of[behind]}))
-        if not after[-1]:
-            after[-1] = {len(blocks)}
-    # sets of post-dominators, as bits
-    everything = (1 << (len(blocks) + 1)) - 1
-    dominators = [everything] * len(blocks) + [1 << len(blocks)]
+    for i in last:
+        leaves = rows[i].guard < 0 and (bool(rows[i].labels) or rows[i].op in ends)
+        ways = {number[t] for t in rows[i].labels} | (set() if leaves else {number[i + 1]})
+        after.append(ways or {len(last)})
+    # post-dominators of each block and the end, as sets of bits; instructions on the shortest way to the end
+    everything = (1 << (len(last) + 1)) - 1
+    dominators, distance = [everything] * len(last) + [1 << len(last)], [2 * end] * len(last) + [0]
     changed = True
     while changed:
         changed = False
-        for n in reversed(range(len(blocks))):
-            common = everything
-            for successor in after[n]:
-                common &= dominators[successor]
-            common |= 1 << n
-            changed |= common != dominators[n]
-            dominators[n] = common
-    found = {}
-    for n, (_, behind) in enumerate(blocks):
-        if rows[behind - 1].labels:
+        for n in reversed(range(len(last))):
+            common = functools.reduce(int.__and__, (dominators[way] for way in after[n])) | 1 << n
+            nearest = min(distance[way] for way in after[n]) + starts[n + 1] - starts[n]
+            changed |= common != dominators[n] or nearest < distance[n]
+            dominators[n], distance[n] = common, min(nearest, distance[n])
+    for n, i in enumerate(last):
+        if rows[i].labels:
             strict = dominators[n] & ~(1 << n)
-            # the nearest is the one that all others dominate
-            ways = (d for d in range(len(blocks) + 1) if strict >> d & 1 and dominators[d] == strict)
-            nearest = next(ways, len(blocks))
-            found[behind - 1] = starts[nearest] if nearest < len(blocks) else end
-    return found
+            # the nearest of them is the one that all others dominate
+            meeting = next((d for d in range(len(last)) if strict >> d & 1 and dominators[d] == strict), len(last))
+            rows[i].value = starts[meeting] if meeting < len(last) else end
+            if meeting == len(last) and i + 1 < end:
+                rows[i].flags = int(distance[number[i + 1]] < distance[number[rows[i].labels[0]]])
 
 
 def read(ptx: str, entry: str | None = None, *, contract: bool = False) -> Program:
