@@ -142,8 +142,8 @@ class Interpreter : public Machine {
       for (int k = 0; k < I.targets + (I.width ? 4 : 0); k++)
         if (w.written[o[k] >> 6] > w.fenced) report(NO_WGMMA_FENCE, at, -1, w.agent, 0, 0, 0, 0);
     } else {
-      for (int k = 0; k < I.targets; k++)  // a copy is the compiler's, which the assembler takes out
-        w.written[o[k] >> 6] = I.op == op::mov_32 ? w.written[o[1] >> 6] : w.steps;
+      for (int k = 0; k < I.targets; k++)  // a copy of a register is the compiler's, which the assembler takes out
+        w.written[o[k] >> 6] = I.op == op::mov_32 && I.flags ? w.written[o[1] >> 6] : w.steps;
     }
   }
 

@@ -472,6 +472,7 @@ class _Reader:
             row.targets, row.sources = [self.target(a[0])], [self.source(x, row.width) for x in parts]
         else:
             self.plain(row, f"mov_{8 * width}", a, width)
+            row.flags = int(self.find(a[1]) is not None)  # a copy of a register
 
     def read_cvta(self, row: _Row, p: list[str], a: list[str]) -> None:
         """Between the addresses of a space and generic ones."""

@@ -12,9 +12,26 @@ from fused_inr.bench import ptx
 
 FOLDER = Path(__file__).parent
 
+#: of the GPU's tests, which cases run without --slow; each compiles kernels of its own
+SHORT = {
+    "test_a_batch_of_weights_is_as_many_layers": lambda shared, precision: precision in ("tf32", "bf16"),
+    "test_layouts": lambda layout, precision: precision == "bf16",
+    "test_learnable_parameters": lambda name, dtype, per_feature: (
+        name in ("sine", "split") and dtype == torch.float32 and per_feature == (name == "sine")
+    ),
+    "test_moments_agree_with_the_cpus_and_are_the_same_bits": lambda name, backend: (
+        name in ("sine", "split", "gaussian", "complex_gabor")
+    ),
+}
 
+
+@pytest.hookimpl(tryfirst=True)  # before those marked slow are skipped
 def pytest_collection_modifyitems(config, items):
     here = [item for item in items if FOLDER in item.path.parents]
+    for item in here:
+        if item.path.stem == "test_gpu_suite" and item.originalname in SHORT:
+            if not SHORT[item.originalname](**item.callspec.params):
+                item.add_marker(pytest.mark.slow)
     reason = ptx.unavailable()
     if not reason and len(here) < len(items):
         reason = "needs a process of its own: pytest tests/ptx (make test starts one)"

@@ -1,5 +1,5 @@
-"""Tests of `tests/test_gpu.py` on an emulated device: layouts, batches, learnable parameters, autocast, vmap, values that
-are not finite, random numbers, moments. `device` is the emulated one's here.
+"""Tests of `tests/test_gpu.py` on an emulated device: layouts, batches, learnable parameters, autocast, vmap, values
+that are not finite, random numbers, moments. `device` is the emulated one's here; conftest.py says which are slow.
 
 What makes no sense emulated stays with a GPU: streams, captured graphs, growing memory, 2^31 elements, speed.
 """

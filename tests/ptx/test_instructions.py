@@ -617,10 +617,12 @@ def test_floats_compare(kind):
 # -- all of them, and no others
 
 #: operations that other files of this folder test: lanes and warps, memory, matrices
-ELSEWHERE = """ld_param ld_global st_global ld_shared st_shared ld_local st_local ld_generic st_generic cp_async cp_commit
-cp_wait ldmatrix stmatrix mma shfl redux vote elect bar_sync bar_arrive bar_warp bra brx ret trap fence_async nop wgmma
-wgmma_fence wgmma_commit wgmma_wait mbarrier_init mbarrier_inval mbarrier_try_wait tcgen05_alloc tcgen05_dealloc tcgen05_mma
-tcgen05_commit tcgen05_ld tcgen05_st tcgen05_wait""".split()
+ELSEWHERE = """
+ld_param ld_global st_global ld_shared st_shared ld_local st_local ld_generic st_generic cp_async cp_commit
+cp_wait ldmatrix stmatrix mma shfl redux vote elect bar_sync bar_arrive bar_warp bra brx ret trap fence_async
+nop wgmma wgmma_fence wgmma_commit wgmma_wait mbarrier_init mbarrier_inval mbarrier_try_wait tcgen05_alloc
+tcgen05_dealloc tcgen05_mma tcgen05_commit tcgen05_ld tcgen05_st tcgen05_wait
+""".split()
 
 
 def calls(test) -> list[dict]:

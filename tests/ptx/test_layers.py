@@ -87,7 +87,7 @@ def test_layers_elsewhere(gpu, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", (*TYPES, *SPLIT))
+@pytest.mark.parametrize("precision", [*TYPES, *SPLIT])
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("gpu", [80, 86, 90, 100], indirect=True)
 def test_everywhere(gpu, name, precision):

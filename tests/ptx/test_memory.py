@@ -1,5 +1,5 @@
-"""Memory and what orders it: each fault that the executor knows, planted in a kernel of a few lines, and the same kernel
-without it."""
+"""Memory and what orders it: each fault that the executor knows, planted in a kernel of a few lines, and the same
+kernel without it."""
 
 import numpy as np
 import pytest
