@@ -73,22 +73,16 @@ $(COMPAT)/triton-%/.installed: $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) 'triton==$*'
 	@touch $@
 
-# A CUDA machine, network or not: the Python that has torch (GPU_PYTHON), nothing downloaded. An environment on top of it
-# keeps an externally managed Python untouched.
+# A CUDA machine, network or not: from this checkout, with the Python that has torch (GPU_PYTHON). Nothing is installed or
+# downloaded; what has to be built is built while other things are measured. `make gpu GPU_ARGS="--budget 200 --out DIR"`
 GPU_PYTHON ?= $(or $(PYTHON),python3)
 gpu:
 	@$(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
 	    { echo "make gpu: $(GPU_PYTHON) has no torch that sees a CUDA device (GPU_PYTHON=... names another)" >&2; exit 1; }
-	$(GPU_PYTHON) -m venv --system-site-packages --without-pip .venv-gpu
-	@# A venv made from inside a venv sees the base Python's packages, not those of the venv: link the latter in too.
-	@$(GPU_PYTHON) -c 'import sysconfig, glob; \
-	    site, = glob.glob(".venv-gpu/lib/python*/site-packages"); \
-	    open(site + "/parent.pth", "w").write(sysconfig.get_path("purelib") + "\n")'
-	.venv-gpu/bin/python -m pip install -q --no-deps --no-build-isolation --no-index -e .
-	.venv-gpu/bin/python -m fused_inr.cli bench gpu
+	$(GPU_PYTHON) -m fused_inr.cli bench gpu $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-gpu $(COMPAT) build dist demo *.egg-info fused_inr/*.so
+	rm -rf $(VENV) $(COMPAT) build dist demo *.egg-info fused_inr/*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 check-tools:

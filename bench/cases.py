@@ -44,6 +44,16 @@ class Wrong(Exception):
 
 
 @dataclass(frozen=True)
+class Exact:
+    """What the fused step of a case is held to: float64's outcome, the same with the rounding of float32 sums
+    simulated, and eager PyTorch's."""
+
+    reference: dict[str, Tensor]
+    moved: dict[str, Tensor]
+    eager: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Case:
     """One piece of work, the same numbers on every machine.
 
@@ -176,6 +186,18 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+def within(
+    context: Callable[[], contextlib.AbstractContextManager], call: Callable[[], object]
+) -> Callable[[], object]:
+    """A step that runs within a fresh context each time: another backend, other products."""
+
+    def step() -> object:
+        with context():
+            return call()
+
+    return step
 
 
 def mse(net: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
@@ -327,20 +349,35 @@ class Work:
             result["gradient of x"] = torch.cat(input_gradients)
         return result | (_gradients(module) if case.step != "inference" else {})
 
+    def exact(self, rows_at_once: int = 8192) -> Exact:
+        """What all ways to compute this case are held to; it depends on neither backend nor way."""
+        reference, moved = self.reference(rows_at_once), self.reference(rows_at_once, rounding=True)
+        return Exact(reference, moved, self.outcome("eager"))
+
+    def errors(self, exact: Exact) -> dict[str, dict[str, float]]:
+        """`bounds.against_eager` of every tensor that the fused step computes, by its name.
+
+        Raises:
+            Wrong: it computes other tensors.
+        """
+        fused = self.outcome("fused")
+        if exact.reference.keys() != fused.keys():
+            raise Wrong(f"{self.case}: the fused step computed {sorted(fused)}, expected {sorted(exact.reference)}")
+        found = {}
+        for name, reference in exact.reference.items():
+            rows = 1 if name == "gradient of x" or (name == "output" and reference.dim()) else self.case.rows
+            tensors = (fused[name], exact.eager[name], reference)
+            found[name] = bounds.against_eager(*tensors, self.case.dtype, rows, exact.moved[name])
+        return found
+
     def check(self, rows_at_once: int = 8192) -> dict[str, Any]:
         """Hold the fused step to `bounds.against_eager`: largest errors relative to the largest value, fused and eager.
 
         Raises:
             Wrong: it is further from float64 than its bound.
         """
-        reference, moved = self.reference(rows_at_once), self.reference(rows_at_once, rounding=True)
-        fused, eager = self.outcome("fused"), self.outcome("eager")
-        if reference.keys() != fused.keys():
-            raise Wrong(f"{self.case}: the fused step computed {sorted(fused)}, expected {sorted(reference)}")
         worst: dict[str, Any] = {"error": 0.0, "eager_error": 0.0, "of_bound": 0.0}
-        for name, exact in reference.items():
-            rows = 1 if name == "gradient of x" or (name == "output" and exact.dim()) else self.case.rows
-            result = bounds.against_eager(fused[name], eager[name], exact, self.case.dtype, rows, moved[name])
+        for name, result in self.errors(self.exact(rows_at_once)).items():
             if not result["of_bound"] <= 1:
                 raise Wrong(
                     f"{self.case}: {name} is off by {result['error']:.3g} of its largest value, eager PyTorch by "

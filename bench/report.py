@@ -25,13 +25,12 @@ from ..cli.files import write_all
 
 
 def usable_device(parser: Parser, name: str) -> torch.device:
-    """The device of this name, or the parser's error if nothing can be put on it."""
+    """The device of this name, with its index ("cuda" is the current one), or the parser's error if nothing can be put
+    on it."""
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=torch.device(name)).device
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: {name!r} cannot be used here: {str(error).splitlines()[0]}")
-    return device
 
 
 def one_or_more(accepted: Sequence[str]) -> Callable[[str], list[str]]:
@@ -51,10 +50,12 @@ def one_or_more(accepted: Sequence[str]) -> Callable[[str], list[str]]:
 # -- where it ran
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, threads, time and command: what a figure means nothing without."""
+def environment(device: torch.device, *, unasked: Sequence[str] = ()) -> dict[str, Any]:
+    """Device, driver, versions, threads, time and command: what a figure means nothing without.
+
+    `unasked`: backends that are not asked whether they are available, since the answer may be a build of minutes.
+    """
     from .. import __version__
-    from ..ops import backends
 
     about: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -69,7 +70,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "backends": {name: "available" if ok else reason for name, (ok, reason) in backends.available().items()},
+        "backends": _backends(unasked),
         "commit": _commit(),
     }
     if device.type == "cuda":
@@ -83,6 +84,16 @@ def environment(device: torch.device) -> dict[str, Any]:
             "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
         }
     return about
+
+
+def _backends(unasked: Sequence[str]) -> dict[str, str]:
+    from ..ops import backends
+
+    found = {}
+    for name, backend in backends.TABLE.items():
+        usable, reason = (False, "not asked: it may have to be built first") if name in unasked else backend.available()
+        found[name] = "available" if usable else reason
+    return found
 
 
 def _versions(*names: str) -> dict[str, str | None]:

@@ -170,6 +170,64 @@ def estimate(work: Work, device: Device) -> dict[str, float | str]:
     return {**{unit: seconds[unit] * 1e12 for unit in UNITS}, "floor": seconds[bound] * 1e12, "bound": bound}
 
 
+# -- what a step of a network or layer takes at least
+
+#: Special functions of the hardware that a primitive of a map takes, where it takes any.
+SPECIAL = {
+    **dict.fromkeys(("sin", "cos", "exp", "log", "log1p", "expm1", "tanh", "sinh", "cosh", "erf", "sqrt", "atan"), 1),
+    **dict.fromkeys(("sincos", "tan", "sigmoid", "softplus", *(f"sinc{i}" for i in range(7))), 2),
+}
+
+
+def named(name: str) -> Device | None:
+    """The device that a driver calls by a name such as "NVIDIA H100 80GB HBM3"."""
+    return next((d for d in DEVICES if d.name in name), None)
+
+
+def special_functions(activation: str, derivatives: bool) -> int:
+    """Of one element of a map, all branches together; with its derivatives, in one evaluation."""
+    from ..activations import lookup
+
+    map = lookup(activation)
+    program = map.jet() if derivatives else map.program(0)
+    nodes, of_row = program.tape.nodes, set()
+    names = {f"z{i}" for i in range(map.branches)}
+    for i, node in enumerate(nodes):  # what depends on parameters alone is computed once
+        if node.value in names or any(arg in of_row for arg in node.args):
+            of_row.add(i)
+    return sum(SPECIAL.get(nodes[i].op, 0) for i in program.live() if i in of_row)
+
+
+def case_floors(case, device: Device | None, ceilings: dict[str, float]) -> dict[str, float]:
+    """Nanoseconds a row that a case (`cases.Case`) takes at least, by what takes them: "memory", "products", "special".
+
+    Memory: a network reads coordinates and targets and writes outputs once, a layer as `Case.bytes` has it, an Eikonal
+    step its coordinates. Products: `Case.operations`, nothing recomputed. Special functions: each element's map once,
+    with its derivatives where the step has gradients. Rates are those that were measured (`ceilings`: "copy" in GB/s, a
+    precision's products in TFLOP/s), else the data sheet's; without either there is no such floor.
+    """
+    found = {}
+    bandwidth = ceilings["copy"] * 1e9 if "copy" in ceilings else device.bandwidth if device else 0.0
+    if case.kind == "layer" and case.step != "eikonal":
+        moved = case.bytes() / case.rows
+    else:
+        numbers = case.in_features + (case.out_features if case.step != "eikonal" else 0)
+        moved = numbers * case.dtype.itemsize
+    if bandwidth:
+        found["memory"] = moved / bandwidth * 1e9
+    rate = ceilings.get(case.precision, 0.0) * 1e12
+    if not rate and device:
+        sheet = {"bf16": device.half, "fp16": device.half, "tf32": device.tf32, "ieee": 2 * device.fma}
+        rate = sheet[case.precision]
+    if rate:
+        found["products"] = case.operations() / case.rows / rate * 1e9
+    if device:
+        layers = case.shapes() if case.kind == "layer" else case.shapes()[:-1]
+        elements = case.width * len(layers)
+        found["special"] = elements * special_functions(case.activation, case.step != "inference") / device.sfu * 1e9
+    return found
+
+
 # -- what a kernel does for a row
 
 #: Layers with the map and outputs of the networks that are compiled (`kernels/aot.py`: three hidden products).
@@ -232,10 +290,11 @@ def _layer(row: dict, kernel: str) -> Work:
     # a product by multiply-adds in a loop is counted from its shape, and so are those of no loop by the SASS
     in_loop = kind == tune.NARROW_N or (kind == tune.DOT and not dot)
     fma = _per_row(row["fp32_at"], 0 if in_loop else trips, row, tiles) + (flops / 2 if in_loop else 0)
-    if kernel in ("forward", "input_grad"):
-        moved = size * (K + C * N)
+    kept = size * C * B * N if size == 2 else 4 * B * N  # derivatives, or pre-activations
+    if kernel in ("forward", "forward_save", "input_grad"):
+        moved = size * (K + C * N) + (kept if kernel == "forward_save" else 0)
     else:
-        moved = size * (C * N + B * N) + (4 * B * N if from_z else size * K)
+        moved = size * (C * N + B * N) + (kept if from_z else size * K)
     return Work(moved, flops * products if dot else 0, rate, _per_row(row["mufu_at"], trips, row, tiles), fma)
 
 
@@ -256,12 +315,13 @@ def _network(row: dict, kernel: str) -> Work:
     size, rate, products = _type(row)
     K, width = row["K"], mlp_tune.width(row["N"], row["arch"])
     inputs, outputs = max(16, 1 << (K - 1).bit_length()), max(16, MLP_OUTPUTS)
-    narrow = size == 4 and K <= tune.NARROW_K_LIMIT
-    first = 0 if narrow else 2 * inputs * B * width
+    narrow = K <= tune.NARROW_K_LIMIT
+    first = 2 * inputs * B * width
     hidden = (MLP_LAYERS - 1) * 2 * B * width * C * width
     last = 2 * C * width * outputs
-    z = 4 * MLP_LAYERS * B * width
-    forward, pass_back = first + hidden + last, 2 * (first + hidden + last)
+    # activations and derivatives, or pre-activations
+    z = (2 * C * (1 + B) if size == 2 else 4 * B) * MLP_LAYERS * width
+    forward, pass_back = (0 if narrow else first) + hidden + last, 2 * (first + hidden + last)
     moved = size * (K + MLP_OUTPUTS)
     flops = forward
     if kernel == "mlp_save":

@@ -6,6 +6,9 @@ more or less, a tile reshaped), all valid by the predicates of `kernels/tune.py`
 of a candidate are held to the bounds of `bounds.py` before it is timed; the candidates of a step are timed interleaved,
 as CUDA graphs, at each of the entry's shapes. One replaces the configuration in use where it is faster by more than
 noise in a second measurement as well, and compiles without a spill.
+
+Compiling is most of the work. The candidates of several entries are compiled and checked side by side, each in a
+process of its own (`tune_workers.py`), then timed one entry after the other while nothing is compiled.
 """
 
 from __future__ import annotations
@@ -13,18 +16,20 @@ from __future__ import annotations
 import datetime
 import importlib
 import math
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 
 from ..cli import CliError
-from ..cli.files import write_all
-from . import report, tune_networks
+from ..cli.files import prepare_folder, write_all
+from . import process, report, tune_networks
 
 #: What is a gain: below, differences between runs decide.
 GAIN = 0.98
@@ -49,14 +54,30 @@ Key = tuple  # of a layer's entry five parts, of a network's six, as the tables 
 Numbers = tuple
 
 
+#: What a search wants to know before it goes on: whether a configuration's results are right, or what the compiler
+#: makes of it; ("problem" or "static", numbers).
+Wanted = tuple[str, Numbers]
+
+
+class Died(Exception):
+    """The process that timed configurations did not come back."""
+
+
 class Measurer(Protocol):
     """What the search asks of a machine."""
+
+    def prepare(self, wanted: Sequence[tuple[Key, Wanted]]) -> None:
+        """Find out all of this side by side; the answers are asked for afterwards. It may do nothing."""
 
     def problem(self, key: Key, numbers: Numbers) -> str:
         """Why results of a configuration are wrong, or it does not run; "" if they are right."""
 
     def milliseconds(self, key: Key, candidates: Sequence[Numbers]) -> list[list[float]]:
-        """For each candidate one time a shape, measured together."""
+        """For each candidate one time a shape, measured together.
+
+        Raises:
+            Died: one of them took the process with it.
+        """
 
     def static_problems(self, key: Key, numbers: Numbers) -> list[str]:
         """What the compiler made of it that must not ship."""
@@ -152,6 +173,7 @@ class Result:
     ratio: float
     measured: int
     rejected: dict[Numbers, str]
+    relative: dict[Numbers, float] = field(default_factory=dict)  # times of all that were timed
 
     @property
     def changed(self) -> bool:
@@ -164,6 +186,15 @@ class Result:
         )  # fmt: skip
         wrong = f", {len(self.rejected)} rejected" if self.rejected else ""
         return f"{name}: {what} ({self.measured} measured{wrong})"
+
+    def entry(self) -> dict[str, Any]:
+        """The same for programs."""
+        text = table_of(self.key).text
+        return {
+            "entry": name_of(self.key), "key": list(self.key), "old": list(self.old), "new": list(self.new),
+            "ratio": self.ratio, "relative": {text(numbers): time for numbers, time in self.relative.items()},
+            "rejected": {text(numbers): reason for numbers, reason in self.rejected.items()},
+        }  # fmt: skip
 
 
 def _text(numbers: Numbers) -> str:
@@ -204,7 +235,7 @@ LAYERS = Table(
     _text,
 )
 NETWORKS = Table(
-    "mlp_tuned", ("tuple[str, str, str, int, int, int]", "tuple[int, int, int, int, int, bool, bool]"),
+    "mlp_tuned", ("tuple[str, str, str, int, int, int]", "tuple[int, int, int, int, int, bool, bool, int]"),
     _numbers_of_network, tune_networks.neighbours, tune_networks.candidates, tune_networks.text,
 )  # fmt: skip
 
@@ -220,15 +251,34 @@ def name_of(key: Key) -> str:
 def search(
     key: Key, old: Numbers, measurer: Measurer, *, everything: bool = False, left: Callable[[], float] | None = None
 ) -> Result:
-    """Downhill from `old`, or through all candidates in groups; stops where `left` (seconds) is used up.
+    """`steps` from begin to end, one thing after the other."""
+    found = steps(key, old, measurer, everything=everything, left=left)
+    while True:
+        try:
+            next(found)
+        except StopIteration as done:
+            return done.value
+
+
+def steps(
+    key: Key,
+    old: Numbers,
+    measurer: Measurer,
+    *,
+    everything: bool = False,
+    left: Callable[[], float] | None = None,
+    reserve: float = 0.0,
+) -> Generator[list[Wanted], None, Result]:
+    """Downhill from `old`, or through all candidates in groups; stops where `left` (seconds) is used up, and keeps the
+    last `reserve` of them for making sure of what was found.
+
+    It yields what it will ask `measurer` next, so that whoever runs several searches can have all of it prepared.
 
     Raises:
         CliError: the configuration in use is wrong: no table can be made of measurements beside it.
     """
     left = left or (lambda: math.inf)
     result = Result(key, old, old, 1.0, 0, {})
-    if problem := measurer.problem(key, old):
-        raise CliError(f"{key[0]} {name_of(key)}: the configuration in use, {table_of(key).text(old)}: {problem}")
     seen = {old}
     relative = {old: 1.0}
 
@@ -237,38 +287,64 @@ def search(
         right = []
         for numbers in group:
             seen.add(numbers)
-            if left() <= 0:
+            if left() <= reserve:
                 return
             if problem := measurer.problem(key, numbers):
                 result.rejected[numbers] = problem
             else:
                 right.append(numbers)
-        if not right or left() <= 0:
+        if not right or left() <= reserve:
             return
-        base, *times = measurer.milliseconds(key, [beside, *right])
+        try:
+            base, *times = measurer.milliseconds(key, [beside, *right])
+        except Died as error:
+            if len(right) == 1:
+                result.rejected[right[0]] = str(error)
+            else:  # which one it was shows when each is timed alone
+                for numbers in right:
+                    measure([numbers], beside)
+            return
         result.measured += len(right)
         for numbers, each in zip(right, times):
             relative[numbers] = relative[beside] * _mean_ratio(each, base)
 
     if everything:
         rest = [c for c in table_of(key).candidates(key, old) if c != old]
-        for i in range(0, len(rest), 8):
-            measure(rest[i : i + 8], old)
+        groups = [rest[i : i + 8] for i in range(0, len(rest), 8)]
     else:
-        best = old
-        while left() > 0:
-            measure([c for c in table_of(key).neighbours(key, best) if c not in seen], best)
-            step = min(relative, key=lambda c: relative[c])
-            if relative[step] > GAIN * relative[best]:
-                break
-            best = step
-    for numbers in sorted(relative, key=lambda c: relative[c])[:5]:
-        if relative[numbers] > GAIN or left() <= 0:
+        groups = [table_of(key).neighbours(key, old)]
+    yield [("problem", old), *(("problem", c) for c in (groups or [[]])[0])]
+    if problem := measurer.problem(key, old):
+        raise CliError(f"{key[0]} {name_of(key)}: the configuration in use, {table_of(key).text(old)}: {problem}")
+    best = old
+    for i, group in enumerate(groups):
+        if i:
+            yield [("problem", c) for c in group]
+        measure(group, old)
+    while not everything and left() > reserve:
+        step = min(relative, key=lambda c: relative[c])
+        if relative[step] > GAIN * relative[best] or step == best:
+            break
+        best = step
+        around = [c for c in table_of(key).neighbours(key, best) if c not in seen]
+        if around:
+            yield [("problem", c) for c in around]
+            measure(around, best)
+    result.relative = relative
+    faster = [c for c in sorted(relative, key=lambda c: relative[c])[:5] if relative[c] <= GAIN]
+    if faster:
+        yield [("static", c) for c in faster]
+    for numbers in faster:
+        if left() <= 0:
             break
         if found := measurer.static_problems(key, numbers):
             result.rejected[numbers] = "; ".join(found)
             continue
-        base, again = measurer.milliseconds(key, [old, numbers])  # against the one in use itself, a second time
+        try:
+            base, again = measurer.milliseconds(key, [old, numbers])  # against the one in use itself, a second time
+        except Died as error:
+            result.rejected[numbers] = str(error)
+            continue
         ratio = _mean_ratio(again, base)
         if ratio <= GAIN:
             result.new, result.ratio = numbers, ratio
@@ -388,6 +464,16 @@ class Kernels:
                 return f"{name} is {share:.3g} of its bound"
         return ""
 
+    def compiled(self, key: Key, numbers: Numbers) -> None:
+        """Compile what is timed: launched once at each shape, with few rows."""
+        from ..kernels import tune
+
+        if table_of(key) is NETWORKS:
+            return  # what is checked is what is timed
+        with tune.using(key, numbers):
+            for N, K in SHAPES[key[2]]:
+                self.launch(key, N, K, self.tensors(key, min(self.rows, 1 << 14), N, K))()
+
     def launch(self, key: Key, N: int, K: int, t: dict[str, Any]) -> Callable[[], object]:
         """One launch of the operation with what the table says now (a weight gradient: with the sum of its parts).
         Operands and outputs are `t`'s; the outputs are put there."""
@@ -432,7 +518,6 @@ class Kernels:
             return self.networks.milliseconds(key, candidates)
         from ..kernels import tune
         from . import timing
-        from .gpu import _captured
 
         times: list[list[float]] = [[] for _ in candidates]
         for N, K in SHAPES[key[2]]:
@@ -443,7 +528,7 @@ class Kernels:
                     call = self.launch(key, N, K, operands)
                     call()
                     # a graph keeps the launch as it is now; without one the launch itself looks the numbers up
-                    steps[str(i)] = _captured(call) if self.device.type == "cuda" else call
+                    steps[str(i)] = timing.captured(call) if self.device.type == "cuda" else call
             timed = timing.interleaved(steps, self.device, seconds=self.seconds, rounds=(5, 50), block_ms=2.0)
             for i, each in enumerate(times):
                 each.append(timed[str(i)].ms)
@@ -471,13 +556,16 @@ class Kernels:
 
 
 def parser() -> report.Parser:
-    p = report.Parser(prog="fused-inr bench tune", description=__doc__.splitlines()[0])
-    p.add_argument("--device", default="cuda", help="cuda, cuda:1, .. (cuda)")
+    p = report.Parser(prog="fused-inr bench tune", description=(__doc__ or "").splitlines()[0])
+    p.add_argument(
+        "--device", default="cuda", help="cuda, cuda:1, ..; cpu under TRITON_INTERPRET=1 is a rehearsal (cuda)"
+    )
     p.add_argument("--budget", type=report.positive, default=1800.0, metavar="S", help="seconds for everything (1800)")
     p.add_argument(
         "--only",
         metavar="TEXT",
-        help='only entries whose name ("forward dot half 1", "network train half 1 1 64") contains TEXT',
+        help='only entries whose name ("forward dot half 1", "network train half 1 1 64") contains one of these, '
+        "separated by commas, in their order",
     )
     p.add_argument("--all", action="store_true", help="every valid configuration instead of steps to better ones")
     p.add_argument(
@@ -486,79 +574,164 @@ def parser() -> report.Parser:
         default=ROWS,
         help=f"rows that are timed where a layer has 256 columns ({ROWS})",
     )
-    p.add_argument("--dry-run", action="store_true", help="measure and print, change nothing")
-    p.add_argument("--out", type=Path, metavar="FILE", help="the layers' table (kernels/tuned.py of this installation)")
-    p.add_argument("--out-networks", type=Path, metavar="FILE", help="the networks' (kernels/mlp_tuned.py)")
+    p.add_argument(
+        "--jobs", type=report.integer(1), default=min(16, os.cpu_count() or 2), metavar="N",
+        help="processes that compile side by side (the CPUs, at most 16)",
+    )  # fmt: skip
+    p.add_argument("--dry-run", action="store_true", help="measure and print, change no table")
+    p.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder for results.json, log.txt and the tables (without it those of this installation are rewritten)",
+    )  # fmt: skip
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 no GPU or a bad argument, 130 stopped by Ctrl-C (what was found until then is written)."""
+    """Exit code: 0 done, 2 no GPU or a bad argument, 130 stopped by a signal (what was found until then is written)."""
+    from . import tune_workers
+
+    start = time.monotonic() - process.age()
     p = parser()
     options = p.parse_args(argv)
     try:
         device = torch.device(options.device)
     except RuntimeError as error:
         p.error(f"argument --device: {str(error).splitlines()[0]}")
-    if device.type != "cuda" or not torch.cuda.is_available():
+    rehearsal = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not rehearsal and (device.type != "cuda" or not torch.cuda.is_available()):
         p.exit(2, f"fused-inr bench tune: measures on an NVIDIA GPU, and {options.device!r} is none that works here\n")
-    report.usable_device(p, options.device)
-    torch.cuda.set_device(device)
-    from ..kernels import tune
-
-    arch = tune.arch(device)
     if torch.version.hip:
         p.exit(2, "fused-inr bench tune: the table is about NVIDIA architectures\n")
-    print(f"{torch.cuda.get_device_name(device)}, {arch}, {options.rows} rows", flush=True)
-    return run(arch, Kernels(device, rows=options.rows), options, torch.cuda.get_device_name(device))
+    device = report.usable_device(p, options.device)
+    os.environ.setdefault("FUSED_INR_NATIVE", "0")  # nothing here runs on the CPU engine: it is not built
+    if options.out is not None:
+        prepare_folder(options.out)
+    from ..kernels import tune
 
-
-def run(arch: str, measurer: Measurer, options, device: str, clock: Callable[[], float] = time.monotonic) -> int:
-    """Search through the entries, networks of one branch first, print old and new, rewrite the tables."""
-    paths = {table.module: path or Path(_module(table).__file__) for table, path in (
-        (LAYERS, options.out), (NETWORKS, options.out_networks),
-    )}  # fmt: skip
-    for option, path in zip(("--out", "--out-networks"), paths.values()):
-        if not path.parent.is_dir() or path.is_dir():
-            raise CliError(f"{option} {path}: not a file in a folder that exists")
-    networks = list(tune_networks.keys(arch))
-    first = [key for key in networks if key[3] == 1]
-    every = [*first, *keys(arch), *(key for key in networks if key not in first)]
-    wanted = [key for key in every if not options.only or options.only in name_of(key)]
-    if not wanted:
-        raise CliError(f"--only {options.only!r}: no entry contains it; one is {name_of(next(keys(arch)))!r}")
-    end = clock() + options.budget
-    results: list[Result] = []
-    interrupted, reached = False, 0
+    arch = "sm90" if rehearsal else tune.arch(device)
+    about = {"rehearsal": rehearsal, **report.environment(device, unasked=("cuda",)), "arch": arch}
+    name = about["device"]
+    if rehearsal:
+        print("REHEARSAL in Triton's interpreter: configurations change nothing there, and times mean nothing.")
+    print(f"{name}, {arch}, {options.rows} rows", flush=True)
+    seconds = 1.0 if device.type == "cuda" else 0.0
+    measurer = tune_workers.Processes(
+        device, rows=options.rows, seconds=seconds, jobs=options.jobs, log=options.out and options.out / "workers.txt",
+        left=lambda: options.budget - _reserve(options.budget) - (time.monotonic() - start),
+    )  # fmt: skip
+    handler = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # stopped is stopped
     try:
-        for key in wanted:
-            if clock() >= end:
-                break
-            try:
-                old = table_of(key).numbers(key)
-                result = search(key, old, measurer, everything=options.all, left=lambda: end - clock())
-            except CliError as error:
-                print(f"{error}", file=sys.stderr, flush=True)
-                reached += 1
-                continue
-            reached += 1
-            results.append(result)
-            print(result.line(), flush=True)
+        return run(arch, measurer, options, name, about=about, start=start)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        measurer.close()
+
+
+#: Entries that are searched at the same time; seconds, and the share of a budget, that are kept for making sure of what
+#: a search found.
+TOGETHER, RESERVE_S, RESERVE_SHARE = 4, 30.0, 0.1
+
+
+def _reserve(budget: float) -> float:
+    return min(RESERVE_S, RESERVE_SHARE * budget)
+
+
+def run(
+    arch: str,
+    measurer: Measurer,
+    options,
+    device: str,
+    clock: Callable[[], float] = time.monotonic,
+    about: dict[str, Any] | None = None,
+    start: float | None = None,
+) -> int:
+    """Search through the entries, networks of one branch first, print old and new, rewrite the tables.
+
+    `start` is when the budget began, on `clock`: now, unless it is given.
+    """
+    wanted = _wanted(arch, options.only)
+    end = (clock() if start is None else start) + options.budget
+    reserve = _reserve(options.budget)
+    said = report.Results(options.out and options.out / "results.json", about or {})
+    log = options.out and options.out / "log.txt"
+
+    def say(text: str, file: TextIO = sys.stdout) -> None:
+        print(text, file=file, flush=True)
+        if log:
+            with log.open("a") as kept:
+                kept.write(text + "\n")
+
+    results: list[Result] = []
+    waiting, reached = list(reversed(wanted)), 0
+    active: dict[Key, Generator[list[Wanted], None, Result]] = {}
+    asked: dict[Key, list[Wanted]] = {}
+
+    def advance(key: Key) -> None:
+        """Let one search go on to its next question, or to its end."""
+        nonlocal reached
+        try:
+            asked[key] = next(active[key])
+            return
+        except StopIteration as done:
+            results.append(done.value)
+            say(done.value.line())
+            said.append(done.value.entry())
+        except CliError as error:
+            say(f"{error}", sys.stderr)
+            said.append({"entry": name_of(key), "error": f"{error}"})
+        reached += 1
+        del active[key]
+        asked.pop(key, None)
+
+    interrupted = False
+    try:
+        while active or (waiting and clock() < end - reserve):
+            while waiting and len(active) < TOGETHER and clock() < end - reserve:
+                key = waiting.pop()
+                active[key] = steps(
+                    key, table_of(key).numbers(key), measurer, everything=options.all, left=lambda: end - clock(),
+                    reserve=reserve,
+                )  # fmt: skip
+                advance(key)
+            measurer.prepare([(key, each) for key, questions in asked.items() for each in questions])
+            for key in list(active):
+                advance(key)
     except KeyboardInterrupt:
         interrupted = True
     if reached < len(wanted):
-        print(f"{len(wanted) - reached} of {len(wanted)} entries not reached (a larger --budget, or --only)")
+        say(f"{len(wanted) - reached} of {len(wanted)} entries not reached (a larger --budget, or --only)")
     changed = [result for result in results if result.changed]
     if not changed:
-        print("nothing is faster by more than noise: the table stays as it is")
+        say("nothing is faster by more than noise: the table stays as it is")
     for table in (LAYERS, NETWORKS):
-        path, own = paths[table.module], [result for result in changed if table_of(result.key) is table]
+        own = [result for result in changed if table_of(result.key) is table]
+        path = options.out / f"{table.module}.py" if options.out else Path(_module(table).__file__)
         if own and options.dry_run:
-            print(f"{len(own)} entries would change in {path} (--dry-run)")
+            say(f"{len(own)} entries would change in {path} (--dry-run)")
         elif own:
             rewrite(path, own, device, table)
-            print(f"{len(own)} entries changed in {path}; `fused-inr bench static` compiles them all")
+            say(f"{len(own)} entries changed in {path}; `fused-inr bench static` compiles them all")
+    said.finish(interrupted=interrupted, not_reached=len(wanted) - reached)
     return 130 if interrupted else 0
+
+
+def _wanted(arch: str, only: str | None) -> list[Key]:
+    """The entries to search: all of them in the order of use, or those that `only` names, in its order.
+
+    Raises:
+        CliError: no entry has such a name.
+    """
+    networks = list(tune_networks.keys(arch))
+    first = [key for key in networks if key[3] == 1]
+    every = [*first, *keys(arch), *(key for key in networks if key not in first)]
+    if not only:
+        return every
+    texts = [text.strip() for text in only.split(",") if text.strip()]
+    chosen = {key: None for text in texts for key in every if text in name_of(key)}
+    for text in texts or [only]:
+        if not any(text in name_of(key) for key in every):
+            raise CliError(f"--only {text!r}: no entry contains it; one is {name_of(next(keys(arch)))!r}")
+    return list(chosen)
 
 
 if __name__ == "__main__":

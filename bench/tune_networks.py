@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 Key = tuple[str, str, str, int, int, int]
-Numbers = tuple[int, int, int, int, int, bool, bool]
+Numbers = tuple[int, int, int, int, int, bool, bool, int]
 
 #: An activation of each kind (branches, outputs); a type of each class, as `cases.py` names it (where ours split their
 #: factors, eager PyTorch has TF32 at best), and what `backends.float32_products` takes.
@@ -32,14 +32,14 @@ HIDDEN = 3
 #: Rows that are timed, relative to `--rows` and for a width of 64.
 SHARES = (1.0, 1 / 16)
 
-#: block_m, tiles, warps, stages, resident, sums, reload: which of them an operation decides.
-_NAMES = ("m", "t", "w", "s", "r", "sums", "reload")
+#: block_m, tiles, warps, stages, resident, sums, reload, programs a multiprocessor: which an operation decides.
+_NAMES = ("m", "t", "w", "s", "r", "sums", "reload", "p")
 _FREE = {
-    "forward": ("m", "t", "w", "s", "r"),
-    "save": ("m", "t", "w", "s", "r"),
-    "train": ("m", "t", "w", "s", "sums", "reload"),
-    "backward": ("m", "t", "w", "s", "sums", "reload"),
-    "one_pass": ("m", "w"),
+    "forward": ("m", "t", "w", "s", "r", "p"),
+    "save": ("m", "t", "w", "s", "r", "p"),
+    "train": ("m", "t", "w", "s", "sums", "reload", "p"),
+    "backward": ("m", "t", "w", "s", "sums", "reload", "p"),
+    "one_pass": ("m", "w", "reload", "p"),
 }
 _RANGES: dict[str, tuple] = {
     "m": (16, 32, 64, 128, 256),
@@ -49,6 +49,7 @@ _RANGES: dict[str, tuple] = {
     "r": (0, HIDDEN),
     "sums": (False, True),
     "reload": (False, True),
+    "p": (0, 1, 2, 3, 4),
 }
 
 
@@ -96,8 +97,8 @@ def candidates(key: Key, start: Numbers) -> list[Numbers]:
 
 
 def text(numbers: Numbers) -> str:
-    m, t, w, s, r, sums, reload = numbers
-    more = ("" if sums else " later") + (" reload" if reload else "")
+    m, t, w, s, r, sums, reload, p = numbers
+    more = ("" if sums else " later") + (" reload" if reload else "") + (f" p{p}" if p else "")
     return f"{m} rows, {t} tiles, w{w} s{s} r{r}{more}"
 
 
@@ -149,22 +150,21 @@ class Networks:
         """One time for each number of rows."""
         from ..kernels import mlp_tune
         from . import cases, timing
-        from .gpu import _captured, _within
 
         times: list[list[float]] = [[] for _ in candidates]
         step, way = STEPS[key[1]][0]
         for share in SHARES:
             work = self.work(key, step, way, max(1, int(self.rows * share * 64 / key[5])))
-            call = _within(lambda: self._ours(key), work.call("fused"))
+            call = cases.within(lambda: self._ours(key), work.call("fused"))
             steps: dict[str, Callable[[], object]] = {}
             with cases.matmul_precision(work.case.precision):
                 for i, numbers in enumerate(candidates):
                     if self.device.type == "cuda":
                         with mlp_tune.using(key, numbers):
                             call()
-                            steps[str(i)] = _captured(call)  # keeps the launch as it is now
+                            steps[str(i)] = timing.captured(call)  # keeps the launch as it is now
                     else:
-                        steps[str(i)] = _within(lambda numbers=numbers: mlp_tune.using(key, numbers), call)
+                        steps[str(i)] = cases.within(lambda numbers=numbers: mlp_tune.using(key, numbers), call)
                 timed = timing.interleaved(steps, self.device, seconds=self.seconds, rounds=(5, 50), block_ms=2.0)
             for i, each in enumerate(times):
                 each.append(timed[str(i)].ms)

@@ -14,28 +14,29 @@ import sys
 import time
 from typing import Any
 
+from . import process
 from .timing import WARMED_ALLOCATOR
 
 
 def run(job: dict[str, Any], *, warmed: bool = False, limit: float = 1800) -> dict[str, Any]:
     """Do `job` in a fresh process and return its result, or {"error": one line}."""
-    environment = {**os.environ, **(WARMED_ALLOCATOR if warmed else {})}
-    command = [sys.executable, "-P", "-m", "fused_inr.bench.worker"]
-    process = subprocess.Popen(
+    environment = process.environment(**(WARMED_ALLOCATOR if warmed else {}))
+    command = process.python("-m", "fused_inr.bench.worker")
+    child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     try:
-        out, errors = process.communicate(json.dumps(job), timeout=limit)
+        out, errors = child.communicate(json.dumps(job), timeout=limit)
     except subprocess.TimeoutExpired:
         return {"error": f"not done within {limit:.0f} s"}
     finally:
-        if process.poll() is None:  # a time limit or Ctrl-C
-            process.kill()
-            process.wait()
-    if process.returncode == 0 and out:
+        if child.poll() is None:  # a time limit or Ctrl-C
+            child.kill()
+            child.wait()
+    if child.returncode == 0 and out:
         return json.loads(out.splitlines()[-1])
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return {"error": f"its process ended with exit code {process.returncode}" + (f": {lines[-1]}" if lines else "")}
+    return {"error": f"its process ended with exit code {child.returncode}" + (f": {lines[-1]}" if lines else "")}
 
 
 def _time(job: dict[str, Any]) -> dict[str, Any]:

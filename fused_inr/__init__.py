@@ -5,6 +5,9 @@ that `fused-inr --help` answers at once, and no compiler, GPU, Triton or sympy i
 """
 
 import importlib
+import importlib.machinery
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -49,6 +52,26 @@ _HOME = {
     "SIREN": "models",
     "SplitNet": "models",
 }
+
+
+class _Beside:
+    """Finds `fused_inr.kernels` and `fused_inr.bench` in a checkout, where their folders lie beside this one.
+
+    An installation puts them inside (pyproject.toml), and needs nothing of this.
+    """
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name in (f"{__name__}.kernels", f"{__name__}.bench"):
+            return importlib.machinery.PathFinder.find_spec(name, [cls.root])
+        return None
+
+
+if not os.path.isdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels")):
+    # ahead of other finders: another checkout may be the one that is installed
+    sys.meta_path.insert(0, _Beside)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,11 @@ class FusedLayer(nn.Module):
         if not self._tensor_names:
             return self.activation
         return self.activation.with_params(**{name: getattr(self, name) for name in self._tensor_names})
+
+    def operands(self) -> tuple[Tensor, Tensor | None, Activation]:
+        """Weight, bias and the activation with its present parameters: what `forward` computes with."""
+        weight, bias = cast(Tensor, self.weight), cast(Tensor | None, self.bias)
+        return weight, bias, self.activation_with_parameters()
 
     def reset_parameters(self) -> None:
         """Draw weight and bias again as at construction, and set learnable parameters back to their initial values."""

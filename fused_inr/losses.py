@@ -139,11 +139,12 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
     if not isinstance(net, _Network) or net.fusion == "layers" or _has_hooks(net):
         return _composed(form, net(x), target, weight, reduction)
     encoded = x if net.encoding is None else net.encoding(x)
-    layers, backend, precision, reason = net._whole(encoded, "loss")
+    layers, decision = net._whole(encoded, "loss")
+    reason = decision.reason
     trained = any(p.requires_grad for m in (net.net, *net._norm_modules()) for p in m.parameters())
     needed = torch.is_grad_enabled() and (encoded.requires_grad or trained)
     if not reason:
-        reason = _why_composed(form, encoded, target, weight, reduction, backend, needed, layers)
+        reason = _why_composed(form, encoded, target, weight, reduction, decision.backend, needed, layers)
     if reason:
         if net.fusion == "network" and needed:
             raise RuntimeError(f"fusion='network': {reason}; fusion='auto' composes this loss")
@@ -152,10 +153,9 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
     rows = encoded.reshape(-1, encoded.shape[-1])
     scale = 1.0 / max(1, target.numel()) if reduction == "mean" else 1.0
     criterion = _op.Criterion(form.map.key, form.constants, scale)
-    rows, layers = net._cast(rows, layers)
     flat = None if weight is None else weight.detach().reshape(-1)
     target = target.detach().reshape(-1, target.shape[-1])
-    return _op.network_loss(rows, target, flat, layers, criterion, backend, precision, net._skips, net._norms)
+    return _op.network_loss(rows, target, flat, layers, criterion, decision, net._skips, net._norms)
 
 
 def _why_composed(form, x, target, weight, reduction, backend, needed, layers) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from . import activations
 from ._checks import boolean, finite_float, one_of, positive_int
-from .functional import _autocast
 from .init.network import vi3nr_init_
 from .init.siren import siren_init_
 from .layers import ActivationLike, FusedLayer, FusedLinear, SineLayer, SplitLayer, alias
@@ -31,8 +30,13 @@ _OUR_FORWARDS = (FusedLinear.forward, SineLayer.forward)  # of FusedLinear, of t
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 _DERIVED = (
@@ -174,50 +178,47 @@ class _Network(nn.Module):
         """What follows the encoding."""
         if self.fusion == "layers":
             return self.net(coordinates)
-        layers, backend, precision, reason = self._whole(coordinates)
-        if not reason:
-            x, layers = self._cast(coordinates, layers)
+        layers, decision = self._whole(coordinates)
+        if not decision.reason:
             save = self.save == "preactivations"
-            return _op.network(x, layers, backend, precision, save, self._skips, self._norms)
+            return _op.network(coordinates, layers, decision, save, self._skips, self._norms)
         if self.fusion == "network":
-            raise RuntimeError(f"fusion='network': {reason}; fusion='auto' runs this call layer by layer")
-        backends.record_layers(reason)
+            raise RuntimeError(f"fusion='network': {decision.reason}; fusion='auto' runs this call layer by layer")
+        backends.record_layers(decision.reason)
         return self.net(coordinates)
 
-    def _whole(self, x: Tensor, direction: str = "forward") -> tuple[list[_op.Layer], str, str, str]:
-        """The layers as operands, backend and precision, and why the whole network is not (to be) one operation."""
-        layers: list[_op.Layer] = []
-        if not isinstance(x, Tensor):
-            return [], "", "", f"an input that is a {type(x).__name__}"
+    def _operands(self) -> tuple[list[_op.Layer], str]:
+        """The layers as operands, and why they cannot be operands of one operation."""
         if _has_hooks(self.net) or nn.modules.module._has_any_global_hook():
-            return [], "", "", "there are hooks, which a whole network would not call"
+            return [], "there are hooks, which a whole network would not call"
+        layers: list[_op.Layer] = []
         for module in self.net:
             if not isinstance(module, FusedLayer) or type(module).forward not in _OUR_FORWARDS:
-                return [], "", "", f"{type(module).__name__} is not one of the fused layers"
+                return [], f"{type(module).__name__} is not one of the fused layers"
             if _has_hooks(module):
-                return [], "", "", "a layer has hooks, which a whole network would not call"
-            weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
-            layers.append((weight, bias, module.activation_with_parameters()))
+                return [], "a layer has hooks, which a whole network would not call"
+            layers.append(module.operands())
         for i, module in enumerate(self._norm_modules()):
             if reason := _why_not_norm(module, cast(FusedLayer, self.net[i])):
-                return [], "", "", f"layer {i}: {reason}"
-        derived = x.requires_grad and x.is_leaf and torch.is_grad_enabled()
-        if self.fusion == "auto" and direction == "forward" and derived:
-            return [], "", "", _DERIVED
-        given, operands = self._cast(x, layers)
-        backend, precision, reason = _op.why_not(given, operands, self._skips, self._norms, direction=direction)
-        if not reason and self.fusion == "auto":
-            shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
-            reason = backends.implementation(backend).prefers_layers(shapes, [a.map for _, _, a in layers])
-        return layers, backend, precision, reason
+                return [], f"layer {i}: {reason}"
+        return layers, ""
 
-    @staticmethod
-    def _cast(x: Tensor, layers: list[_op.Layer]) -> tuple[Tensor, list[_op.Layer]]:
-        """To autocast's type, as each layer would do it for itself."""
-        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
-            return x, layers
-        operands = [(*_autocast(x, weight, bias)[1:], activation) for weight, bias, activation in layers]
-        return _autocast(x, layers[0][0], None)[0], operands
+    def _whole(self, x: Tensor, direction: str = "forward") -> tuple[list[_op.Layer], _op.Decision]:
+        """The layers as operands, and who runs the whole network or why it is not (to be) one operation."""
+        if not isinstance(x, Tensor):
+            return [], _op.Decision("", "", f"an input that is a {type(x).__name__}")
+        layers, reason = self._operands()
+        if not reason and direction == "forward":
+            if self.fusion == "auto" and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+                reason = _DERIVED
+            elif not _op.tracked(x, layers, self._norms):
+                direction = "inference"
+        if reason:
+            return [], _op.Decision("", "", reason)
+        decision = _op.decide(x, layers, self._skips, self._norms, direction)
+        if self.fusion == "auto" and decision.layers_reason:
+            return layers, _op.Decision("", "", decision.layers_reason)
+        return layers, decision
 
     def extra_repr(self) -> str:
         parts = [f"init={self._init_name!r}"]

@@ -1,8 +1,10 @@
 """The native CPU engine: where its library comes from, and how it is built.
 
-One build path serves `setup.py`, which puts `_C.so` beside this file, and the first use in an installation without one,
-which compiles into a private cache. A library carries a stamp (the versions of PyTorch and of the sources); one with
-another stamp is never loaded. A failure is a reason to be told, never an exception on import.
+One build path serves `setup.py`, which puts `_C.so` beside this file, and the first use in an installation without
+one, which compiles into a private cache. A library carries a stamp (the versions of PyTorch and of the sources); one
+with another stamp is never loaded. A failure is a reason to be told, never an exception on import. With
+FUSED_INR_NATIVE=0 in the environment nothing is looked for or built: where only a GPU is of interest, building would
+be time lost.
 """
 
 from __future__ import annotations
@@ -283,6 +285,8 @@ def load(cache: Path | None = None) -> bool:
     with _lock:
         if _state is None:
             try:
+                if os.environ.get("FUSED_INR_NATIVE") == "0":
+                    raise RuntimeError("FUSED_INR_NATIVE=0 leaves the native engine out")
                 packaged = cache is None and _usable(_PACKAGED, _stamp(sources()))
                 library = _PACKAGED if packaged else cached_library(cache)
                 # one process, one engine: a second registration of its operators would end the process

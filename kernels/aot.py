@@ -32,7 +32,8 @@ _POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation: "forward", "input_grad", "gz", "gz_from_z", "weight_grad", "act_map" or "sum", with shapes;
+    """One compilation: "forward", "forward_save" (that keeps what its backward takes), "input_grad", "gz", "gz_from_z"
+    (from what was kept), "weight_grad", "act_map" or "sum", with shapes;
     "moments" of N settings a program (K: the draws of a chunk); or of a whole network with K inputs, four layers of N
     features and three outputs: "mlp_forward", "mlp_stream" (no weights stay on chip), "mlp_save" (that keeps the
     pre-activations), "mlp_backward" (from those), "mlp_recompute" (without), "mlp_loss", "mlp_one_pass" (in
@@ -183,7 +184,7 @@ def build(job: Job) -> tuple[_Arguments, dict]:
         return _build_moments(job, B, C, P)
     if job.kernel in MLP:
         return _build_mlp(job, B, C, P)
-    forward = job.kernel in ("forward", "input_grad")
+    forward = job.kernel in ("forward", "forward_save", "input_grad")
     kernel = linear_act.forward_kernel if forward else linear_act.gz_kernel
     op = "forward" if forward else "gz"
     kind = tune.MAP if job.kernel == "gz_from_z" else tune.kind(N, K)
@@ -203,24 +204,25 @@ def build(job: Job) -> tuple[_Arguments, dict]:
     mode = launch.mode(job.dtype, job.precision)
     common.update(MODE=mode, B=B, C=C, POINTERS=pointers, HAS_BIAS=biased, KIND=kind, **_blocks(config))
     if forward:
+        save = (2 if job.dtype.itemsize == 2 else 1) if job.kernel == "forward_save" else 0
+        kept = {0: 0, 1: B * N, 2: C * B * N}[save]
         arguments.pointer("y_ptr", job.dtype)
-        arguments.pointer("z_ptr", None)
-        arguments.integers(stride_yg=ROWS * C * N, stride_ym=C * N, stride_zg=0, stride_zm=0)
+        arguments.pointer("z_ptr", {0: None, 1: f32, 2: job.dtype}[save])
+        arguments.integers(stride_yg=ROWS * C * N, stride_ym=C * N, stride_zg=ROWS * kept, stride_zm=kept)
         function = maps.identity if job.kernel == "input_grad" else maps.get(job.activation, 0)
-        arguments.constant(MAP=function, SAVE_Z=False, **common)
+        arguments.constant(MAP=maps.jet(job.activation) if save == 2 else function, SAVE=save, **common)
     else:
-        from_z = job.kernel == "gz_from_z"
+        kept = (2 if job.dtype.itemsize == 2 else 1) if job.kernel == "gz_from_z" else 0
+        columns = {0: 0, 1: B * N, 2: C * B * N}[kept]
         arguments.pointer("g_ptr", job.dtype)
-        arguments.pointer("z_ptr", f32 if from_z else None)
+        arguments.pointer("z_ptr", {0: None, 1: f32, 2: job.dtype}[kept])
         arguments.pointer("gz_ptr", job.dtype)
         arguments.pointer("gb_ptr", f32)
         arguments.pointer("gp_ptr", f32 if job.learnable else None)
         _matrix(arguments, job, "g", C * N, "gm")
-        arguments.integers(stride_gn=1, stride_zg=ROWS * B * N if from_z else 0, stride_zm=B * N if from_z else 0)
+        arguments.integers(stride_gn=1, stride_zg=ROWS * columns, stride_zm=columns)
         function = maps.get(job.activation, 1, job.learnable)
-        arguments.constant(
-            MAP=function, P=P if job.learnable else 0, HAS_Z=from_z, WRITE_GZ=True, WRITE_GB=True, **common
-        )
+        arguments.constant(MAP=function, P=P if job.learnable else 0, KEPT=kept, WRITE_GZ=True, WRITE_GB=True, **common)
     return arguments, config.options()
 
 
@@ -228,6 +230,8 @@ def _blocks(config: tune.Config) -> dict[str, int]:
     return {k: v for k, v in config.options().items() if k.startswith("BLOCK")}
 
 
+#: Jobs of single layers that multiply matrices.
+_PRODUCTS = ("forward", "forward_save", "input_grad", "gz", "weight_grad")
 #: Jobs of the whole-network kernels; what `mlp_tune.pick` calls their operation.
 MLP = {
     "mlp_forward": "forward",
@@ -507,7 +511,7 @@ def broken(job: Job, row: dict) -> list[str]:
     if row["trap"]:
         found.append("the PTX traps")
     arithmetic = row["tensor"] + row["ffma"] + row["ffma2"]
-    product = job.kernel in ("forward", "input_grad", "gz", "weight_grad") or job.kernel in MLP
+    product = job.kernel in _PRODUCTS or job.kernel in MLP
     if product and not arithmetic:
         found.append("no multiply-add")
     if not row["stg"]:
@@ -520,7 +524,7 @@ def slow(job: Job, row: dict) -> list[str]:
     found = []
     if row["spilled"] or row["local"]:
         found.append(f"{row['spilled']} bytes of stack, {row['local']} local loads and stores")
-    product = job.kernel in ("forward", "input_grad", "gz", "weight_grad")
+    product = job.kernel in _PRODUCTS
     dot = product and tune.kind(job.N, job.K) == tune.DOT or job.kernel in MLP
     ieee = job.dtype == torch.float32 and job.precision == "ieee"
     if dot and not ieee and not row["tensor"]:
@@ -557,7 +561,7 @@ def jobs(
     def add(**what) -> None:
         """Once for each different compilation: shapes that lead to one configuration do so to one program."""
         job = Job(**what)
-        op = {"input_grad": "forward", "gz_from_z": "gz"}.get(job.kernel, job.kernel)
+        op = {"input_grad": "forward", "forward_save": "forward", "gz_from_z": "gz"}.get(job.kernel, job.kernel)
         key: object = job
         if op in ("forward", "gz", "weight_grad"):
             kind = tune.MAP if job.kernel == "gz_from_z" else tune.kind(job.N, job.K)
@@ -581,7 +585,7 @@ def jobs(
                 base = {"arch": arch, "dtype": dtype, "precision": precision, "aligned": aligned}
                 for name in activations:
                     for N, K in shapes:
-                        for kernel in ("forward", "gz"):
+                        for kernel in ("forward", "forward_save", "gz"):
                             add(kernel=kernel, activation=name, N=N, K=K, **base)
                     add(kernel="gz_from_z", activation=name, N=256, K=256, **base)
                     if _shape(name)[2] and full:
@@ -625,7 +629,7 @@ def _sample(wanted: Iterable[Job]) -> list[Job]:
     """One job of each group that differ in activation and width only; the n-th group gives its n-th, cyclically."""
     groups: dict[object, list[Job]] = {}
     for job in wanted:
-        kind = tune.kind(job.N, job.K) if job.kernel in ("forward", "input_grad", "gz", "weight_grad") else None
+        kind = tune.kind(job.N, job.K) if job.kernel in _PRODUCTS else None
         key = (job.arch, job.kernel, kind, job.dtype, job.precision, job.aligned, job.learnable, job.level)
         groups.setdefault(key, []).append(job)
     return [group[i % len(group)] for i, group in enumerate(groups.values())]

@@ -10,12 +10,14 @@ Shapes, inside: x [G, M, K], weight [G, B*N, K], z and gz [G, M, B*N], y and g [
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from . import tune
-from .launch import TYPES, accumulator, dot_precision, mode, on_device
+from .launch import TYPES, Launcher, accumulator, dot_precision, mode, on_device
 from .maps import INTERPRETED, identity, load_params, narrow, param_arguments, rounded
 from .sums import launch_sum
 
@@ -123,10 +125,11 @@ def forward_kernel(
     stride_xg, stride_xm, stride_xk, stride_wg, stride_wn, stride_wk, stride_bg, stride_b,
     stride_yg, stride_ym, stride_zg, stride_zm,
     MAP: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, POINTERS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE_Z: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = MAP(x W^T + b), and z = x W^T + b if SAVE_Z."""
+    """y = MAP(x W^T + b). SAVE 1: z = x W^T + b as well; 2: the derivatives of y with respect to z, [.., C*B*N] in
+    z_ptr, MAP being the jet."""
     g, tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # int64
     offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -137,7 +140,7 @@ def forward_kernel(
     )  # fmt: skip
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
-    if SAVE_Z:
+    if SAVE == 1:
         z_tile = z_ptr + g * stride_zg + offs_m[:, None] * stride_zm + offs_n[None, :]
         for b in tl.static_range(B):
             tl.store(z_tile + b * N, z[b], mask=mask)
@@ -146,6 +149,10 @@ def forward_kernel(
     y_tile = y_ptr + g * stride_yg + offs_m[:, None] * stride_ym + offs_n[None, :]
     for c in tl.static_range(C):
         tl.store(y_tile + c * N, narrow(y[c], y_ptr.dtype.element_ty), mask=mask)
+    if SAVE == 2:
+        d_tile = z_ptr + g * stride_zg + offs_m[:, None] * stride_zm + offs_n[None, :]
+        for i in tl.static_range(C * B):
+            tl.store(d_tile + i * N, narrow(y[C + i], z_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
@@ -154,22 +161,23 @@ def gz_kernel(
     stride_gg, stride_gm, stride_gn, stride_xg, stride_xm, stride_xk, stride_wg, stride_wn, stride_wk,
     stride_bg, stride_b, stride_zg, stride_zm,
     MAP: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, P: tl.constexpr, POINTERS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, WRITE_GZ: tl.constexpr, WRITE_GB: tl.constexpr,
+    HAS_BIAS: tl.constexpr, KEPT: tl.constexpr, WRITE_GZ: tl.constexpr, WRITE_GB: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """gz [G, M, B*N] = MAP(z, map_params, g), the level-1 map; sums over the tile's rows of gz to gb [G, tiles, B*N],
-    and of the gradients of P parameters (0: constants) to gp [G, tiles, P*N]."""
+    and of the gradients of P parameters (0: constants) to gp [G, tiles, P*N]. KEPT: z_ptr holds nothing (0), z (1), or
+    the derivatives d [.., C*B*N] (2): then gz = g d."""
     layer, tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # int64
     offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
-    if HAS_Z:
-        z = ()
+    z = ()
+    if KEPT:
         z_tile = z_ptr + layer * stride_zg + offs_m[:, None] * stride_zm + offs_n[None, :]
-        for b in tl.static_range(B):
-            z = z + (tl.load(z_tile + b * N, mask=mask, other=0.0),)
+        for b in tl.static_range(B if KEPT == 1 else C * B):
+            z = z + (tl.load(z_tile + b * N, mask=mask, other=0.0).to(ACC),)
     else:
         z = pre_activation(
             x_ptr + layer * stride_xg, w_ptr + layer * stride_wg, b_ptr + layer * stride_bg if HAS_BIAS else b_ptr,
@@ -180,8 +188,16 @@ def gz_kernel(
     g_tile = g_ptr + layer * stride_gg + offs_m[:, None] * stride_gm
     for c in tl.static_range(C):
         g = g + (tl.load(g_tile + (c * N + offs_n)[None, :] * stride_gn, mask=mask, other=0.0).to(ACC),)
-    p = load_params(map_params, param_strides, offs_n, mask_n, POINTERS, ACC)
-    out = MAP(*z, *p, *g, MODE=MODE)
+    out = ()
+    if KEPT == 2:
+        for b in tl.static_range(B):
+            v = g[0] * z[b]
+            for c in tl.static_range(1, C):
+                v += g[c] * z[c * B + b]
+            out = out + (v,)
+    else:
+        p = load_params(map_params, param_strides, offs_n, mask_n, POINTERS, ACC)
+        out = MAP(*z, *p, *g, MODE=MODE)
     row = layer * tl.cdiv(M, BLOCK_M) + tile_m
     for b in tl.static_range(B):
         # rows and columns outside may hold anything (0 times an infinite derivative): they must not reach the sums
@@ -272,8 +288,9 @@ def _layer_strides(t: torch.Tensor | None, dims: int) -> tuple[int, ...]:
     return (*((0,) if t.dim() == dims else ()), *t.stride())
 
 
-def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, precision: str) -> None:
-    """y (and z, unless None) = function(x weight^T + bias). y and z: [.., M, columns], last stride 1."""
+def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, precision: str, save: int = 1) -> None:
+    """y (and z, unless None) = function(x weight^T + bias). y and z: [.., M, columns], last stride 1. save 2: z takes
+    the derivatives, and function is the jet."""
     G, M, N = y.shape[0] if y.dim() == 3 else 1, y.shape[-2], y.shape[-1] // C
     K = x.shape[-1]
     if not G * M * N:
@@ -281,22 +298,60 @@ def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, 
     params, param_strides, pointers = param_args
     kind = tune.kind(N, K)
     config = tune.pick(tune.arch(x.device), "forward", kind, x.dtype, precision, B, N, K)
-    acc = accumulator(x.dtype)
-    grid = (G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    arguments = (
+        x, weight, bias, params, param_strides, y, z, M, N, K,
+        *_layer_strides(x, 2), *_layer_strides(weight, 2), *_layer_strides(bias, 1),
+        *_layer_strides(y, 2)[:2], *_layer_strides(z, 2)[:2],
+    )  # fmt: skip
+    constants = _forward_constants(
+        function, x.dtype, precision, B, C, pointers, bias is not None, 0 if z is None else save, kind, config
+    )
     with on_device(x):
-        forward_kernel[grid](
-            x, weight, bias, params, param_strides, y, z, M, N, K,
-            *_layer_strides(x, 2), *_layer_strides(weight, 2), *_layer_strides(bias, 1),
-            *_layer_strides(y, 2)[:2], *_layer_strides(z, 2)[:2],
-            MAP=function, MODE=mode(x.dtype, precision), B=B, C=C, POINTERS=pointers,
-            HAS_BIAS=bias is not None, SAVE_Z=z is not None, KIND=kind,
-            PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED, ACC=TYPES[acc],
-            **config.options(),
-        )  # fmt: skip
+        _forward(G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), arguments, constants)
+
+
+_forward, _gz, _weight_grad = Launcher(forward_kernel), Launcher(gz_kernel), Launcher(weight_grad_kernel)
+
+
+def _products(dtype: torch.dtype, precision: str) -> dict[str, object]:
+    """What all kernels with a product are compiled for."""
+    return {
+        "PRECISION": dot_precision(dtype, precision), "UPCAST": INTERPRETED, "ACC": TYPES[accumulator(dtype)]
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_constants(function, dtype, precision, B, C, pointers, has_bias, save, kind, config) -> dict[str, object]:
+    return {
+        "MAP": function, "MODE": mode(dtype, precision), "B": B, "C": C, "POINTERS": pointers, "HAS_BIAS": has_bias,
+        "SAVE": save, "KIND": kind, **_products(dtype, precision), **config.options(),
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _gz_constants(
+    function, dtype, precision, B, C, P, pointers, has_bias, kept, write_gz, write_gb, kind, config
+) -> dict[str, object]:
+    return {
+        "MAP": function, "MODE": mode(dtype, precision), "B": B, "C": C, "P": P, "POINTERS": pointers,
+        "HAS_BIAS": has_bias, "KEPT": kept, "WRITE_GZ": write_gz, "WRITE_GB": write_gb, "KIND": kind,
+        **_products(dtype, precision), **config.options(),
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _weight_grad_constants(dtype, precision, config) -> dict[str, object]:
+    return {"DOT_PRODUCT": config.dot, **_products(dtype, precision), **config.options()}
+
+
+def _kept(z: torch.Tensor | None) -> int:
+    """What a tensor that a forward has kept holds: nothing, pre-activations, derivatives (in half types)."""
+    return 0 if z is None else 1 if z.dtype.itemsize >= 4 else 2
 
 
 def launch_gz(g, x, weight, bias, param_args, z, gz, gb, gp, function, B: int, C: int, precision: str) -> None:
-    """gz [G, M, B*N], gb [G, tiles, B*N] and gp [G, tiles, P*N], each contiguous, or None where not wanted."""
+    """gz [G, M, B*N], gb [G, tiles, B*N] and gp [G, tiles, P*N], each contiguous, or None where not wanted; z: what the
+    forward has kept, or None."""
     G, M, N = g.shape[0] if g.dim() == 3 else 1, g.shape[-2], g.shape[-1] // C
     K = x.shape[-1]
     if not G * M * N:
@@ -304,19 +359,17 @@ def launch_gz(g, x, weight, bias, param_args, z, gz, gb, gp, function, B: int, C
     params, param_strides, pointers = param_args
     kind = tune.kind(N, K) if z is None else tune.MAP
     config = tune.pick(tune.arch(x.device), "gz", kind, x.dtype, precision, B, N, K)
-    acc = accumulator(x.dtype)
-    grid = (G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    arguments = (
+        g, x, weight, bias, params, param_strides, z, gz, gb, gp, M, N, K,
+        *_layer_strides(g, 2), *_layer_strides(x, 2), *_layer_strides(weight, 2), *_layer_strides(bias, 1),
+        *_layer_strides(z, 2)[:2],
+    )  # fmt: skip
+    constants = _gz_constants(
+        function, x.dtype, precision, B, C, len(params) if gp is not None else 0, pointers, bias is not None, _kept(z),
+        gz is not None, gb is not None, kind, config,
+    )  # fmt: skip
     with on_device(x):
-        gz_kernel[grid](
-            g, x, weight, bias, params, param_strides, z, gz, gb, gp, M, N, K,
-            *_layer_strides(g, 2), *_layer_strides(x, 2), *_layer_strides(weight, 2), *_layer_strides(bias, 1),
-            *_layer_strides(z, 2)[:2],
-            MAP=function, MODE=mode(x.dtype, precision), B=B, C=C, P=len(params) if gp is not None else 0,
-            POINTERS=pointers, HAS_BIAS=bias is not None, HAS_Z=z is not None,
-            WRITE_GZ=gz is not None, WRITE_GB=gb is not None, KIND=kind,
-            PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED, ACC=TYPES[acc],
-            **config.options(),
-        )  # fmt: skip
+        _gz(G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), arguments, constants)
 
 
 def weight_grad_splits(M: int, N: int, K: int, config: tune.Config, layers: int) -> tuple[int, int]:
@@ -332,13 +385,10 @@ def launch_weight_grad(gz, x, out, splits: int, rows: int, config: tune.Config, 
     """out [G, splits, N, K] = gz^T x by splits of the rows; gz [G, M, N] contiguous, M > 0."""
     G, M, N = gz.shape
     K = x.shape[-1]
-    grid = (G * splits * triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k),)
+    arguments = (gz, x, out, M, N, K, rows, splits, *gz.stride()[:2], *_layer_strides(x, 2))
     with on_device(x):
-        weight_grad_kernel[grid](
-            gz, x, out, M, N, K, rows, splits, *gz.stride()[:2], *_layer_strides(x, 2),
-            DOT_PRODUCT=config.dot, PRECISION=dot_precision(x.dtype, precision), UPCAST=INTERPRETED,
-            ACC=TYPES[accumulator(x.dtype)], **config.options(),
-        )  # fmt: skip
+        programs = G * splits * triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k)
+        _weight_grad(programs, arguments, _weight_grad_constants(x.dtype, precision, config))
 
 
 # ---------------------------------------------------------------- the raw operations
@@ -361,7 +411,7 @@ def linear_act(
     constants: list[float],
     activation,
     precision: str = "ieee",
-    save: bool = False,
+    keep: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = map(x weight^T + bias), z = x weight^T + bias; not differentiable by itself (`fused_inr.ops` differentiates).
 
@@ -371,9 +421,10 @@ def linear_act(
         params: one tensor ([] or [N]) a parameter, or None for the number in `constants`.
         activation: has `branches` (B), `outputs` (C) and `triton_map(level, learnable)`.
         precision: of a float32 product: "ieee", "tf32", "tf32x3" or "bf16x3".
-        save: whether to return z.
+        keep: "preactivations" to return z, "derivatives" those of y with respect to z, "" nothing.
     Returns:
-        y [.., M, C*N] in x's type; z [.., M, B*N] in float32 (float64 for float64), or empty ([0]).
+        y [.., M, C*N] in x's type; z [.., M, B*N] in float32 (float64 for float64), or the derivatives [.., M, C*B*N]
+        in x's type (output c with respect to branch b from column (c*B + b)*N on), or empty ([0]).
     """
     B, C = activation.branches, activation.outputs
     G = _layers(x, weight, bias)
@@ -381,11 +432,14 @@ def linear_act(
     M, N = x.shape[-2], weight.shape[-2] // B
     acc = accumulator(x.dtype)
     y = x.new_empty((*lead, M, C * N))
-    z = x.new_empty((*lead, M, B * N) if save else (0,), dtype=acc)
+    jets = keep == "derivatives"
+    if jets:
+        z = x.new_empty((*lead, M, C * B * N))
+    else:
+        z = x.new_empty((*lead, M, B * N) if keep else (0,), dtype=acc)
     param_args = param_arguments(params, constants, acc == torch.float64, x.device)
-    launch_forward(
-        x, weight, bias, param_args, y, z if save else None, activation.triton_map(0, False), B, C, precision
-    )
+    function = activation.triton_jet() if jets else activation.triton_map(0, False)
+    launch_forward(x, weight, bias, param_args, y, z if keep else None, function, B, C, precision, 2 if jets else 1)
     return y, z
 
 
@@ -400,12 +454,15 @@ def linear_act_backward(
     activation,
     precision: str = "ieee",
     needs: tuple[bool, bool, bool, bool] | list[bool] = (True, True, True, True),
+    library_gx: bool = False,
+    library_gw: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `linear_act` for the cotangent g of y: (gx, gw, gb, gp), empty ([0]) where `needs` says so.
 
     gx, gw, gb have the types of x, weight and bias, and their shapes (a tensor without G, shared by all layers, gets
-    the sum over G); gp is [P, N] or [G, P, N] in float32 (float64 for float64): per feature, summed over rows. z None:
-    recomputed.
+    the sum over G); gp is [P, N] or [G, P, N] in float32 (float64 for float64): per feature, summed over rows. z: what
+    the forward has kept (derivatives are told from pre-activations by their half type), or None: recomputed.
+    library_gx, library_gw: PyTorch computes that product.
     """
     B, C, P = activation.branches, activation.outputs, len(params)
     need_x, need_w, need_b, need_p = needs
@@ -433,9 +490,9 @@ def linear_act_backward(
 
     gx = gw = gb = gp = nothing
     if need_x:
-        gx = _input_gradient(gz, x, weight, precision)
+        gx = _library_gx(gz, x, weight) if library_gx else _input_gradient(gz, x, weight, precision)
     if need_w:
-        gw = _weight_gradient(gz, x, weight, precision)
+        gw = _library_gw(gz, x, weight) if library_gw else _weight_gradient(gz, x, weight, precision)
     if need_b:
         gb = torch.empty_like(bias, memory_format=torch.contiguous_format)
         if bias.dim() == 1:  # shared by all layers
@@ -445,6 +502,24 @@ def linear_act_backward(
         gp = x.new_empty((layers, P, N) if G is not None else (P, N), dtype=acc)
         launch_sum(gp_rows, gp.view(layers, P * N))
     return gx, gw, gb, gp
+
+
+def _library_gx(gz, x, weight) -> torch.Tensor:
+    if x.dim() == 2 and len(gz) == 1:
+        return torch.mm(gz[0], weight.view(weight.shape[-2:]))
+    gx = torch.matmul(gz, weight)
+    return gx.sum(0) if x.dim() == 2 else gx
+
+
+def _library_gw(gz, x, weight) -> torch.Tensor:
+    # half types: the sums of parts of a split product stay float32
+    wide = {"out_dtype": torch.float32} if gz.dtype.itemsize == 2 else {}
+    if len(gz) == 1:
+        gw = torch.mm(gz[0].t(), x.view(x.shape[-2:]), **wide)
+    else:
+        gw = torch.bmm(gz.mT, x.expand(len(gz), *x.shape[-2:]), **wide)
+        gw = gw.sum(0) if weight.dim() == 2 else gw
+    return gw.to(weight.dtype).view(weight.shape)
 
 
 def _input_gradient(gz, x, weight, precision: str) -> torch.Tensor:

@@ -75,11 +75,15 @@ def valid(config: Config, arch: str, op: str, B: int, C: int, WIDTH: int, itemsi
     block_t = WIDTH // c.tiles
     if any(v < 1 or v & (v - 1) for v in (c.block_m, c.tiles, c.num_warps)) or c.num_warps > 16 or c.stages < 1:
         return False
+    if not 0 <= c.per_sm or c.resident_programs * c.num_warps > 64:
+        return False
     if min(c.block_m, block_t) < 16 or c.tiles * block_t != WIDTH:
         return False
     operands = block_t * itemsize * (c.block_m + block_t * c.stages)
     resident = c.resident * B * C * WIDTH * WIDTH * itemsize
-    if arch in tune.SHARED_LIMIT and operands + resident > tune.SHARED_LIMIT[arch]:
+    # each program takes a KB besides; what a multiprocessor has is a KB more than a program may take
+    programs = c.resident_programs
+    if arch in tune.SHARED_LIMIT and programs * (operands + resident + 1024) > tune.SHARED_LIMIT[arch] + 1024:
         return False
     if arch == "sm100" and c.block_m >= 64 and B * block_t > 512:
         return False

@@ -152,6 +152,23 @@ def kind(N: int, K: int) -> int:
     return NARROW_N if N <= NARROW_N_LIMIT else DOT
 
 
+#: Where PyTorch's library computes the product, with the map as a pointwise kernel: (architecture or "", operation,
+#: class of type) -> the least columns and rows of the weight from which it is the faster one. ieee: everywhere.
+LIBRARY: dict[tuple[str, str, str], int] = {
+    ("", "forward", "ieee"): 16,
+    ("", "input_grad", "ieee"): 16,
+    ("", "weight_grad", "ieee"): 16,
+}
+
+
+def library(arch: str, op: str, dtype: torch.dtype, precision: str, N: int, K: int) -> bool:
+    """Whether PyTorch's library is to compute a product with a weight [N, K]: op is "forward", "input_grad",
+    "weight_grad"."""
+    cls = type_class(dtype, precision)
+    least = LIBRARY.get((arch, op, cls), LIBRARY.get(("", op, cls)))
+    return least is not None and min(N, K) >= least
+
+
 @functools.cache
 def _arch_of_cuda(index: int) -> str:
     return arch_of_capability(*torch.cuda.get_device_capability(index))

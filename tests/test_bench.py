@@ -11,8 +11,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from fused_inr.bench import bounds, cases, gpu, report, table, timing, worker
+from fused_inr.bench import bounds, cases, report, table, timing, worker
 from fused_inr.bench.cases import Case, Work
+from fused_inr.bench.gpu import checks, driver
 
 from fused_inr.cli import CliError
 
@@ -90,7 +91,7 @@ def test_torch_compile_has_no_eikonal_step():
 
 def test_the_bound_of_a_layer_holds_and_is_no_blanket():
     for activation in ("sine", "split", "fourier"):
-        result = gpu.layer_accuracy(activation, "ieee", CPU, 40, 17, 12)
+        result = checks.layer_accuracy(activation, "ieee", CPU, 40, 17, 12)
         assert 1e-4 < result["of_bound"] <= 1
 
 
@@ -257,11 +258,13 @@ def test_the_warmed_allocator_spares_page_faults(tmp_path):
         (["gpu", "--device", "nowhere"], "--device"),
         (["gpu", "--device", "meta"], "--device"),
         (["gpu", "--device", "cpu", "--budget", "0"], "--budget"),
-        (["gpu", "--device", "cpu", "--json", "/missing/folder/g.json"], "/missing/folder"),
+        (["gpu", "--device", "cpu", "--out", "/missing/folder/results"], "/missing/folder"),
+        (["gpu", "--device", "cpu", "--parts", "deciding,nothing"], "--parts"),
+        (["gpu", "--device", "cpu", "--parts", "autotune"], "nothing to measure"),
     ],
 )
 def test_bad_arguments_get_one_line_and_exit_code_2(arguments, words, capsys):
-    module = {"table": table, "gpu": gpu}[arguments[0]]
+    module = {"table": table, "gpu": driver}[arguments[0]]
     with contextlib.suppress(CliError):  # the command line turns it into that line
         with pytest.raises(SystemExit) as stopped:
             module.main(arguments[1:])
@@ -272,213 +275,3 @@ def test_bad_arguments_get_one_line_and_exit_code_2(arguments, words, capsys):
         return
     with pytest.raises(CliError, match=words):
         module.main(arguments[1:])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_cuda_device_the_gpu_bench_says_so():
-    done = fused_inr("bench", "gpu")
-    assert done.returncode == 2
-    assert "--device" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_the_gpu_bench_rehearses_on_a_cpu(tmp_path):
-    path = tmp_path / "rehearsal.json"
-    done = fused_inr("bench", "gpu", "--device", "cpu", "--budget", "20", "--json", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads(path.read_text())
-    assert content["rehearsal"]
-    assert content["finished"]
-    assert not content["interrupted"]
-    assert content["results"][0]["ceilings"].keys() == {"copy", "ieee", "bf16"}
-    assert len(content["results"]) + len(content["not_reached"]) == len(list(gpu.cells(CPU, False)))
-    assert "REHEARSAL" in done.stdout
-    assert all("error" not in result for result in content["results"])
-    assert not any(result.get("failed") for result in content["results"])
-    pytest.importorskip("matplotlib")
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_rehearsal_writes_elsewhere_and_results_are_never_overwritten(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert tmp_path not in gpu.default_path("NVIDIA H200", True).parents
-    (tmp_path / "bench" / "results").mkdir(parents=True)
-    first = gpu.default_path("NVIDIA H200", False)
-    assert first.parent.as_posix() == "bench/results"
-    assert first.name.endswith("-nvidia-h200.json")
-    first.write_text("{}")
-    assert gpu.default_path("NVIDIA H200", False).name.endswith("-nvidia-h200-2.json")
-
-
-class Cells:
-    """A driver with cells of the test's choosing."""
-
-    def __init__(self, tmp_path, monkeypatch, measure):
-        options = gpu.parser().parse_args(["--device", "cpu", "--no-tests"])
-        self.results = report.Results(tmp_path / "r.json", {})
-        self.run = gpu._Run(self.results, CPU, options)
-        chosen = [{"cell": name, "group": "bench", "run": "bench"} for name in measure]
-        monkeypatch.setattr(gpu, "cells", lambda device, full: chosen)
-        monkeypatch.setattr(self.run, "_measure", lambda cell: measure[cell["cell"]]())
-
-
-def test_a_failing_cell_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
-    def fails():
-        raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
-
-    cells = Cells(tmp_path, monkeypatch, {"a": fails, "b": lambda: {"passed": True}})
-    cells.run.everything()
-    a, b = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert a["error"] == "RuntimeError: CUDA error: an illegal memory access"
-    assert b["passed"]
-    assert "FAILED a: RuntimeError" in gpu.summary(cells.results.content)
-
-
-def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
-    def stops():
-        raise KeyboardInterrupt
-
-    cells = Cells(tmp_path, monkeypatch, {"a": lambda: {"passed": True}, "b": stops})
-    with pytest.raises(KeyboardInterrupt):
-        cells.run.everything()
-    assert [r["cell"] for r in json.loads((tmp_path / "r.json").read_text())["results"]] == ["a"]
-
-
-def test_cells_beyond_the_budget_are_named(tmp_path, monkeypatch):
-    cells = Cells(tmp_path, monkeypatch, {"a": lambda: {"passed": True}})
-    cells.run.options.budget = -1.0
-    cells.run.everything()
-    assert cells.run.not_reached == ["a"]
-
-
-def test_a_worker_that_dies_is_an_answer_and_not_a_crash():
-    started = gpu._Worker(CPU)
-    try:
-        started._process.kill()
-        assert started.ask({"run": "ceilings", "precisions": [], "small": True}, limit=60) is None
-    finally:
-        started.close()
-    slow = gpu._Worker(CPU)
-    try:
-        assert slow.ask({"run": "ceilings", "precisions": [], "small": True}, limit=0.01) is None
-    finally:
-        slow.close()
-
-
-def test_the_cells_of_a_device_have_different_names():
-    for full in (False, True):
-        names = [cell["cell"] for cell in gpu.cells(CPU, full)]
-        assert len(set(names)) == len(names)
-        assert names[0] == "ceilings"
-
-
-def test_the_sanitized_cases_are_right():
-    assert gpu.small_cases(CPU) == 0
-
-
-def test_a_network_is_timed_whole_layer_by_layer_and_in_one_pass():
-    case = asdict(Case("network", "training", **SMALL))
-    cell = {"case": case, "variants": ["fused", "eager", "layers", "one-pass", "recompute", "tcnn"]}
-    result = gpu._bench(cell, CPU)
-    assert set(result["variants"]) == {"fused", "eager", "layers", "one-pass", "recompute"}
-    assert all(v["ms"] > 0 and v["peak_mib"] >= 0 for v in result["variants"].values())
-    assert set(result["way_checks"]) == {"layers", "one-pass", "recompute"}
-    assert all(check["of_bound"] <= 1 for check in result["way_checks"].values())
-    assert set(result["failed"]) == {"tcnn"}  # not installed, and no reason to fail
-
-
-def test_shares_of_what_the_device_reached():
-    run = gpu._Run.__new__(gpu._Run)
-    run.ceilings = {"copy": 4000.0, "ieee": 50.0, "bf16": 750.0}
-    answer = {"precision": "ieee", "operations": 25e9, "bytes": 2e9}
-    answer["variants"] = {"fused": {"ms": 1.0}, "fused bf16x3": {"ms": 0.5}}
-    run._compare_with_ceilings(answer)
-    fused, split = answer["variants"].values()
-    assert (fused["tflops"], fused["of_rate"]) == pytest.approx((25.0, 0.5))
-    assert (fused["gbps"], fused["of_bandwidth"]) == pytest.approx((2000.0, 0.5))
-    assert split["of_rate"] == pytest.approx(50 / 250)
-    assert answer["floor_ms"] == pytest.approx(0.5)
-
-
-class OfCuda:
-    """A device as the list of cells sees one."""
-
-    type = "cuda"
-
-
-def test_a_cell_of_moments():
-    """Against the reference first, then timed; beside the expression at one sigma only."""
-    for settings, names in ((1, {"cpu", "eager"}), (20, {"cpu"})):
-        cell = {"cell": "m", "activation": "split", "settings": settings, "samples": 5000}
-        result = gpu._moments(cell, CPU)
-        assert not result["failed"] and set(result["moments"]) == names
-        assert result["moments"]["cpu"]["error"] < 1e-4
-        assert result["moments"]["cpu"]["ps_per_draw"] > 0
-        assert "ps a draw" in gpu.brief({"group": "moments", **result})
-
-
-def test_an_error_of_moments_is_seen():
-    expected = torch.rand(2, 3, 2, 3, dtype=torch.float64) * 4096
-    assert gpu.moments_error(expected, expected) == 0
-    for k in range(3):
-        wrong = expected.clone()
-        wrong[1, 2, 1, k] += 100
-        assert gpu.moments_error(wrong, expected) > 1e-3
-    assert not gpu.moments_error(expected * float("nan"), expected) <= 1
-
-
-def test_the_cells_of_a_gpu_cover_what_was_asked(monkeypatch):
-    from types import SimpleNamespace
-
-    properties = SimpleNamespace(total_memory=int(141e9))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(gpu, "_importable", lambda name: True)
-    few, every = list(gpu.cells(OfCuda(), False)), list(gpu.cells(OfCuda(), True))
-    assert few[0]["group"] == "ceilings"
-    assert [c["group"] for c in few[1:5]] == ["accuracy"] * 4
-    assert len(few) < 200 < 1000 < len(every)
-    names = {v for cell in few if "variants" in cell for v in cell["variants"]}
-    assert {"compile", "max-autotune", "layers", "one-pass", "recompute", "tcnn", "cuda", "fused bf16x3"} <= names
-    assert {"fused graph", "eager graph", "compile graph", "layers graph"} <= names
-    moments = {(cell["settings"], cell["samples"]) for cell in few if cell["group"] == "moments"}
-    assert moments == {(1, 1_000_000), (10_000, 1_000_000)}
-    cases_ = [Case(**cell["case"]) for cell in every if cell["group"] == "bench"]
-    assert {c.width for c in cases_} >= {32, 64, 128, 256, 512, 1024}
-    assert {c.rows for c in cases_} >= {1 << 14, 1 << 17, 1 << 20, 1 << 21}
-    assert {c.activation for c in cases_} >= {"sine", "gaussian", "sinc", "split", "relu"}
-    assert {c.precision for c in cases_} == {"ieee", "tf32", "bf16", "fp16"}
-    assert {(c.kind, c.step) for c in cases_} == {(k, s) for k in ("layer", "network") for s in cases.STEPS}
-    for cell in every:
-        if cell["group"] == "bench" and cell["case"]["step"] == "eikonal":
-            assert not any(v.startswith(("compile", "max-autotune", "tcnn")) for v in cell["variants"]), cell["cell"]
-        if cell["group"] == "bench" and cell["case"]["kind"] == "layer":
-            assert not {"layers", "one-pass", "tcnn"} & set(cell["variants"]), cell["cell"]
-    # what would not fit is left out
-    properties.total_memory = int(24e9)
-    assert len(list(gpu.cells(OfCuda(), True))) < len(every)
-
-
-@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3", "bf16x3", "bf16"])
-def test_the_accuracy_of_a_layer_is_that_of_the_products_asked_for(precision, monkeypatch):
-    from fused_inr import functional
-    from fused_inr.ops import backends
-
-    seen, run = set(), functional.linear_act
-
-    def record(*args):
-        seen.add(backends.precision_of(OfCuda(), torch.float32))
-        return run(*args)
-
-    monkeypatch.setattr(functional, "linear_act", record)
-    assert gpu.layer_accuracy("sine", precision, CPU, 40, 17, 12)["passed"]
-    assert seen == {"ieee" if precision == "bf16" else precision}
-    assert backends.precision_of(OfCuda(), torch.float32) == "ieee"
-
-
-def test_the_figure_of_the_gpu_bench(tmp_path):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "r.png"
-    cell = {"work": "w", "group": "bench", "variants": {"fused": {"ms": 2.0}, "eager": {"ms": 5.0}}}
-    assert gpu.draw(path, {"results": [cell, {"cell": "ceilings", "group": "ceilings"}], "device": "d"})
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert not gpu.draw(tmp_path / "none.png", {"results": []})

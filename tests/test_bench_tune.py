@@ -7,6 +7,7 @@ known to work.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -33,6 +34,10 @@ class Machine:
     def __init__(self, time, wrong=(), spills=()):
         self.time, self.wrong, self.spills = time, set(wrong), set(spills)
         self.checked, self.timed = [], []
+        self.prepared = set()
+
+    def prepare(self, wanted):
+        self.prepared |= set(wanted)
 
     def problem(self, key, numbers):
         self.checked.append(numbers)
@@ -240,9 +245,13 @@ def test_half_a_file_never_replaces_a_table(tmp_path, monkeypatch):
 
 
 def options(tmp_path, **more):
-    values = {"budget": 1e9, "only": "forward dot", "all": False, "dry_run": False, "out": tmp_path / "tuned.py"}
-    values["out_networks"] = tmp_path / "mlp_tuned.py"
+    values = {"budget": 1e9, "only": "forward dot", "all": False, "dry_run": False, "out": tmp_path}
     return argparse.Namespace(**(values | more))
+
+
+def tables(folder):
+    """The names of the tables in a folder."""
+    return sorted(p.name for p in folder.glob("*.py"))
 
 
 def test_a_run_prints_old_and_new_and_writes(tmp_path, capsys):
@@ -251,19 +260,86 @@ def test_a_run_prints_old_and_new_and_writes(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "forward dot half 1: 128x128x64 w8 s3 -> 64x128x64 w8 s3, 0.500 of the time" in out
     assert read(tmp_path / "tuned.py")[0][KEY] == target
+    content = json.loads((tmp_path / "results.json").read_text())
+    (entry,) = content["results"]
+    assert content["finished"] and content["not_reached"] == 0
+    assert (entry["entry"], entry["new"]) == ("forward dot half 1", list(target))
+    assert entry["relative"]["64x128x64 w8 s3"] == pytest.approx(0.5)
+    assert out.strip() == (tmp_path / "log.txt").read_text().strip()
+
+
+def test_what_several_searches_ask_is_prepared_together(tmp_path):
+    """Nothing is checked that was not prepared, and what is prepared at once is of several entries."""
+
+    rounds = []
+
+    class Recorded(Machine):
+        def prepare(self, wanted):
+            super().prepare(wanted)
+            rounds.append({key for key, _ in wanted})
+
+        def problem(self, key, numbers):
+            assert (key, ("problem", numbers)) in self.prepared
+            return super().problem(key, numbers)
+
+        def static_problems(self, key, numbers):
+            assert (key, ("static", numbers)) in self.prepared
+            return super().static_problems(key, numbers)
+
+    machine = Recorded(distance((64, 128, 32, 4, 5)))
+    assert bench.run("sm90", machine, options(tmp_path, only="forward dot"), "H200") == 0
+    assert max(map(len, rounds)) == bench.TOGETHER
+    assert read(tmp_path / "tuned.py")[0][KEY] == (64, 128, 32, 4, 5)
+
+
+def test_a_configuration_that_takes_the_process_is_rejected_and_the_rest_is_timed(tmp_path):
+    deadly = (64, 128, 64, 8, 3)
+
+    class Deadly(Machine):
+        def milliseconds(self, key, candidates):
+            if deadly in candidates:
+                raise bench.Died("its process died")
+            return super().milliseconds(key, candidates)
+
+    result = bench.search(KEY, OLD, Deadly(distance((128, 64, 64, 8, 3))))
+    assert result.new == (128, 64, 64, 8, 3)
+    assert result.rejected == {deadly: "its process died"}
+
+
+def test_entries_are_searched_in_the_order_of_their_names():
+    names = [bench.name_of(key) for key in bench._wanted("sm90", "network train half 1 1 64,forward dot tf32")]
+    assert names[0] == "network train half 1 1 64" and names[1] == "forward dot tf32 1"
+    assert len(bench._wanted("sm90", None)) == len(set(bench._wanted("sm90", None))) > 60
+
+
+def test_time_is_kept_for_making_sure(tmp_path):
+    """The descent ends where only the reserve is left, and what it has found is confirmed and written."""
+    now = [0.0]
+    target = (16, 16, 16, 1, 6)
+
+    class Slow(Machine):
+        def milliseconds(self, key, candidates):
+            now[0] += 9.0
+            return super().milliseconds(key, candidates)
+
+    machine = Slow(distance(target))
+    bench.run("sm90", machine, options(tmp_path, budget=40.0, only="forward dot half 1"), "H200", clock=lambda: now[0])
+    found = read(tmp_path / "tuned.py")[0][KEY]
+    assert found not in (OLD, target)
+    assert now[0] == 45.0  # four groups of the descent, then the second measurement
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
     machine = Machine(distance((64, 128, 64, 8, 3)))
     assert bench.run("sm90", machine, options(tmp_path, dry_run=True), "H200") == 0
     assert "would change" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+    assert not tables(tmp_path)
 
 
 def test_nothing_faster_leaves_the_file_alone(tmp_path, capsys):
     assert bench.run("sm90", Machine(lambda c: 1.0), options(tmp_path), "H200") == 0
     assert "stays as it is" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+    assert not tables(tmp_path)
 
 
 def test_entries_beyond_the_budget_are_counted_and_an_interrupt_keeps_results(tmp_path, capsys):
@@ -315,9 +391,7 @@ def test_without_a_gpu_it_says_so_in_one_line(arguments, words):
 
 def test_bad_choices_are_refused(tmp_path):
     with pytest.raises(CliError, match="--only 'nothing'"):
-        bench.run("sm90", Machine(distance(OLD)), options(tmp_path, only="nothing"), "H200")
-    with pytest.raises(CliError, match="--out"):
-        bench.run("sm90", Machine(distance(OLD)), options(tmp_path, out=tmp_path / "missing" / "t.py"), "H200")
+        bench.run("sm90", Machine(distance(OLD)), options(tmp_path, only="forward dot,nothing"), "H200")
 
 
 def test_what_is_measured_runs():
@@ -350,6 +424,37 @@ print("fails", kernels.problem(key, tune.numbers(key)))
     assert len(fine) == 6 and all(line.endswith("''") for line in fine), done.stdout
     assert wrong.startswith("wrong gw is ") and wrong.endswith("of its bound")
     assert fails == "fails ZeroDivisionError: division by zero"
+
+
+def test_processes_check_time_and_compile():
+    """In the interpreter, but for what the compiler makes of a configuration; an answer is asked for once."""
+    code = """
+import torch
+from fused_inr.bench import tune, tune_workers
+from fused_inr.kernels import tune as table
+if __name__ == "__main__":
+    key, bad = ("sm90", "forward", "narrow_k", "half", 1), ("sm90", "forward", "narrow_k", "half", 3)
+    numbers = table.numbers(key)
+    processes = tune_workers.Processes(
+        torch.device("cpu"), rows=16, seconds=0.0, jobs=2, log=None, left=lambda: 200.0)
+    processes.prepare([(key, ("problem", numbers)), (bad, ("problem", numbers)), (key, ("static", numbers))])
+    prepared = dict(processes._answers)
+    static = processes.static_problems(key, numbers)
+    print(repr(processes.problem(key, numbers)), processes.problem(bad, numbers), static)
+    assert processes._answers == prepared
+    times = processes.milliseconds(key, [numbers, (32, 64, 0, 4, 1)])
+    assert [len(each) for each in times] == [2, 2] and min(map(min, times)) > 0
+    try:
+        processes.milliseconds(bad, [numbers])
+    except tune.Died as error:
+        print(error)
+    assert len(processes.milliseconds(key, [numbers])) == 1  # by a fresh process
+    processes.close()
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["'' KeyError: 3 []", "KeyError: 3"]
 
 
 # -- whole networks
@@ -386,18 +491,18 @@ def test_every_network_has_valid_neighbours(arch):
         assert around and numbers not in around, key
         assert len(set(around)) == len(around) and all(networks.is_valid(key, c) for c in around)
         assert set(around) < set(networks.candidates(key, numbers))
-        fixed = {"one_pass": (1, 3, 4, 5, 6)}.get(key[1], (5, 6) if key[1] in ("forward", "save") else (4,))
+        fixed = {"one_pass": (1, 3, 4, 5)}.get(key[1], (5, 6) if key[1] in ("forward", "save") else (4,))
         assert {tuple(c[i] for i in fixed) for c in around} == {tuple(numbers[i] for i in fixed)}
 
 
 @pytest.mark.parametrize(
     "numbers",
     [
-        (96, 1, 4, 2, 3, True, False),  # no power of two
-        (8, 1, 4, 2, 3, True, False),  # below the tensor cores' tile
-        (256, 1, 1, 2, 3, True, False),  # 512 accumulators a thread
-        (128, 1, 4, 2, 2, True, False),  # some of the hidden weights on chip: all or none
-        (128, 1, 4, 9, 3, True, False),
+        (96, 1, 4, 2, 3, True, False, 0),  # no power of two
+        (8, 1, 4, 2, 3, True, False, 0),  # below the tensor cores' tile
+        (256, 1, 1, 2, 3, True, False, 0),  # 512 accumulators a thread
+        (128, 1, 4, 2, 2, True, False, 0),  # some of the hidden weights on chip: all or none
+        (128, 1, 4, 9, 3, True, False, 0),
     ],
 )
 def test_networks_that_the_predicate_refuses(numbers):
@@ -405,12 +510,12 @@ def test_networks_that_the_predicate_refuses(numbers):
 
 
 def test_a_network_is_searched_and_written(tmp_path, capsys):
-    target = (64, 1, 4, 1, 0, True, False)
+    target = (64, 1, 4, 1, 0, True, False, 0)
     machine = NetworkMachine(network_distance(target))
     assert bench.run("sm90", machine, options(tmp_path, only="network forward half 1 1 64"), "H200") == 0
     out = capsys.readouterr().out
     assert "network forward half 1 1 64: 128 rows, 1 tiles, w4 s2 r3 -> 64 rows, 1 tiles, w4 s1 r0, " in out
-    assert [p.name for p in tmp_path.iterdir()] == ["mlp_tuned.py"]
+    assert tables(tmp_path) == ["mlp_tuned.py"]
     table, why = read(tmp_path / "mlp_tuned.py")
     assert table == mlp_tuned.TUNED | {NETWORK: target}
     assert "of the time of 128 rows, 1 tiles, w4 s2 r3" in why[NETWORK]
@@ -423,7 +528,7 @@ def test_both_tables_in_one_run(tmp_path, capsys):
             return [[1 / sum(map(float, c))] * shapes for c in candidates]
 
     assert bench.run("sm90", Both(None), options(tmp_path, only="forward"), "H200") == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mlp_tuned.py", "tuned.py"]
+    assert tables(tmp_path) == ["mlp_tuned.py", "tuned.py"]
     out = capsys.readouterr().out
     assert out.index("network forward half 1 1 32") < out.index("forward dot half 1") < out.index("half 4 1 32")
 
@@ -441,10 +546,10 @@ def test_looking_at_networks_does_not_change_the_table():
     before = dict(mlp_tuned.TUNED)
     found = mlp_tune.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64)
     networks.candidates(NETWORK, IN_USE)
-    with mlp_tune.using(NETWORK, (32, 2, 8, 1, 0, True, False)):
+    with mlp_tune.using(NETWORK, (32, 2, 8, 1, 0, True, False, 0)):
         inside = mlp_tune.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64)
         assert mlp_tune.pick("sm90", "save", torch.bfloat16, "ieee", 1, 1, 64) == inside  # served by the same entry
-    assert (inside.block_m, inside.tiles, inside.num_warps, inside.programs) == (32, 2, 8, 132)
+    assert (inside.block_m, inside.tiles, inside.num_warps, inside.resident_programs) == (32, 2, 8, 1)
     assert mlp_tuned.TUNED == before
     assert mlp_tune.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64) == found
 
@@ -457,10 +562,10 @@ from fused_inr.bench import tune as bench
 from fused_inr.kernels import mlp, mlp_tune
 kernels = bench.Kernels(torch.device("cpu"), rows=4, seconds=0.0)
 for op in ("forward", "save", "train", "one_pass"):
-    numbers = (16, 1, 1, 1, 2, True, False)  # the interpreter has its own; 16 columns, so that one pass is in registers
+    numbers = (16, 1, 1, 1, 2, True, False, 0)  # the interpreter has its own; 16 columns: one pass in registers
     print(op, repr(kernels.problem(("sm90", op, "half", 1, 1, 16), numbers)))
 key = ("sm90", "forward", "half", 1, 1, 32)
-times = kernels.milliseconds(key, [mlp_tune.numbers(key), (16, 1, 4, 1, 0, True, False)])
+times = kernels.milliseconds(key, [mlp_tune.numbers(key), (16, 1, 4, 1, 0, True, False, 0)])
 assert [len(t) for t in times] == [2, 2] and min(min(t) for t in times) > 0
 right = mlp.mlp
 def wrong(*arguments):

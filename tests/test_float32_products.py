@@ -176,10 +176,16 @@ def test_explain_on_a_cpu():
 def test_a_product_in_ieee_goes_to_the_library_only_where_that_is_what_the_library_does(of_pytorch, monkeypatch):
     monkeypatch.setattr(backends, "_interpreted", lambda: False)
     torch.backends.cuda.matmul.fp32_precision = of_pytorch
-    weight = SimpleNamespace(shape=(64, 64), is_cuda=True)
-    assert backends.Triton._by_library(weight, "ieee") == (of_pytorch == "ieee")
-    for precision in ("tf32", "tf32x3", "bf16x3"):
-        assert not backends.Triton._by_library(weight, precision)
+    tune = pytest.importorskip("fused_inr.kernels.tune")
+    monkeypatch.setattr(tune, "arch", lambda device: "sm80")
+    x, weight = torch.ones(1, 64), SimpleNamespace(shape=(64, 64), is_cuda=True)
+    for op in ("forward", "input_grad", "weight_grad"):
+        assert backends.Triton._by_library(op, x, weight, "ieee") == (of_pytorch == "ieee")
+        assert not backends.Triton._by_library(op, x, SimpleNamespace(shape=(64, 8), is_cuda=True), "ieee")
+        for precision in ("tf32x3", "bf16x3"):
+            assert not backends.Triton._by_library(op, x, weight, precision)
+        monkeypatch.setitem(tune.LIBRARY, ("sm80", op, "tf32"), 64)
+        assert backends.Triton._by_library(op, x, weight, "tf32") == (of_pytorch == "tf32")
 
 
 class Told(TorchDispatchMode):

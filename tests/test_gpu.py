@@ -7,12 +7,13 @@ come first: under a time limit the rest may not be reached.
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
 from fused_inr.bench import bounds
 from fused_inr.bench.cases import PRECISIONS, Case, Work, matmul_precision
-from fused_inr.bench.gpu import layer_accuracy, moments_error
+from fused_inr.bench.gpu.checks import layer_accuracy, moments_error
 
 import fused_inr as fi
 from fused_inr import activations
@@ -24,6 +25,22 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministi
 NAMES = activations.names()
 SOME = ("sine", "split", "gaussian", "complex_gabor")
 TYPES = tuple(PRECISIONS)
+
+
+@pytest.fixture(autouse=True)
+def among_others(request, tmp_path_factory):
+    """Processes of tests share the device; a test marked `alone` waits until no other runs, and none begins beside it.
+
+    What a test's allocator keeps is given back after it, or the next one would find the device full.
+    """
+    import fcntl
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # one for all workers of a run
+    with open(folder / "gpu.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
@@ -411,37 +428,6 @@ def test_another_device_than_the_current_one():
     assert (y - expected).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_more_than_two_to_the_31_elements(device, dtype):
-    rows, columns = (1 << 25) + 3, 64
-    if torch.cuda.mem_get_info()[0] < 8 * rows * columns * dtype.itemsize:
-        pytest.skip(f"needs {8 * rows * columns * dtype.itemsize / 2**30:.0f} GiB of free device memory")
-    net = layer(device, 2, columns, "sine", dtype)
-    x = (torch.rand(rows, 2, device=device) * 2 - 1).to(dtype)
-    g = torch.ones(1, 1, device=device, dtype=dtype).expand(rows, columns)
-    y, gx, gw, gb = outputs_and_gradients(net, x, g)
-    for part in (slice(0, 777), slice(rows // 2, rows // 2 + 777), slice(rows - 777, rows)):
-        some = outputs_and_gradients(net, x[part], g[part])
-        assert torch.equal(y[part], some[0])
-        assert torch.equal(gx[part], some[1])
-    del y, gx
-    sums = [torch.zeros_like(t, dtype=torch.float64) for t in (gw, gb)]
-    sizes = [torch.zeros_like(t) for t in sums]
-    weight, bias = net.weight.detach().double(), net.bias.detach().double()
-    for piece in x.split(1 << 21):
-        piece = piece.double()
-        gz = 30 * torch.cos(30 * (piece @ weight.t() + bias))
-        sums[0] += gz.t() @ piece
-        sums[1] += gz.sum(0)
-        sizes[0] += gz.abs().t() @ piece.abs()
-        sizes[1] += gz.abs().sum(0)
-    # each term is rounded to the stored type (2^-8 of it for bfloat16), errors of random sign; sums in float32 walk
-    # likewise
-    for value, exact, size in zip((gw, gb), sums, sizes):
-        slack = bounds.UNIT[dtype] * exact.abs() + 16 * bounds.UNIT[dtype] * size / math.sqrt(rows) + 2.0**-20 * size
-        assert ((value.double() - exact).abs() <= slack).all()
-
-
 def test_a_thousand_steps_hold_no_more_memory_than_ten(device):
     work = Work(Case("network", "training", width=64, rows=1000), device)
     step = work.call("fused")
@@ -586,3 +572,40 @@ def test_moments_agree_with_the_cpus_and_are_the_same_bits(device, name, backend
     assert ((ours - theirs)[..., 1].abs() <= 5 * spread + 1e-6).all()
     # the draws are the same: far closer than that
     assert moments_error(found.cpu(), expected) <= 1e-3
+
+
+# -- what takes most of the device
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_more_than_two_to_the_31_elements(device, dtype):
+    rows, columns = (1 << 25) + 3, 64
+    # the output, the gradient of the pre-activation, and what one of them takes once more, in float32
+    needed = (2 * dtype.itemsize + 4) * rows * columns
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free device memory")
+    net = layer(device, 2, columns, "sine", dtype)
+    x = (torch.rand(rows, 2, device=device) * 2 - 1).to(dtype)
+    g = torch.ones(1, 1, device=device, dtype=dtype).expand(rows, columns)
+    y, gx, gw, gb = outputs_and_gradients(net, x, g)
+    for part in (slice(0, 777), slice(rows // 2, rows // 2 + 777), slice(rows - 777, rows)):
+        some = outputs_and_gradients(net, x[part], g[part])
+        assert torch.equal(y[part], some[0])
+        assert torch.equal(gx[part], some[1])
+    del y, gx
+    sums = [torch.zeros_like(t, dtype=torch.float64) for t in (gw, gb)]
+    sizes = [torch.zeros_like(t) for t in sums]
+    weight, bias = net.weight.detach().double(), net.bias.detach().double()
+    for piece in x.split(1 << 19):
+        piece = piece.double()
+        gz = 30 * torch.cos(30 * (piece @ weight.t() + bias))
+        sums[0] += gz.t() @ piece
+        sums[1] += gz.sum(0)
+        sizes[0] += gz.abs().t() @ piece.abs()
+        sizes[1] += gz.abs().sum(0)
+    # each term is rounded to the stored type (2^-8 of it for bfloat16), errors of random sign; sums in float32 walk
+    # likewise
+    for value, exact, size in zip((gw, gb), sums, sizes):
+        slack = bounds.UNIT[dtype] * exact.abs() + 16 * bounds.UNIT[dtype] * size / math.sqrt(rows) + 2.0**-20 * size
+        assert ((value.double() - exact).abs() <= slack).all()

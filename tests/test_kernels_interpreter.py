@@ -27,13 +27,13 @@ from fused_inr.kernels.act_map import act_map, groups  # noqa: E402
 from fused_inr.kernels.linear_act import (  # noqa: E402
     launch_forward,
     launch_gz,
-    launch_sum,
     launch_weight_grad,
     linear_act,
     linear_act_backward,
     weight_grad_splits,
 )
 from fused_inr.kernels.maps import param_arguments  # noqa: E402
+from fused_inr.kernels.sums import launch_sum  # noqa: E402
 
 import fused_inr.activations.primitives as reference_primitives  # noqa: E402
 from fused_inr.activations import registered  # noqa: E402
@@ -281,7 +281,7 @@ def check(m, x, weight, bias, g, params=None, *, bound=CLOSE, learnable=False) -
     constants = constants_of(m)
     params = params or [None] * m.n_params
     values = [c if p is None else p.double() for p, c in zip(params, constants, strict=True)]
-    y, z = linear_act(x, weight, bias, params, constants, m, "ieee", True)
+    y, z = linear_act(x, weight, bias, params, constants, m, "ieee", "preactivations")
     y_ref, z_ref = reference(m, x, weight, bias, values)
     assert error(y, y_ref) <= bound and error(z, z_ref) <= bound
     assert y.dtype == x.dtype and y.is_contiguous()
@@ -373,7 +373,7 @@ def test_storage_types(dtype, M, K, N):
     x, weight, bias, g = make(m, M, K, N, dtype)
     unit, single = torch.finfo(dtype).eps / 2, 2.0**-24
     x64, w64, b64, g64 = x.double(), weight.double(), bias.double(), g.double()
-    y, z = linear_act(x, weight, bias, [None], [omega], m, "ieee", True)
+    y, z = linear_act(x, weight, bias, [None], [omega], m, "ieee", "preactivations")
     dz = (K + 3) * single * (x64.abs() @ w64.abs().mT + b64.abs())
     y_ref, z_ref = reference(m, x, weight, bias, [omega])
     assert z.dtype == torch.float32 and ((z.double() - z_ref).abs() <= dz).all()
@@ -409,14 +409,14 @@ def test_needs():
         for need, part, full in zip(needs, result, everything, strict=True):
             assert error(part, full) <= CLOSE if need else part.shape == (0,)
     assert linear_act_backward(g, x, weight, None, params, constants, None, m)[2].shape == (0,)
-    assert linear_act(x, weight, bias, params, constants, m, "ieee", False)[1].shape == (0,)
+    assert linear_act(x, weight, bias, params, constants, m, "ieee", "")[1].shape == (0,)
 
 
 def test_no_input_is_written():
     m = MAPS["gabor"]
     x, weight, bias, g = make(m, 40, 17, 18)
     constants = constants_of(m)
-    z = linear_act(x, weight, bias, [None] * m.n_params, constants, m, "ieee", True)[1]
+    z = linear_act(x, weight, bias, [None] * m.n_params, constants, m, "ieee", "preactivations")[1]
     before = [t.clone() for t in (x, weight, bias, g, z)]
     first = linear_act_backward(g, x, weight, bias, [None] * m.n_params, constants, z, m)
     assert all(torch.equal(a, b) for a, b in zip(before, (x, weight, bias, g, z), strict=True))

@@ -85,6 +85,25 @@ def test_representative_kernels():
     assert all(0 < r["registers"] <= 255 for r in rows)
 
 
+#: Of the sample, what needs the most registers.
+FULLEST = ["mlp_recompute", "mlp_loss", "mlp_backward"]
+
+
+def test_the_fullest_kernels_of_the_sample():
+    rows = static_report.run(("sm80",), kernels=FULLEST, scope="sample")
+    assert {(row["kernel"], row["type"]) for row in rows} >= {(kernel, "float32 tf32") for kernel in FULLEST}
+    assert not failures(rows), "\n".join(failures(rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90", "sm100"])
+def test_the_sample(arch):
+    """What `fused-inr bench static --sample` compiles."""
+    rows = static_report.run((arch,), scope="sample")
+    assert len(rows) > 100
+    assert not failures(rows), "\n".join(failures(rows))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90", "sm100"])
 def test_every_shipped_configuration(arch):

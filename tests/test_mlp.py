@@ -76,7 +76,7 @@ def gradients(function, x, layers, *args):
 
 
 def whole(x, layers, save=True, backend=None):
-    return op.network(x, layers, backend or engine(), "ieee", save)
+    return op.network(x, layers, op.Decision(backend or engine(), "ieee", ""), save)
 
 
 def no_worse(ours, theirs, truth, dtype):
@@ -595,7 +595,7 @@ def plain_with_skips(x, layers, skips):
 
 
 def whole_with_skips(x, layers, skips, save):
-    return op.network(x, layers, engine(), "ieee", save, skips)
+    return op.network(x, layers, op.Decision(engine(), "ieee", ""), save, skips)
 
 
 def square(name: str, dtype=torch.float64, columns: int = 21, depth: int = 4):
@@ -647,8 +647,10 @@ def test_a_last_layer_with_a_skip_connection_and_one_pass():
     results = []
     for run in (
         lambda x, layers: (plain_with_skips(x, layers, skips) - target).square().sum() / 2,
-        lambda x, layers: op.network_loss(x, target, None, layers, criterion, engine(), "ieee", skips),
-        lambda x, layers: op.network_loss(x, target, None, layers, criterion, "reference", "ieee", skips),
+        lambda x, layers: op.network_loss(x, target, None, layers, criterion, op.Decision(engine(), "ieee", ""), skips),
+        lambda x, layers: op.network_loss(
+            x, target, None, layers, criterion, op.Decision("reference", "ieee", ""), skips
+        ),
     ):
         results.append(gradients(run, x, layers))
     for value, grads in results[1:]:
@@ -665,7 +667,7 @@ def test_second_derivatives_with_skip_connections():
     def run(*tensors):
         n = len(layers)
         again = [(w, b, a) for w, b, (_, _, a) in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=True)]
-        return op.network(tensors[0], again, engine(), "ieee", True, skips)
+        return op.network(tensors[0], again, op.Decision(engine(), "ieee", ""), True, skips)
 
     assert torch.autograd.gradcheck(run, wanted)
     assert torch.autograd.gradgradcheck(run, wanted)
@@ -690,7 +692,7 @@ def test_skip_connections_that_cannot_be_are_refused():
     assert "needs an activation" in op.why_not(x, layers, (True, False, False, False))[2]
     if engine() == "cpu":
         with pytest.raises(ValueError, match="as many columns"):
-            op.network(x, layers, "cpu", "ieee", True, (True, False, False, False))
+            op.network(x, layers, op.Decision("cpu", "ieee", ""), True, (True, False, False, False))
 
 
 # -- LayerNorm
@@ -741,7 +743,7 @@ def plain_with_norms(x, layers, norms, skips, normalised=by_hand):
 
 def whole_with_norms(save=True, backend=None):
     def run(x, layers, norms, skips):
-        return op.network(x, layers, backend or engine(), "ieee", save, skips, norms)
+        return op.network(x, layers, op.Decision(backend or engine(), "ieee", ""), save, skips, norms)
 
     return run
 
@@ -749,7 +751,9 @@ def whole_with_norms(save=True, backend=None):
 def one_pass_with_norms(target, row_weights=None, backend=None):
     def run(x, layers, norms, skips):
         criterion = op.Criterion("squared_error", (), 0.5)
-        return op.network_loss(x, target, row_weights, layers, criterion, backend or engine(), "ieee", skips, norms)
+        return op.network_loss(
+            x, target, row_weights, layers, criterion, op.Decision(backend or engine(), "ieee", ""), skips, norms
+        )
 
     return run
 
@@ -897,7 +901,11 @@ def test_layer_norm_of_half_types_keeps_float32_between_the_layers(dtype, of_nor
         assert y.dtype == dtype
         if engine() != "cpu":
             continue  # the reference rounds between the layers
-        assert (y.double() - truth).abs().max() <= 1.01 * UNIT[dtype] * truth.abs().max()
+        # where the processor multiplies bfloat16, what a layer reads is rounded to it as well: four layers, and weights
+        # that amplify by up to the root of their columns
+        rounded = dtype == torch.bfloat16 and torch.ops.fused_inr_native.multiplies_bfloat16()
+        loss = 4 * x.shape[1] ** 0.5 if rounded else 1.01
+        assert (y.double() - truth).abs().max() <= loss * UNIT[dtype] * truth.abs().max()
         types = [dtype] * 9 + [t.dtype for n in norms if n is not None for t in n[:2]]
         for got, want, expected_type in zip(grads, expected, types, strict=True):
             assert got.dtype == expected_type
@@ -953,7 +961,7 @@ def test_second_derivatives_with_layer_norm(name, affine):
         again = [(w, b, a) for w, b, (_, _, a) in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=False)]
         rest = list(tensors[1 + 2 * n :]) or [None] * 4
         given = [(rest[2 * i], rest[2 * i + 1], 1e-1) for i in range(2)]
-        return op.network(tensors[0], again, engine(), "ieee", True, skips, [*given, None])
+        return op.network(tensors[0], again, op.Decision(engine(), "ieee", ""), True, skips, [*given, None])
 
     assert torch.autograd.gradcheck(run, [*wanted, *own])
     assert torch.autograd.gradgradcheck(run, [*wanted, *own])
@@ -1105,7 +1113,7 @@ def test_norms_of_wrong_sizes_are_refused_by_the_operation():
     assert "layer 1: its LayerNorm has [3] elements, its output 16 columns" in op.why_not(x, layers, (), norms)[2]
     if engine() == "cpu":
         with pytest.raises(ValueError, match=r"norms\[2\]: expected \[16\]"):
-            op.network(x, layers, "cpu", "ieee", True, (), norms)
+            op.network(x, layers, op.Decision("cpu", "ieee", ""), True, (), norms)
         tensors, constants = op._operands(layers)
         keys = [a.map.key for _, _, a in layers]
         with pytest.raises(ValueError, match="norms, norm_eps: expected none, or two and one for each layer"):
@@ -1118,8 +1126,9 @@ def test_fake_tensors_of_networks_with_norms():
     layers, x = network("sine", torch.bfloat16), torch.randn(20, 2).bfloat16()
     norms = with_norms(layers, "weight")
     tensors, constants = op._operands(layers, norms)
-    config = op._config(layers, constants, engine(), "bf16", False, (), norms)
-    operands = op._arguments(config, tensors)
+    config = op._config(op.Decision(engine(), "bf16", ""), layers, constants, False, (), norms)
+    weights, biases, params, flat = op._split(config, tensors)
+    operands = (weights, biases, params, constants, config.activations, config.skips, flat, config.norm_eps)
     g = torch.randn(20, 3).bfloat16()
     checked = ("test_schema", "test_faketensor")
     torch.library.opcheck(raw.mlp, (x, *operands, engine(), "bf16", False), test_utils=checked)

@@ -101,6 +101,36 @@ def test_examples_of_the_readme_run(tmp_path):
     python("\n".join(block for block in blocks if "results/" not in block), tmp_path)
 
 
+# -- a checkout that nobody installed
+
+
+def test_a_plain_checkout_is_a_package(tmp_path):
+    """With nothing but its folder on the path, and though another checkout may be installed; children find it, too."""
+    for name in ("fused_inr", "kernels", "bench"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "results"))
+    code = f"""
+import subprocess, sys
+import fused_inr, fused_inr.kernels, fused_inr.bench.process as process
+import fused_inr.kernels.tuned, fused_inr.bench.gpu.cells
+for module in (fused_inr, fused_inr.kernels.tuned, fused_inr.bench.gpu.cells):
+    assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
+try:
+    import fused_inr.tests
+except ModuleNotFoundError:
+    print("kernels and bench, no more")
+child = process.python("-c", "import fused_inr.bench; print(fused_inr.bench.__file__)")
+print(subprocess.run(child, env=process.environment(), cwd="/", capture_output=True, text=True).stdout)
+"""
+    printed, _ = python(code, "/", PYTHONPATH=str(tmp_path))
+    assert printed.splitlines()[:2] == ["kernels and bench, no more", str(tmp_path / "bench" / "__init__.py")]
+
+
+def test_the_native_engine_can_be_left_out(tmp_path):
+    code = "from fused_inr import native; print(native.load(), native.status()[1])"
+    printed, _ = python(code, tmp_path, FUSED_INR_NATIVE="0")
+    assert printed.startswith("False FUSED_INR_NATIVE=0")
+
+
 # -- the wheel
 
 

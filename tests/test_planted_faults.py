@@ -136,7 +136,7 @@ def saved_tensor_overwritten(patch):
 def output_is_what_was_saved(patch):
     def around(run, a):
         y, z = run()
-        return (y, z) if a["map"].name != "relu" or not a["save"] else (y, y)
+        return (y, z) if a["map"].name != "relu" or not a["keep"] else (y, y)
 
     wrapped(patch, REFERENCE, "linear_act", around)
 

@@ -94,9 +94,11 @@ def test_a_row_of_a_layer():
             {"type": "float32 tf32", "activation": "split", "K": 2, "block_k": 2},
             4 * (2 + 256), 0, 512 * 4,
         ),
-        # from x: g and x in, gz out; from z, which is float32
+        # from x: g and x in, gz out; from what the forward kept: derivatives, or z in float32
         ({"kernel": "gz", "activation": "split"}, 2 * (256 + 256 + 4 * 256), 4 * 2 * 256 * 256, 512 * 4),
-        ({"kernel": "gz_from_z", "activation": "split"}, 2 * (256 + 4 * 256) + 4 * 4 * 256, 0, 512 * 4),
+        ({"kernel": "gz_from_z", "activation": "split"}, 2 * (256 + 4 * 256) + 2 * 4 * 256, 0, 512 * 4),
+        ({"kernel": "gz_from_z", "type": "float32 tf32"}, 4 * 3 * 256, 0, 512 * 4),
+        ({"kernel": "forward_save"}, 2 * 3 * 256, 2 * 256 * 256, 512 * 4),
         ({"kernel": "weight_grad", "activation": "-", "mufu_at": [0], "fp32_at": [0]}, 2 * 512, 2 * 256 * 256, 0),
         ({"kernel": "sum", "activation": "-"}, 4 * 256, 0, 256),
         # 3 columns are computed as 4, K of 40 as 64
@@ -109,21 +111,21 @@ def test_work_of_each_kernel(change, bytes_, tensor, fma):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "bytes_", "flops"),
+    ("kernel", "bytes_", "forward", "backward"),
     [
-        ("mlp_forward", 2 * (2 + 3), 1),
-        ("mlp_save", 2 * (2 + 3) + 4 * 4 * 64, 1),
-        ("mlp_backward", 2 * (2 + 3 + 2) + 4 * 4 * 64, 2),
-        ("mlp_recompute", 2 * (2 + 3 + 2), 3),
-        ("mlp_loss", 2 * (2 + 3 + 2) + 4, 3),
+        ("mlp_forward", 2 * (2 + 3), 1, 0),
+        ("mlp_save", 2 * (2 + 3) + 2 * 2 * 4 * 64, 1, 0),
+        ("mlp_backward", 2 * (2 + 3 + 2) + 2 * 2 * 4 * 64, 0, 2),
+        ("mlp_recompute", 2 * (2 + 3 + 2), 1, 2),
+        ("mlp_loss", 2 * (2 + 3 + 2) + 4, 1, 2),
     ],
 )
-def test_work_of_a_network(kernel, bytes_, flops):
+def test_work_of_a_network(kernel, bytes_, forward, backward):
     row = ROW | {"kernel": kernel, "N": 64, "K": 2, "num_warps": 4, "mufu_at": [9, 64, 64], "fp32_at": [9, 0, 1]}
     found = roofline.work(row)
     assert found.bytes == bytes_
-    # 16 padded inputs, three hidden layers, 16 padded outputs
-    assert found.tensor == flops * 2 * 64 * (16 + 3 * 64 + 16)
+    # three hidden layers and 16 padded outputs; backwards 16 padded inputs as well, which are multiply-adds before
+    assert found.tensor == forward * 2 * 64 * (3 * 64 + 16) + backward * 2 * 64 * (16 + 3 * 64 + 16)
     # of 128 threads and 128 rows: 64 once and three times, the 9 outside the loop over rows never
     assert (found.sfu, found.fma) == (64 + 3 * 64, 3)
 

@@ -71,7 +71,7 @@ def raw_samples(backend: str):
         needs = options.get("needs", [True, True, bias is not None, bool(kind)])
         rest = (params, constants)
         mode = precision.get(dtype, "ieee")
-        forward = (x, weight, bias, *rest, name, backend, mode, save)
+        forward = (x, weight, bias, *rest, name, backend, mode, "preactivations" if save else "")
         g = torch.randn(*batch, 6, act.outputs * 5, dtype=dtype)
         z = torch.randn(*batch, 6, act.branches * 5, dtype=work) if save else None
         backward = (g, x, weight, bias, *rest, z, name, backend, mode, needs)
@@ -103,9 +103,11 @@ def test_opcheck_of_the_native_operators():
     with using("cpu"):
         native = torch.ops.fused_inr_native
         for forward, backward, maps in raw_samples("cpu"):
-            x, weight, bias, params, constants, name, _, _, save = forward
+            x, weight, bias, params, constants, name, _, _, keep = forward
             opcheck(
-                native.linear_act.default, (x, weight, bias, params, constants, name, save), test_utils="test_schema"
+                native.linear_act.default,
+                (x, weight, bias, params, constants, name, bool(keep)),
+                test_utils="test_schema",
             )
             g, x, weight, bias, params, constants, z, name, _, _, needs = backward
             arguments = (g, x, weight, bias, params, constants, z, name, needs)

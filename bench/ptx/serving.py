@@ -36,8 +36,11 @@ class _Emulated(backends.Triton):
             return f"dtype {dtype} is not float32, bfloat16 or float16"
         return ""
 
-    def _by_library(self, weight, precision):
-        return self.by_library and precision == "ieee" and min(weight.shape[-2:]) >= 16
+    def _by_library(self, op, x, weight, precision):
+        if not self.by_library or (x.dtype == torch.float32 and precision not in ("ieee", "tf32")):
+            return False
+        arch = tune.arch_of_capability(*divmod(self.capability, 10))
+        return tune.library(arch, op, x.dtype, precision, *weight.shape[-2:])
 
     def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms):
         from ...kernels import mlp

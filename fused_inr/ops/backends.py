@@ -71,14 +71,31 @@ def layer_norm(y: Tensor, norm: Norm) -> Tensor:
     return torch.nn.functional.layer_norm(y.to(dtype), y.shape[-1:], weight, bias, eps).to(y.dtype)
 
 
+def library_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b + bias by PyTorch, [.., M, K] and [.., K, N] with a batch on either, in the compute type."""
+    if a.dtype.itemsize >= 4:
+        if bias is None:
+            return a @ b
+        if a.dim() == b.dim() == 2:
+            return torch.addmm(bias, a, b)
+        return a @ b + bias.unsqueeze(-2)
+    # half types: sums of parts of a split product stay float32
+    if a.dim() == b.dim() == 2:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        count = max(t.shape[0] for t in (a, b) if t.dim() == 3)
+        product = torch.bmm(a.expand(count, *a.shape[-2:]), b.expand(count, *b.shape[-2:]), out_dtype=torch.float32)
+    return product if bias is None else product + bias.float().unsqueeze(-2)
+
+
 class Backend:
     """One way to run the raw operations (docs/architecture.md, section 3)."""
 
     name: str
-    #: whether the forward stores pre-activations for the backward, or the backward recomputes them
-    saves_preactivations = True
     #: whether it has products of its own for float32 on a GPU, or those that PyTorch's settings say
     chooses_products = False
+    #: whether a whole network takes weights of other floating-point types than its rows (under autocast)
+    reads_any_weights = False
 
     def available(self) -> tuple[bool, str]:
         """Whether it can run in this process, and the reason when not."""
@@ -88,7 +105,16 @@ class Backend:
         """Why it cannot serve this call; empty when it can."""
         raise NotImplementedError
 
-    def linear_act(self, x, weight, bias, params, constants, map, precision, save) -> tuple[Tensor, Tensor]:
+    def keeps(self, dtype: torch.dtype, has_tensors: bool) -> str:
+        """What a layer's forward stores for its backward: "preactivations", "derivatives" of the outputs with respect
+        to the branches, or "" (the backward computes anew). `has_tensors`: some parameters are tensors, whose gradients
+        need pre-activations."""
+        # float32 pre-activations of half types would take twice the output's memory
+        return "preactivations" if dtype.itemsize >= 4 else ""
+
+    def linear_act(self, x, weight, bias, params, constants, map, precision, keep) -> tuple[Tensor, Tensor]:
+        """y, and what `keep` says, else an empty tensor: pre-activations in float32 (float64), derivatives in x's
+        type."""
         raise NotImplementedError
 
     def linear_act_backward(
@@ -108,9 +134,9 @@ class Backend:
     def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms) -> str:
         """Why it cannot run a whole network whose layers it serves; empty when it can.
 
-        `direction` is "forward" (with its backward) or "loss" (one pass of both); `learnable`, a layer: some parameters
-        of its activation are tensors; `skips`, `norms`, a layer: it has a skip connection, a LayerNorm (empty: none
-        has).
+        `direction` is "inference", "forward" (with its backward) or "loss" (one pass of both); `learnable`, a layer:
+        some parameters of its activation are tensors; `skips`, `norms`, a layer: it has a skip connection, a LayerNorm
+        (empty: none has).
         """
         return f"backend {self.name!r} runs layer by layer"
 
@@ -202,11 +228,11 @@ class Reference(Backend):
         z = x.to(dtype) @ weight.to(dtype).transpose(-1, -2)
         return z if bias is None else z + bias.to(dtype).unsqueeze(-2)
 
-    def linear_act(self, x, weight, bias, params, constants, map, precision, save):
+    def linear_act(self, x, weight, bias, params, constants, map, precision, keep):
         z = self._preactivation(x, weight, bias)
         (y,) = reference_map(map, [z], params, constants, 0, False)
         y = y.to(x.dtype)
-        if not save:
+        if not keep:
             z = z.new_empty(0)
         elif y.untyped_storage().data_ptr() == z.untyped_storage().data_ptr():
             y = y.clone()  # identity: the output may be changed in place by its owner, z may not
@@ -355,8 +381,8 @@ class _Native(Backend):
             raise RuntimeError(f"backend {self.name!r}: {reason}")
         return self._operators()
 
-    def linear_act(self, x, weight, bias, params, constants, map, precision, save):
-        return self._ready(map).linear_act(x, weight, bias, params, constants, map.key, save)
+    def linear_act(self, x, weight, bias, params, constants, map, precision, keep):
+        return self._ready(map).linear_act(x, weight, bias, params, constants, map.key, bool(keep))
 
     def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
         return self._ready(map).linear_act_backward(g, x, weight, bias, params, constants, z, map.key, needs)
@@ -439,8 +465,8 @@ class Triton(Backend):
     """Triton kernels on CUDA devices; on CPU tensors under TRITON_INTERPRET=1, for tests."""
 
     name = "triton"
-    saves_preactivations = False
     chooses_products = True
+    reads_any_weights = True
 
     def available(self):
         try:
@@ -473,41 +499,50 @@ class Triton(Backend):
             return f"compute capability {major}.{minor}: 8.0 or newer is needed"
         return ""
 
+    def keeps(self, dtype, has_tensors):
+        if dtype.itemsize >= 4:
+            return "preactivations"
+        return "" if has_tensors else "derivatives"
+
     @staticmethod
-    def _by_library(weight: Tensor, precision: str) -> bool:
-        """Whether the matrix product is left to the library, with the map as one pointwise kernel.
+    def _by_library(op: str, x: Tensor, weight: Tensor, precision: str) -> bool:
+        """Whether a matrix product is left to the library, with the map as one pointwise kernel: where it is the faster
+        one (`kernels/tune.py`), which includes ieee, that no tensor core computes.
 
-        float32 in ieee precision uses no tensor core, and the library's kernels are the better ones there; narrow
-        layers stay with ours, which do not pad. The library goes by PyTorch's settings as they are now: where those
-        are not ieee (`float32_products("ieee")`, or changed since the forward), ours compute it.
+        The library goes by PyTorch's settings as they are now: where those are not the precision (`float32_products`,
+        or changed since the forward), ours compute it.
         """
-        if precision != "ieee" or _interpreted() or min(weight.shape[-2:]) < 16:
+        if _interpreted() or not weight.is_cuda:
             return False
-        return weight.is_cuda and _pytorch_products() == "ieee"
+        from fused_inr.kernels import tune
 
-    def linear_act(self, x, weight, bias, params, constants, map, precision, save):
+        if x.dtype == torch.float32 and precision != _pytorch_products():
+            return False
+        return tune.library(tune.arch(x.device), op, x.dtype, precision, *weight.shape[-2:])
+
+    def linear_act(self, x, weight, bias, params, constants, map, precision, keep):
         from fused_inr.kernels import act_map, linear_act
 
-        if x.dtype == torch.float32 and self._by_library(weight, precision):
-            z = Reference._preactivation(x, weight, bias)
+        if keep != "derivatives" and self._by_library("forward", x, weight, precision):
+            z = library_product(x, weight.mT, bias)
+            if map.key == "identity" and not keep:
+                return z.to(x.dtype), z.new_empty(0)
             (y,) = act_map.act_map([z], params, constants, map, 0, False)
-            return y, z if save else z.new_empty(0)
-        return linear_act.linear_act(x, weight, bias, params, constants, map, precision, save)
+            return y.to(x.dtype), z if keep else z.new_empty(0)
+        return linear_act.linear_act(x, weight, bias, params, constants, map, precision, keep)
 
     def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
-        from fused_inr.kernels import act_map, linear_act
+        from fused_inr.kernels import linear_act
 
-        if x.dtype == torch.float32 and x.dim() == 2 and self._by_library(weight, precision):
-            if z is None:
-                z = Reference._preactivation(x, weight, bias)
-            gz, *gp = act_map.act_map([z, g], params, constants, map, 1, needs[3])
-            return (
-                gz @ weight if needs[0] else z.new_empty(0),
-                gz.t() @ x if needs[1] else z.new_empty(0),
-                gz.sum(0) if needs[2] else z.new_empty(0),
-                torch.stack(gp) if needs[3] else z.new_empty(0),
-            )
-        return linear_act.linear_act_backward(g, x, weight, bias, params, constants, z, map, precision, needs)
+        def product(op: str) -> bool:
+            return self._by_library(op, x, weight, precision)
+
+        if z is None and product("forward"):
+            z = library_product(x, weight.mT, bias)
+        return linear_act.linear_act_backward(
+            g, x, weight, bias, params, constants, z, map, precision, needs, product("input_grad"),
+            product("weight_grad"),
+        )  # fmt: skip
 
     def act_map(self, inputs, params, constants, map, level, learnable):
         from fused_inr.kernels import act_map
@@ -532,7 +567,7 @@ class Triton(Backend):
         if x.is_cuda:
             major, minor = torch.cuda.get_device_capability(x.device)
             arch = 10 * major + minor
-        directions = ("loss",) if direction == "loss" else ("forward", "backward")
+        directions = {"inference": ("forward",), "forward": ("forward", "backward")}.get(direction, ("loss",))
         reasons = (mlp.serves(shapes, maps, x.dtype, precision, arch, direction=d) for d in directions)
         return next(filter(None, reasons), "")
 
@@ -776,6 +811,11 @@ def _not_obeyed(backend: str, precision: str, x: Tensor) -> tuple[tuple[str, str
 
 
 # -- who runs a call
+
+
+def state() -> tuple:
+    """Everything about this process that a choice of backend and precision depends on."""
+    return (_forced, _asked_products(), torch.backends.cuda.matmul.fp32_precision, *TABLE.values())
 
 
 def choose(activation: Activation, x: Tensor, weight: Tensor, *, record: bool = True) -> tuple[str, str]:

@@ -26,10 +26,15 @@ class Config:
     constants: tuple[float, ...]
     backend: str
     precision: str
-    #: whether the pre-activation is stored for the backward
-    save: bool
-    #: whether it is then an output with a derivative of its own
-    link: bool = True
+    #: what is stored for the backward: "preactivations", "derivatives" (for a fused first backward alone), "" (nothing)
+    keep: str
+    #: whether Dynamo traces the call: then pre-activations are no output with a derivative of its own
+    compiled: bool = False
+
+    @property
+    def linked(self) -> bool:
+        """Whether stored pre-activations are an output with a derivative of its own."""
+        return self.keep == "preactivations" and not self.compiled
 
 
 def _apply(function: type[torch.autograd.Function], *args):
@@ -57,8 +62,10 @@ def _wanted(ctx, is_tensor: Sequence[bool]) -> list[bool]:
     `ctx.needs_input_grad` says what requires one; an Eikonal step's first backward asks for the coordinates' alone.
     """
     needs = list(ctx.needs_input_grad)
+    if torch.compiler.is_compiling():  # first: Dynamo's context of torch 2.11 has no next_functions to ask for
+        return needs
     nodes = getattr(ctx, "next_functions", None)
-    if nodes is None or torch.compiler.is_compiling():
+    if nodes is None:
         return needs
     position = 0  # next_functions counts tensors only
     for i, tensor in enumerate(is_tensor):
@@ -114,8 +121,8 @@ def _linear(config: Config, x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, differentiable, by the backend that runs everything else."""
     precision = backends.products_of(config.precision, x.dtype)
     if not torch.is_grad_enabled() and not _forward_mode():
-        return raw.linear_act(x, weight, None, [], [], "identity", config.backend, precision, False)[0]
-    plain = replace(config, activation="identity", constants=(), precision=precision, save=False)
+        return raw.linear_act(x, weight, None, [], [], "identity", config.backend, precision, "")[0]
+    plain = replace(config, activation="identity", constants=(), precision=precision, keep="")
     return _apply(LinearAct, x, weight, None, plain)[0]
 
 
@@ -314,7 +321,7 @@ def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tens
 
 def _bare_preactivation(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with torch.no_grad():
-        _, z = raw.linear_act(x, weight, bias, [], [], "identity", config.backend, config.precision, True)
+        _, z = raw.linear_act(x, weight, bias, [], [], "identity", config.backend, config.precision, "preactivations")
     return z
 
 
@@ -326,10 +333,10 @@ def _saved(ctx):
 def _setup(ctx, inputs, output):
     x, weight, bias, config, *params = inputs
     _, z = output
-    if not (config.save and config.link):
+    if not config.linked:
         ctx.mark_non_differentiable(z)
     ctx.config = config
-    z = z if config.save else None
+    z = z if config.keep else None
     ctx.save_for_backward(x, weight, bias, z, *params)
     ctx.save_for_forward(x, weight, bias, z, *params)
     ctx.set_materialize_grads(False)
@@ -342,8 +349,9 @@ def _differentiable_backward(config, needs, g, g_z, x, weight, bias, z, params):
     if config.activation == "identity":
         gz = g.to(raw.compute_dtype(g.dtype))
     elif g is not None:
-        if not (config.save and config.link):
-            z = _bare_preactivation(config, x, weight, bias) if z is None else z
+        if not config.linked:
+            stored = z if config.keep == "preactivations" else None
+            z = _bare_preactivation(config, x, weight, bias) if stored is None else stored
             z = Preactivation.apply(x, weight, bias, z, config)
         # not `needs`: the gradient of x depends on the parameters too, in an outer transformation perhaps
         learnable = any(p is not None for p in params)
@@ -398,7 +406,7 @@ def _fused_backward_from_z(config, needs, g, g_z, x, weight, bias, z, params):
 
 
 def _backward(ctx, g, g_z):
-    if not (ctx.config.save and ctx.config.link):
+    if not ctx.config.linked:
         g_z = None  # Dynamo gives zeros for an output without a derivative
     if g is None and g_z is None:
         return (None,) * len(ctx.needs_input_grad)
@@ -425,7 +433,7 @@ class LinearAct(torch.autograd.Function):
     def forward(x, weight, bias, config, *params):
         return raw.linear_act(
             x, weight, bias, list(params), config.constants, config.activation, config.backend, config.precision,
-            config.save
+            config.keep
         )  # fmt: skip
 
     setup_context = staticmethod(_setup)
@@ -439,7 +447,7 @@ class LinearAct(torch.autograd.Function):
         tz = _tangent_of_z(config, x, weight, tx, tw, tb)
         if config.activation == "identity":
             return tz.to(x.dtype), None
-        if not config.save:
+        if config.keep != "preactivations":
             z = Preactivation.apply(x, weight, bias, _bare_preactivation(config, x, weight, bias), config)
         learnable = any(p is not None for p in params)
         values = _all_tensors(config, params, z) if learnable else params
@@ -449,7 +457,7 @@ class LinearAct(torch.autograd.Function):
             else []
         )
         (ty,) = _pushforward(config, 0, learnable, [z], values, [tz], d_values)
-        return ty.to(x.dtype), tz if config.save else None
+        return ty.to(x.dtype), tz if config.keep == "preactivations" else None
 
 
 class _CompiledLinearAct(torch.autograd.Function):
@@ -485,12 +493,12 @@ def linear_act(
     if not track and (compiling or not (torch._C._are_functorch_transforms_active() or _forward_mode())):
         tensors = list(params)
         key, constants = activation.map.key, activation.constants
-        args = (x, weight, bias, tensors, constants, key, backend, precision, False)
+        args = (x, weight, bias, tensors, constants, key, backend, precision, "")
         return _exactly(x.device, raw.linear_act, *args)[0]
-    # half types recompute: their float32 pre-activations would take twice the output's memory
-    save = backends.implementation(backend).saves_preactivations and x.dtype.itemsize >= 4 and track
-    save = save and activation.map.key != "identity"
-    config = Config(activation.map.key, activation.constants, backend, precision, save, not compiling)
+    keep = ""
+    if track and activation.map.key != "identity":
+        keep = backends.implementation(backend).keeps(x.dtype, activation.has_tensors)
+    config = Config(activation.map.key, activation.constants, backend, precision, keep, compiling)
     if compiling:
         return _exactly(x.device, _CompiledLinearAct.apply, x, weight, bias, config, *params)[0]
     return _exactly(x.device, _apply, LinearAct, x, weight, bias, config, *params)[0]

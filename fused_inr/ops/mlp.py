@@ -6,9 +6,10 @@ is fused; where a derivative must itself be differentiated, the layers compute i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -37,6 +38,17 @@ class Config:
     skips: tuple[bool, ...] = ()
     #: for each layer, eps of its LayerNorm, below 0 where it has none; empty where none has
     norm_eps: tuple[float, ...] = ()
+
+    @functools.cached_property
+    def maps(self) -> tuple[ActivationMap, ...]:
+        return tuple(lookup(key) for key in self.activations)
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Where x, weights, biases, parameters and norms end among x and the operands."""
+        n = len(self.activations)
+        params = 1 + 2 * n + len(self.constants)
+        return 1, 1 + n, 1 + 2 * n, params, params + 2 * len(self.norm_eps)
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,84 @@ def _why_not_norm(x: Tensor, norm: Norm, columns: int) -> str:
     return ""
 
 
+@dataclass(eq=False)
+class Decision:
+    """Who runs a network's calls of one kind, or why it is not to run as one operation."""
+
+    backend: str
+    precision: str
+    #: why the whole network cannot run there ("": it can)
+    reason: str
+    #: why layers are the better way for a network that could ("": they are not)
+    layers_reason: str = ""
+    #: of calls, by whether they save
+    configs: dict[bool, Config] = field(default_factory=dict)
+
+
+#: Decisions that were made before, by everything that they depend on.
+_decisions: dict[tuple, Decision] = {}
+_MOST_DECISIONS = 1024
+
+
+def tracked(x: Tensor, layers: Sequence[Layer], norms: Sequence[Norm | None]) -> bool:
+    """Whether the network's output has a derivative."""
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(
+        t is not None and t.requires_grad
+        for tensors in (*((weight, bias, *activation.tensors) for weight, bias, activation in layers),
+                        *(norm[:2] for norm in norms if norm is not None))
+        for t in tensors
+    )  # fmt: skip
+
+
+def _described(tensor: Tensor | None):
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def decide(
+    x: Tensor, layers: Sequence[Layer], skips: Sequence[bool], norms: Sequence[Norm | None], direction: str
+) -> Decision:
+    """`why_not`, remembered: a small forward takes no longer than its decision.
+
+    Raises:
+        RuntimeError: a backend demanded with `backends.use` that cannot serve any layer.
+    """
+    if state := _state():
+        return Decision("", "", state)
+    cast = autocast_type(x, layers)
+    key = (
+        direction, x.shape[-1:], x.dim(), x.dtype, x.device, x.layout, cast, backends.state(), skips,
+        tuple([
+            (weight.shape, weight.dtype, weight.device, _described(bias), activation.map, activation.constants,
+             tuple([_described(t) for t in activation.tensors]) if activation.has_tensors else None)
+            for weight, bias, activation in layers
+        ]),
+        tuple([norm and (_described(norm[0]), _described(norm[1]), norm[2]) for norm in norms]),
+    )  # fmt: skip
+    found = _decisions.get(key)
+    if found is None:
+        found = Decision(*why_not(x, layers, skips, norms, direction=direction, cast=cast))
+        if not found.reason:
+            shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
+            maps = [activation.map for _, _, activation in layers]
+            found.layers_reason = backends.implementation(found.backend).prefers_layers(shapes, maps)
+        if len(_decisions) >= _MOST_DECISIONS:
+            _decisions.clear()
+        _decisions[key] = found
+    return found
+
+
+def autocast_type(x: Tensor, layers: Sequence[Layer]) -> torch.dtype | None:
+    """The type that autocast wants of the network, None where it is off or leaves it alone, as each layer would."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    if not all(t.is_floating_point() and t.dtype != torch.float64 for t in (x, *(weight for weight, _, _ in layers))):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def why_not(
     x: Tensor,
     layers: Sequence[Layer],
@@ -86,21 +176,26 @@ def why_not(
     norms: Sequence[Norm | None] = (),
     *,
     direction: str = "forward",
+    cast: torch.dtype | None = None,
 ) -> tuple[str, str, str]:
     """Backend, precision, and the reason why the whole network cannot run there ("": it can).
 
-    `skips`, `norms`: of each layer, or empty where none has a skip connection, a LayerNorm.
+    `skips`, `norms`: of each layer, or empty where none has a skip connection, a LayerNorm. `direction`: "inference",
+    "forward" (with its backward) or "loss". `cast`: the type that autocast gives input, weights and biases.
 
     Raises:
         RuntimeError: a backend demanded with `backends.use` that cannot serve any layer.
     """
-    first = layers[0]
     if state := _state():
         return "", "", state
+    if not (x.is_floating_point() and x.dim() >= 1 and x.layout == torch.strided):
+        return "", "", f"an input of {x.dtype} and {x.dim()} dimensions"
+    if cast is not None:  # decided for an input and weights of that type
+        x = x.new_empty(1, dtype=cast).expand(x.shape) if x.numel() else x.to(cast)
     columns = (1, x.shape[-1])  # outputs of the layer before, features of each
     for i, (weight, bias, activation) in enumerate(layers):
         tensors = [t for t in (weight, bias, *activation.tensors) if t is not None]
-        if any(t.dtype != x.dtype and t.is_floating_point() for t in (weight, bias) if t is not None):
+        if cast is None and any(t.dtype != x.dtype and t.is_floating_point() for t in (weight, bias) if t is not None):
             return "", "", f"layer {i}: its type is not the input's, {x.dtype}"
         if any(t.device != x.device for t in tensors):
             return "", "", f"layer {i}: it is not on the input's device, {x.device}"
@@ -113,9 +208,7 @@ def why_not(
         norm = norms[i] if norms else None
         if norm is not None and (reason := _why_not_norm(x, norm, math.prod(columns))):
             return "", "", f"layer {i}: {reason}"
-    if not (x.is_floating_point() and x.dim() >= 1 and x.layout == torch.strided):
-        return "", "", f"an input of {x.dtype} and {x.dim()} dimensions"
-    backend, precision = backends.choose(first[2], x, first[0], record=False)
+    backend, precision = backends.choose(layers[0][2], x, layers[0][0], record=False)
     implementation = backends.implementation(backend)
     maps = [activation.map for _, _, activation in layers]
     for map in maps[1:]:
@@ -133,29 +226,56 @@ def why_not(
 
 def _split(config: Config, tensors: Sequence[Tensor | None]):
     """Weights, biases, parameters of the activations, weight and bias of each norm."""
-    n = len(config.activations)
-    norms = 2 * n + len(config.constants)
-    return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n : norms]), list(tensors[norms:])
+    _, weights, biases, params, _ = config.ends
+    first = weights - 1
+    return (
+        list(tensors[:first]), list(tensors[first : biases - 1]), list(tensors[biases - 1 : params - 1]),
+        list(tensors[params - 1 :]),
+    )  # fmt: skip
 
 
-def _arguments(config: Config, tensors: Sequence[Tensor | None]):
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _run(name: str, config: Config, head: Sequence[Tensor | None], tensors: Sequence[Tensor | None], *rest):
+    """The raw operation `name` of (*head, network, *rest).
+
+    Where nothing looks at operations (a mode, a subclass, a transform, the profiler), the backend is called directly:
+    the dispatcher takes 20 us to pass a network's operands on.
+    """
     weights, biases, params, norms = _split(config, tensors)
-    return weights, biases, params, config.constants, config.activations, config.skips, norms, config.norm_eps
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or not all(t is None or type(t) in _PLAIN for t in (*head, *tensors))
+    ):
+        words = (config.constants, config.activations, config.skips, norms, config.norm_eps)
+        return getattr(raw, name)(*head, weights, biases, params, *words, *rest)
+    run = getattr(backends.implementation(config.backend), name)
+    pairs = backends.norms_by_layer(norms, config.norm_eps)
+    network = (weights, biases, params, config.constants, config.maps, config.skips, pairs)
+    if name == "mlp":
+        return run(*head, *network, config.precision, rest[2])
+    if name == "mlp_backward":
+        saved, _, precision, needs = rest
+        return run(*head, *network, saved, precision, needs)
+    loss, constants, scale, _, precision, needs = rest
+    return run(*head, *network, lookup(loss), constants, scale, precision, needs)
 
 
-def _layers(config: Config, tensors: Sequence[Tensor | None]) -> list[Layer]:
-    """The operands as layers again."""
+def _layers(config: Config, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Layer]:
+    """The operands as layers again, weights and biases in the type of the rows."""
     weights, biases, params, _ = _split(config, tensors)
     layers: list[Layer] = []
     at = 0
-    for weight, bias, key, count in zip(weights, biases, config.activations, config.counts, strict=True):
-        map = lookup(key)
+    for weight, bias, map, count in zip(weights, biases, config.maps, config.counts, strict=True):
         values = {
             name: config.constants[at + j] if params[at + j] is None else params[at + j]
             for j, name in enumerate(map.param_names)
         }
         at += count
-        layers.append((weight, bias, Activation(map, values)))
+        layers.append((weight.to(dtype), None if bias is None else bias.to(dtype), Activation(map, values)))
     return layers
 
 
@@ -177,7 +297,8 @@ def through_layers(
 
 def _through_layers(x: Tensor, config: Config, tensors: Sequence[Tensor | None]) -> Tensor:
     norms = backends.norms_by_layer(_split(config, tensors)[3], config.norm_eps)
-    return through_layers(x, _layers(config, tensors), config.skips, norms, (config.backend, config.precision))
+    layers = _layers(config, tensors, x.dtype)
+    return through_layers(x, layers, config.skips, norms, (config.backend, config.precision))
 
 
 def _parameter_gradients(config: Config, params, gp: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -195,21 +316,19 @@ def _parameter_gradients(config: Config, params, gp: Sequence[Tensor], needs: Se
 
 def _gradients(config: Config, tensors, results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """gx and the gradients of `tensors` from a raw operation's results; None where not needed."""
-    n, params = len(config.activations), _split(config, tensors)[2]
-    first, own = 1 + 2 * n, 1 + 2 * n + len(params)
+    n, (_, _, first, own, _) = len(config.activations), config.ends
 
     def plain(results, needs):
         return [r if need else None for r, need in zip(results, needs, strict=True)]
 
+    params = tensors[first - 1 : own - 1]
     of_params = _parameter_gradients(config, params, results[first : first + n], needs[first:own])
     return [*plain(results[:first], needs[:first]), *of_params, *plain(results[first + n :], needs[own:])]
 
 
 def _groups(config: Config, needs: Sequence[bool]) -> list[bool]:
     """Whether x, any weight, bias, parameter, norm needs a gradient."""
-    n = len(config.activations)
-    ends = [1, 1 + n, 1 + 2 * n, 1 + 2 * n + len(config.constants), len(needs)]
-    return [needs[0], *(any(needs[begin:end]) for begin, end in pairwise(ends))]
+    return [needs[0], *[any(needs[begin:end]) for begin, end in pairwise(config.ends)]]
 
 
 def _again(run, x: Tensor, tensors, needs: Sequence[bool], g: Tensor) -> list[Tensor | None]:
@@ -228,7 +347,7 @@ class Network(torch.autograd.Function):
 
     @staticmethod
     def forward(x, config, *tensors):
-        return raw.mlp(x, *_arguments(config, tensors), config.backend, config.precision, config.save)
+        return _run("mlp", config, (x,), tensors, config.backend, config.precision, config.save)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -250,10 +369,8 @@ class Network(torch.autograd.Function):
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
             grads = _again(lambda: _through_layers(x, config, tensors), x, tensors, needs, g)
         else:
-            results = linear_act._exactly(
-                x.device, raw.mlp_backward, g, x, *_arguments(config, tensors), saved, config.backend, config.precision,
-                _groups(config, needs),
-            )  # fmt: skip
+            rest = (saved, config.backend, config.precision, _groups(config, needs))
+            results = linear_act._exactly(x.device, _run, "mlp_backward", config, (g, x), tensors, *rest)
             grads = _gradients(config, tensors, results, needs)
         return grads[0], None, *grads[1:]
 
@@ -265,9 +382,9 @@ class NetworkLoss(torch.autograd.Function):
     def forward(ctx, x, target, row_weights, config, criterion, *tensors):
         inputs = ctx.needs_input_grad
         needs = [inputs[0], *inputs[5:]]
-        loss, *results = raw.mlp_loss(
-            x, target, row_weights, *_arguments(config, tensors), criterion.loss, criterion.constants, criterion.scale,
-            config.backend, config.precision, _groups(config, needs),
+        loss, *results = _run(
+            "mlp_loss", config, (x, target, row_weights), tensors, criterion.loss, criterion.constants,
+            criterion.scale, config.backend, config.precision, _groups(config, needs),
         )  # fmt: skip
         grads = _gradients(config, tensors, results, needs)
         ctx.config, ctx.criterion, ctx.count = config, criterion, len(tensors)
@@ -287,8 +404,16 @@ class NetworkLoss(torch.autograd.Function):
 
             scaled = _again(run, x, tensors, needs, g)
         else:
-            scaled = [None if t is None else (t * g).to(t.dtype) for t in grads]
+            scaled = _scaled(grads, g, (x, *tensors))
         return scaled[0], None, None, None, None, *scaled[1:]
+
+
+def _scaled(grads: Sequence[Tensor | None], g: Tensor, of: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients times the cotangent of a loss, in the types of what they belong to."""
+    # never the saved tensors themselves: a retained graph would see what becomes of the parameters' gradients
+    found = iter(torch._foreach_mul([t for t in grads if t is not None], g))
+    scaled = [None if t is None else next(found) for t in grads]
+    return [t if t is None or o is None else t.to(o.dtype) for t, o in zip(scaled, of, strict=True)]
 
 
 def elementwise_loss(
@@ -311,30 +436,48 @@ def _operands(
     for _, _, activation in layers:
         tensors += activation.tensors
         constants += activation.constants
-    return [*tensors, *backends.flat_norms(norms)[0]], tuple(constants)
+    return [*tensors, *backends.flat_norms(norms)[0]] if norms else tensors, tuple(constants)
 
 
-def _config(layers: Sequence[Layer], constants, backend: str, precision: str, save: bool, skips, norms) -> Config:
-    keys = tuple(activation.map.key for _, _, activation in layers)
-    counts = tuple(len(activation.tensors) for _, _, activation in layers)
-    skips = tuple(skips) if any(skips) else ()
-    return Config(keys, constants, counts, backend, precision, save, skips, tuple(backends.flat_norms(norms)[1]))
+def _config(
+    decision: Decision, layers: Sequence[Layer], constants, save: bool, skips: Sequence[bool], norms: Sequence
+) -> Config:
+    """The decision's configuration: the same object for all calls of one kind."""
+    config = decision.configs.get(save)
+    if config is None:
+        keys = tuple(activation.map.key for _, _, activation in layers)
+        counts = tuple(len(activation.tensors) for _, _, activation in layers)
+        skips = tuple(skips) if any(skips) else ()
+        eps = tuple(backends.flat_norms(norms)[1])
+        config = Config(keys, constants, counts, decision.backend, decision.precision, save, skips, eps)
+        decision.configs[save] = config
+    return config
+
+
+def _cast(x: Tensor, layers: Sequence[Layer], backend: str) -> tuple[Tensor, Sequence[Layer]]:
+    """To autocast's type, as each layer would do it for itself; weights only where the backend does not read any."""
+    dtype = autocast_type(x, layers)
+    if dtype is None:
+        return x, layers
+    if not backends.implementation(backend).reads_any_weights:
+        layers = [(w.to(dtype), None if b is None else b.to(dtype), activation) for w, b, activation in layers]
+    return x.to(dtype), layers
 
 
 def network(
     x: Tensor,
     layers: Sequence[Layer],
-    backend: str,
-    precision: str,
+    decision: Decision,
     save: bool,
     skips: Sequence[bool] = (),
     norms: Sequence[Norm | None] = (),
 ) -> Tensor:
-    """x [.., K] through all layers, on a backend of which `why_not` has found that it serves."""
+    """x [.., K] through all layers, where `decide` has found that the backend serves."""
+    x, layers = _cast(x, layers, decision.backend)
     tensors, constants = _operands(layers, norms)
     track = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
-    config = _config(layers, constants, backend, precision, save and track, skips, norms)
-    backends.record_network(x, layers, bool(norms), backend, precision)
+    config = _config(decision, layers, constants, save and track, skips, norms)
+    backends.record_network(x, layers, bool(norms), config.backend, config.precision)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     run = linear_act._apply if track else _untracked
     y = linear_act._exactly(x.device, run, Network, rows, config, *tensors)[0]
@@ -351,14 +494,14 @@ def network_loss(
     row_weights: Tensor | None,
     layers: Sequence[Layer],
     criterion: Criterion,
-    backend: str,
-    precision: str,
+    decision: Decision,
     skips: Sequence[bool] = (),
     norms: Sequence[Norm | None] = (),
 ) -> Tensor:
     """The criterion of the network's output, with all gradients made in the same pass; rows flattened, [M, ..]."""
+    x, layers = _cast(x, layers, decision.backend)
     tensors, constants = _operands(layers, norms)
-    config = _config(layers, constants, backend, precision, False, skips, norms)
-    backends.record_network(x, layers, bool(norms), backend, precision, criterion.loss)
+    config = _config(decision, layers, constants, False, skips, norms)
+    backends.record_network(x, layers, bool(norms), config.backend, config.precision, criterion.loss)
     args = (x, target, row_weights, config, criterion, *tensors)
-    return linear_act._exactly(x.device, NetworkLoss.apply, *args)
+    return linear_act._exactly(x.device, linear_act._apply, NetworkLoss, *args)

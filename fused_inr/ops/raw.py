@@ -18,7 +18,7 @@ from .backends import compute_dtype as compute_dtype
 _LIB = torch.library.Library("fused_inr", "DEF")
 _LIB.define(
     "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor?[] params, float[] constants, str activation, "
-    "str backend, str precision, bool save) -> (Tensor, Tensor)"
+    "str backend, str precision, str keep) -> (Tensor, Tensor)"
 )
 _LIB.define(
     "linear_act_backward(Tensor g, Tensor x, Tensor weight, Tensor? bias, Tensor?[] params, float[] constants, "
@@ -44,9 +44,9 @@ Params = Sequence[Tensor | None]
 
 
 @torch.library.impl(_LIB, "linear_act", "CompositeExplicitAutograd")
-def _linear_act(x, weight, bias, params, constants, activation, backend, precision, save):
+def _linear_act(x, weight, bias, params, constants, activation, backend, precision, keep):
     return backends.implementation(backend).linear_act(
-        x, weight, bias, params, constants, lookup(activation), precision, save
+        x, weight, bias, params, constants, lookup(activation), precision, keep
     )
 
 
@@ -111,11 +111,13 @@ mlp_loss = torch.ops.fused_inr.mlp_loss.default
 
 
 @torch.library.register_fake("fused_inr::linear_act", lib=_LIB)
-def _(x, weight, bias, params, constants, activation, backend, precision, save):
+def _(x, weight, bias, params, constants, activation, backend, precision, keep):
     map = lookup(activation)
     features = weight.shape[-2] // map.branches
     y = x.new_empty((*x.shape[:-1], map.outputs * features))
-    z_shape = (*x.shape[:-1], map.branches * features) if save else (0,)
+    if keep == "derivatives":
+        return y, x.new_empty((*x.shape[:-1], map.outputs * map.branches * features))
+    z_shape = (*x.shape[:-1], map.branches * features) if keep else (0,)
     return y, x.new_empty(z_shape, dtype=compute_dtype(x.dtype))
 
 
@@ -241,20 +243,20 @@ def _split_batch(t: Tensor, size: int, own_dims: int, batched: bool) -> Tensor:
 
 
 @torch.library.register_vmap("fused_inr::linear_act", lib=_LIB)
-def _(info, in_dims, x, weight, bias, params, constants, activation, backend, precision, save):
+def _(info, in_dims, x, weight, bias, params, constants, activation, backend, precision, keep):
     v = info.batch_size
-    rest = (constants, activation, backend, precision, save)
+    rest = (constants, activation, backend, precision, keep)
     if _any(in_dims[3] or ()):
         return _one_by_one(linear_act, info, in_dims, (x, weight, bias, params, *rest))
     if in_dims[1] is None and in_dims[2] is None:
         y, z = linear_act(_fold_rows(_batched(x, in_dims[0], v)), weight, bias, params, *rest)
         y = _unfold_rows(y, v)
-        return (y, _unfold_rows(z, v) if save else z), (0, 0 if save else None)
+        return (y, _unfold_rows(z, v) if keep else z), (0, 0 if keep else None)
     batched = x.dim() - (in_dims[0] is not None) == 3
     x, weight, bias = (_front(t, d, v) for t, d in zip((x, weight, bias), in_dims, strict=False))
     y, z = linear_act(_merge_batch(x, 2), _merge_batch(weight, 2), _merge_batch(bias, 1), params, *rest)
     y = _split_batch(y, v, 2, batched)
-    return (y, _split_batch(z, v, 2, batched) if save else z), (0, 0 if save else None)
+    return (y, _split_batch(z, v, 2, batched) if keep else z), (0, 0 if keep else None)
 
 
 @torch.library.register_vmap("fused_inr::linear_act_backward", lib=_LIB)

@@ -16,12 +16,13 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
 
 from .. import mlp_tune, tune
-from ..launch import TYPES, accumulator, contiguous_rows, dot_precision, mode, on_device
+from ..launch import TYPES, Launcher, accumulator, contiguous_rows, dot_precision, mode, on_device
 from ..linear_act import launch_weight_grad, weight_grad_splits
 from ..maps import INTERPRETED, identity
 from ..sums import launch_sum
@@ -112,34 +113,43 @@ class Call:
     constants: tuple[float, ...]
     dtype: torch.dtype
     precision: str
-    device: torch.device
+    arch: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A call's sizes, its numbers, and the constants that its kernels share."""
 
+    call: Call
     net: Network
-    arch: str
     acc: torch.dtype
     numbers: tuple[float, ...]  # of the maps, in as few sets as there are different layers from the front
     sets: int
     table: bool  # parameters are in the packed table instead
     last_params: tuple[float, ...]
     constants: dict[str, object]
+    #: elements of biases and table, and of the packed weights without and with a transposed copy, in the accumulators'
+    #: type, each a multiple of 64
+    bias_size: int
+    weight_sizes: tuple[int, int]
 
-    def config(self, op: str, dtype: torch.dtype, precision: str) -> mlp_tune.Config:
-        net = self.net
-        config = mlp_tune.pick(self.arch, op, dtype, precision, net.branches, net.channels, net.width)
+    def pick(self, op: str) -> mlp_tune.Config | None:
+        call, net = self.call, self.net
+        return mlp_tune.pick(call.arch, op, call.dtype, call.precision, net.branches, net.channels, net.width)
+
+    def config(self, op: str) -> mlp_tune.Config:
+        config = self.pick(op)
         if config is None:  # whoever asked `serves` is not here
-            raise ValueError(f"no configuration for width {net.features} in {dtype} {precision} on {self.arch} ({op})")
+            call = self.call
+            products = f"{call.dtype} {call.precision}"
+            raise ValueError(f"no configuration for width {self.net.features} in {products} on {call.arch} ({op})")
         return config
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(call: Call) -> Plan:
-    arch, maps = tune.arch(call.device), call.maps
-    net = _network(call.shapes, maps, arch)
+    maps = call.maps
+    net = _network(call.shapes, maps, call.arch)
     acc = accumulator(call.dtype)
     L, P = net.layers, net.n_params
     if any(call.tensors[L * P :]):
@@ -160,7 +170,10 @@ def _plan(call: Call) -> Plan:
     }  # fmt: skip
     numbers = tuple(values) if table else tuple(v for s in sets for v in s)
     last_params = tuple(float(c) for c in call.constants[L * P :])
-    return Plan(net, arch, acc, numbers, len(sets), table, last_params, constants)
+    sizes = [pack.sizes(net, back, table) for back in (False, True)]
+    words = [-(-weights * call.dtype.itemsize // (64 * acc.itemsize)) * 64 for weights, _ in sizes]
+    bias = -(-sizes[0][1] // 64) * 64
+    return Plan(call, net, acc, numbers, len(sets), table, last_params, constants, bias, tuple(words))
 
 
 def _of_config(plan: Plan, config: mlp_tune.Config) -> dict[str, object]:
@@ -174,49 +187,40 @@ def _last_map(m, level: int):
 
 def _call(x, weights, params, constants, maps, precision: str) -> Call:
     return Call(
-        tuple(w.shape for w in weights), tuple(maps), tuple(p is not None for p in params), tuple(constants), x.dtype,
-        precision, x.device,
+        tuple([w.shape for w in weights]), tuple(maps), tuple([p is not None for p in params]), tuple(constants),
+        x.dtype, precision, tune.arch(x.device),
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------- the packed network
 
 
-@dataclass(frozen=True)
-class _Packed:
+class _Packed(NamedTuple):
     """The packed network (`tiles.network`), and what follows it in its buffer."""
 
     weights: torch.Tensor
     bias: torch.Tensor
     rest: torch.Tensor
 
-    @staticmethod
-    def split(buffer: torch.Tensor, plan: Plan, dtype: torch.dtype, back: bool) -> _Packed:
-        weights, bias = pack.sizes(plan.net, back, plan.table)
-        begin = -(-bias // 64) * 64
-        end = begin + -(-weights * dtype.itemsize // (64 * buffer.dtype.itemsize)) * 64
-        return _Packed(buffer[begin:end].view(dtype), buffer, buffer[end:])
 
-    @staticmethod
-    def elements(plan: Plan, dtype: torch.dtype, back: bool) -> int:
-        """Of a buffer in the accumulators' type without a rest."""
-        weights, bias = pack.sizes(plan.net, back, plan.table)
-        return -(-bias // 64) * 64 + -(-weights * dtype.itemsize // (64 * plan.acc.itemsize)) * 64
+def _split(buffer: torch.Tensor, plan: Plan, back: bool) -> _Packed:
+    end = plan.bias_size + plan.weight_sizes[back]
+    return _Packed(buffer[plan.bias_size : end].view(plan.call.dtype), buffer, buffer[end:])
 
 
 def _has_back(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 4  # tf32 wants the summed index innermost
 
 
-def _pack(plan: Plan, buffer, weights, biases, params, dtype: torch.dtype, precision: str, back: bool) -> _Packed:
-    packed = _Packed.split(buffer, plan, dtype, back)
-    count = plan.net.layers * plan.net.n_params
-    params, numbers = list(params[:count]), plan.numbers
+def _pack(plan: Plan, buffer, weights, biases, params, back: bool) -> _Packed:
+    packed = _split(buffer, plan, back)
+    params, numbers = params[: plan.net.layers * plan.net.n_params], plan.numbers
     if plan.table and plan.acc == torch.float64:
         params = [buffer.new_tensor(c) if p is None else p for p, c in zip(params, numbers, strict=True)]
     pack.launch_pack(
-        plan.net, packed.weights, packed.bias, weights, biases, params, numbers, back, plan.table, dtype, precision
-    )
+        plan.net, packed.weights, packed.bias, weights, biases, params, numbers, back, plan.table, plan.call.dtype,
+        plan.call.precision,
+    )  # fmt: skip
     return packed
 
 
@@ -253,28 +257,39 @@ def mlp(x, weights, biases, params, constants, maps, precision: str = "ieee", sa
     back = save and _has_back(dtype)
     keeps = _keeps(plan, dtype, any(p is not None for p in params)) if save else NOTHING
     kept = net.layers * M * _kept_columns(plan, keeps) * (dtype.itemsize if keeps == JETS else plan.acc.itemsize)
-    size = _Packed.elements(plan, dtype, back) + -(-kept // plan.acc.itemsize)
+    size = plan.bias_size + plan.weight_sizes[back] + -(-kept // plan.acc.itemsize)
     buffer = x.new_empty(size, dtype=plan.acc)
-    packed = _pack(plan, buffer, weights, biases, params, dtype, precision, back)
+    packed = _pack(plan, buffer, weights, biases, params, back)
     if M:
         saved = None if keeps == NOTHING else packed.rest.view(dtype) if keeps == JETS else packed.rest
-        config = plan.config("save" if save else "forward", dtype, precision)
-        launch_forward(contiguous_rows(x), plan, packed, y, saved, maps, keeps, config, back)
+        config = plan.config("save" if save else "forward")
+        launch_forward(contiguous_rows(x), plan, packed, y, saved, keeps, config, back)
     return y, buffer if save else buffer.new_empty(0)
 
 
-def launch_forward(x, plan: Plan, packed: _Packed, y, saved, maps, keeps: int, config, back: bool) -> None:
+_forward = Launcher(forward_kernel)
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_constants(plan: Plan, config: mlp_tune.Config, keeps: int, back: bool) -> dict[str, object]:
+    maps, hidden = plan.call.maps, plan.net.layers - 1
+    return {
+        "MAP": maps[0].triton_jet() if keeps == JETS else maps[0].triton_map(0, False), "LAST": _last_map(maps[-1], 0),
+        "SAVE": keeps, "RESIDENT": hidden if hidden <= config.resident else 0, "K_MAJOR": back,
+        "STAGES": config.stages, "T": config.tiles, **_of_config(plan, config),
+    }  # fmt: skip
+
+
+def launch_forward(x, plan: Plan, packed: _Packed, y, saved, keeps: int, config: mlp_tune.Config, back: bool) -> None:
     """y [M, OUT] and what `keeps` says; M > 0."""
     net, M = plan.net, x.shape[0]
-    resident = net.layers - 1 if net.layers - 1 <= config.resident else 0
-    function = maps[0].triton_jet() if keeps == JETS else maps[0].triton_map(0, False)
+    arguments = (
+        x, packed.weights, packed.bias, () if plan.table else plan.numbers, plan.last_params, y, saved, M, net.layers,
+        net.inputs, net.inputs_pad, net.outputs, x.stride(0), y.stride(0),
+    )  # fmt: skip
     with on_device(x):
-        forward_kernel[(min(config.programs(x.device), triton.cdiv(M, config.block_m)),)](
-            x, packed.weights, packed.bias, () if plan.table else plan.numbers, plan.last_params, y, saved, M,
-            net.layers, net.inputs, net.inputs_pad, net.outputs, x.stride(0), y.stride(0), MAP=function,
-            LAST=_last_map(maps[-1], 0), SAVE=keeps, RESIDENT=resident, K_MAJOR=back, STAGES=config.stages,
-            T=config.tiles, **_of_config(plan, config),
-        )  # fmt: skip
+        programs = min(config.programs(x.device), triton.cdiv(M, config.block_m))
+        _forward(programs, arguments, _forward_constants(plan, config, keeps, back))
 
 
 # ---------------------------------------------------------------- training pass
@@ -294,19 +309,76 @@ class _Loss:
 
 def by_sums(net: Network, config: mlp_tune.Config, programs: int) -> mlp_tune.Config:
     """The configuration for this depth, with the way of the hidden weights' gradients settled: `sums`, unless those of
-    so many layers would leave the cache; of factors that wait in `later` tiles where the entry says so."""
+    so many layers would leave the cache; of the factors of `later` tiles where the entry says so."""
     if programs * (net.layers - 1) * net.square * 4 > mlp_tune.SUMS_BYTES:
         return replace(config, sums=False)
     later = 0 if config.sums else max(1, mlp_tune.LATER_ROWS // config.block_m)
     return replace(config, sums=True, later=later)
 
 
-def _one_pass(plan: Plan, dtype: torch.dtype, precision: str) -> mlp_tune.Config | None:
-    """The configuration with everything in registers, for a network that it serves."""
-    net = plan.net
-    found = mlp_tune.pick(plan.arch, "one_pass", dtype, precision, net.branches, net.channels, net.width)
-    fits = found is not None and net.layers - 1 <= found.resident and net.inputs_pad <= 32
-    return found if fits else None
+@dataclass(frozen=True)
+class Pass:
+    """What a training pass is, but for its plan: which gradients, of which loss (None: for a cotangent), from what."""
+
+    needs: tuple[bool, bool, bool, bool]
+    loss_map: object
+    weighted: bool
+    saved: bool
+    keeps: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """A pass settled: its configuration, where its sums lie, the constants of its kernel."""
+
+    config: mlp_tune.Config
+    one_pass: bool
+    programs: int
+    where: pack.Segments
+    starts: tuple[int, ...]
+    constants: dict[str, object]
+
+
+@functools.lru_cache(maxsize=256)
+def _training(
+    plan: Plan, which: Pass, narrow: mlp_tune.Config | None, config: mlp_tune.Config, multiprocessors: int
+) -> _Training:
+    """`narrow`: the configuration with everything in registers, where there is one."""
+    net, call, maps = plan.net, plan.call, plan.call.maps
+    need_x, need_w, need_b, need_p = which.needs
+    one_pass = narrow is not None and not which.saved and not need_p
+    if one_pass and net.layers - 1 <= narrow.resident and net.inputs_pad <= 32:
+        config = narrow
+    else:
+        one_pass = False
+        config = by_sums(net, config, multiprocessors * config.resident_programs)
+    blocks = config.sums and not config.later and config.tiles * net.channels > 1  # of more columns than one
+    side = net.width // config.tiles if blocks else 0
+    loss = which.loss_map is not None
+    where = pack.segments(net, need_w, need_b, need_p, loss, config.sums, side)
+    back, jets = _has_back(call.dtype), which.keeps == JETS
+    functions = (which.loss_map.triton_map(0, False), which.loss_map.triton_map(1, False)) if loss else (identity,) * 2
+    constants = {
+        "LAST": _last_map(maps[-1], 0), "LAST_GRAD": maps[-1].triton_map(1, False), "LOSS": functions[0],
+        "LOSS_GRAD": functions[1], "HAS_LOSS": loss, "HAS_WEIGHTS": which.weighted, "NEED_X": need_x, "NEED_W": need_w,
+        "NEED_B": need_b, "K_MAJOR": back, "GROUPS": -(-net.layers // BIAS_COLUMNS), **_of_config(plan, config),
+    }  # fmt: skip
+    starts = [where.first, where.hidden, where.last, where.bias, where.map_params, where.loss]
+    if one_pass:
+        del starts[4]
+        constants |= {
+            "MAP": maps[0].triton_jet(), "HIDDEN": net.layers - 1, "K_PAD": net.inputs_pad,
+            "RESIDENT": config.reload and not back,
+        }  # fmt: skip
+    else:
+        constants |= {
+            "MAP": maps[0].triton_jet() if jets else maps[0].triton_map(0, False),
+            "MAP_GRAD": maps[0].triton_map(1, need_p), "GP": net.n_params if need_p else 0, "JETS": jets,
+            "RECOMPUTE": not which.saved, "SUMS": config.sums, "LATER": config.later, "RELOAD": config.reload,
+            "STAGES": config.stages, "T": config.tiles, "BLOCK_X": min(32, net.inputs_pad),
+        }  # fmt: skip
+    programs = multiprocessors * config.resident_programs
+    return _Training(config, one_pass, programs, where, tuple([max(0, at) for at in starts]), constants)
 
 
 def _train(g, x, weights, biases, params, constants, maps, saved, precision: str, needs, loss: _Loss | None):
@@ -315,151 +387,133 @@ def _train(g, x, weights, biases, params, constants, maps, saved, precision: str
     net, M, dtype, acc = plan.net, x.shape[0], x.dtype, plan.acc
     L = net.layers
     need_x, need_w, need_b, need_p = needs
-    need_b = need_b and any(b is not None for b in biases)
-    need_p = need_p and net.n_params > 0
-    if needs[3] and maps[-1].n_params:
+    if need_p and maps[-1].n_params:
         raise ValueError(f"gradients of the parameters of the last activation, {maps[-1].name}, are not computed here")
+    need_b, need_p = need_b and any(b is not None for b in biases), need_p and net.n_params > 0
     back = _has_back(dtype)
-    elements = _Packed.elements(plan, dtype, back)
     if saved is None:
-        packed = _pack(plan, x.new_empty(elements, dtype=acc), weights, biases, params, dtype, precision, back)
+        buffer = x.new_empty(plan.bias_size + plan.weight_sizes[back], dtype=acc)
+        packed = _pack(plan, buffer, weights, biases, params, back)
     else:
-        packed = _Packed.split(saved, plan, dtype, back)
+        packed = _split(saved, plan, back)
     keeps = _keeps(plan, dtype, need_p if saved is None else any(p is not None for p in params))
-    config = _one_pass(plan, dtype, precision) if saved is None and not need_p else None
-    one_pass = config is not None
-    if config is None:
-        config = plan.config("train" if saved is None else "backward", dtype, precision)
-        config = by_sums(net, config, config.programs(x.device))
-    x = contiguous_rows(x)
+    which = Pass(
+        (need_x, need_w, need_b, need_p), None if loss is None else loss.map,
+        loss is not None and loss.row_weights is not None, saved is not None, keeps,
+    )  # fmt: skip
+    op = "train" if saved is None else "backward"
+    training = _training(plan, which, plan.pick("one_pass"), plan.config(op), tune.multiprocessors(x.device))
     # float16 gradients of a loss leave in float32: they are multiplied by the factor of a loss scaler later
     out_type = torch.float32 if loss is not None and dtype == torch.float16 else None
     gx = x.new_empty((M, net.inputs) if need_x else (0,), dtype=out_type)
     nothing = gx.new_empty(0)
-    gw = [torch.empty(w.shape, dtype=out_type or w.dtype, device=x.device) if need_w else nothing for w in weights]
-    gb = [torch.empty(b.shape, dtype=out_type or b.dtype, device=x.device) if need_b and b is not None
-          else b if b is None else nothing for b in biases]  # fmt: skip
-    gp = [x.new_empty((net.n_params, net.features), dtype=acc) if need_p else None for _ in range(L)]
+
+    def gradient(t, needed):
+        return torch.empty_like(t, dtype=out_type, memory_format=torch.contiguous_format) if needed else nothing
+
+    gw = [gradient(w, need_w) for w in weights]
+    gb = [None if b is None else gradient(b, need_b) for b in biases]
+    gp = [x.new_empty((net.n_params, net.features), dtype=acc) for _ in range(L)] if need_p else []
     value = None if loss is None else x.new_empty((), dtype=acc)
-    side = net.width // config.tiles if config.sums and not config.later and config.tiles > 1 else 0
-    where = pack.segments(net, need_w, need_b, need_p, loss is not None, config.sums, side)
-    chunk, hidden = M, None
-    if not config.sums and need_w:
-        row_bytes = max(1, L - 1) * (net.rows + net.columns) * dtype.itemsize
-        chunk = max(1, mlp_tune.CHUNK_BYTES // row_bytes // config.block_m) * config.block_m
-        hidden = x.new_zeros((L - 1, net.rows, net.columns), dtype=acc)
-    chunk = min(chunk, M)
-    programs = min(config.programs(x.device), triton.cdiv(chunk, config.block_m))
-    if M and (where.total or need_x):
-        sums = x.new_empty((programs, where.total), dtype=acc)
-        if one_pass:
-            _launch_one_pass(plan, packed, config, maps, x, g, loss, sums, where, gx, programs, needs, back)
-        else:
-            _passes(
-                plan, packed, config, maps, x, g, loss, sums, where, gx, hidden, chunk, programs,
-                (need_x, need_w, need_b, need_p), precision, keeps, saved is not None, back,
-            )  # fmt: skip
+    unscale = 1.0 if loss is None else 1.0 / loss.factor
+    total, hidden = training.where.total, None
+    if M and (total or need_x):
+        sums, hidden = _passes(plan, packed, training, which, contiguous_rows(x), g, loss, gx, back)
     else:
-        sums = x.new_zeros((1, where.total), dtype=acc)
-    if where.total:
-        unscale = 1.0 if loss is None else 1.0 / loss.factor
+        sums = x.new_zeros((1, total), dtype=acc)
+    if total:
         pack.launch_finish(
-            net, where, sums, gw if need_w else (), [b if b is not None and b.numel() else None for b in gb],
-            gp if need_p else (), value, unscale,
+            net, training.where, sums, gw if need_w else (), gb if need_b else (), gp, value, unscale
         )  # fmt: skip
-    if hidden is not None:
-        unscale = 1.0 if loss is None else 1.0 / loss.factor
+    if need_w and not training.config.sums:
         B, C, N, W = net.branches, net.channels, net.features, net.width
         for i in range(L - 1):
-            own = hidden[i].view(B, W, C, W)[:, :N, :, :N]
-            gw[1 + i].view(own.shape).copy_(own * unscale)
-    gb = [nothing.new_empty(0, dtype=acc) if b is None else b for b in gb]
-    gp = [nothing.new_empty(0, dtype=acc) if p is None else p for p in gp] + [nothing.new_empty(0, dtype=acc)]
-    return [*(() if value is None else (value,)), gx, *gw, *gb, *gp]
+            own = 0.0 if hidden is None else hidden[i].view(B, W, C, W)[:, :N, :, :N] * unscale
+            gw[1 + i].view(B, N, C, N).copy_(own) if hidden is not None else gw[1 + i].zero_()
+    empty = nothing.new_empty(0, dtype=acc)
+    gb = [empty if b is None else b for b in gb]
+    return [*(() if value is None else (value,)), gx, *gw, *gb, *(gp or [empty] * L), empty]
 
 
-def _rows_and_functions(loss: _Loss | None, x, g, rows: slice):
-    """The rows of a launch, and what it needs of the loss."""
+def _rows(loss: _Loss | None, x, g, start: int, stop: int):
+    """The rows of a launch, and the strides of cotangent and target."""
     if loss is None:
-        g = contiguous_rows(g[rows])
-        return Rows(x[rows], g, None, None), (g.stride(0), 0), 1.0, 1.0, (), (identity, identity)
-    target = contiguous_rows(loss.target)[rows]
-    row_weights = None if loss.row_weights is None else loss.row_weights[rows]
-    functions = (loss.map.triton_map(0, False), loss.map.triton_map(1, False))
-    data = Rows(x[rows], None, target, row_weights)
-    return data, (0, target.stride(0)), loss.scale * loss.factor, 1.0 / loss.factor, loss.constants, functions
+        g = contiguous_rows(g)
+        return Rows(x[start:stop], g[start:stop], None, None), (g.stride(0), 0)
+    target, row_weights = contiguous_rows(loss.target), loss.row_weights
+    data = Rows(x, None, target, row_weights)
+    if stop - start < len(x):
+        row_weights = None if row_weights is None else row_weights[start:stop]
+        data = Rows(x[start:stop], None, target[start:stop], row_weights)
+    return data, (0, target.stride(0))
 
 
-def _flags(maps, functions, loss: _Loss | None, data: Rows, needs, back: bool, layers: int) -> dict[str, object]:
-    return {
-        "LAST": _last_map(maps[-1], 0), "LAST_GRAD": maps[-1].triton_map(1, False), "LOSS": functions[0],
-        "LOSS_GRAD": functions[1], "HAS_LOSS": loss is not None, "HAS_WEIGHTS": data.weights is not None,
-        "NEED_X": needs[0], "NEED_W": needs[1], "NEED_B": needs[2], "K_MAJOR": back,
-        "GROUPS": -(-layers // BIAS_COLUMNS),
-    }  # fmt: skip
+_train_pass, _one_pass = Launcher(train_kernel), Launcher(one_pass_kernel)
 
 
-def _launch_one_pass(plan, packed, config, maps, x, g, loss, sums, where, gx, programs, needs, back) -> None:
-    net, M = plan.net, x.shape[0]
-    data, strides, scale, unscale, loss_params, functions = _rows_and_functions(loss, x, g, slice(0, M))
-    starts = [max(0, at) for at in (where.first, where.hidden, where.last, where.bias, where.loss)]
-    needs = (needs[0], where.first >= 0, where.bias >= 0)
-    with on_device(x):
-        one_pass_kernel[(programs,)](
-            data, packed.weights, packed.bias, sums, () if plan.table else plan.numbers, plan.last_params, loss_params,
-            scale, unscale, gx, M, net.inputs, net.outputs, x.stride(0), *strides, where.total, *starts,
-            MAP=maps[0].triton_jet(), HIDDEN=net.layers - 1, K_PAD=net.inputs_pad, RESIDENT=config.reload and not back,
-            **_flags(maps, functions, loss, data, needs, back, net.layers), **_of_config(plan, config),
+def _passes(plan: Plan, packed: _Packed, training: _Training, which: Pass, x, g, loss: _Loss | None, gx, back: bool):
+    """The training pass, in one launch or, where gradients of hidden weights are products of all rows' factors, by
+    chunks of rows: the programs' sums, and in the second case gradients of the hidden weights [L-1, B*WIDTH, C*WIDTH].
+    """
+    net, M, L, config = plan.net, x.shape[0], plan.net.layers, training.config
+    loss_params, scale, unscale = (), 1.0, 1.0
+    if loss is not None:
+        loss_params, scale, unscale = loss.constants, loss.scale * loss.factor, 1.0 / loss.factor
+    numbers = () if plan.table else plan.numbers
+    head = (packed.weights, packed.bias)
+    if training.one_pass:
+        programs = min(training.programs, triton.cdiv(M, config.block_m))
+        sums = x.new_empty((programs, training.where.total), dtype=plan.acc)
+        data, strides = _rows(loss, x, g, 0, M)
+        arguments = (
+            data, *head, sums, numbers, plan.last_params, loss_params, scale, unscale, gx, M, net.inputs, net.outputs,
+            x.stride(0), *strides, training.where.total, *training.starts,
         )  # fmt: skip
-
-
-def _passes(
-    plan, packed, config, maps, x, g, loss, sums, where, gx, hidden, chunk, programs, needs, precision, keeps, saved,
-    back,
-) -> None:  # fmt: skip
-    """The training pass, in one launch or, where hidden gradients are products of all rows' factors, by chunks of
-    rows."""
-    net, M, L = plan.net, x.shape[0], plan.net.layers
-    need_x, need_w, need_b, need_p = needs
-    jets = keeps == JETS
+        with on_device(x):
+            _one_pass(programs, arguments, training.constants)
+        return sums, None
+    jets, need_w = which.keeps == JETS, which.needs[1]
+    chunk, hidden = M, None
+    if not config.sums and need_w:
+        row_bytes = max(1, L - 1) * (net.rows + net.columns) * x.dtype.itemsize
+        chunk = min(M, max(1, mlp_tune.CHUNK_BYTES // row_bytes // config.block_m) * config.block_m)
+        hidden = x.new_zeros((L - 1, net.rows, net.columns), dtype=plan.acc)
+    programs = min(training.programs, triton.cdiv(chunk, config.block_m))
+    sums = x.new_empty((programs, training.where.total), dtype=plan.acc)
     gz = h = None
     if need_w and (config.later or hidden is not None):
         waiting = programs * config.later * config.block_m if config.later else chunk
         gz = x.new_empty(max(1, (L - 1) * waiting * net.rows))
-        if not jets or (saved if config.later else not saved):
+        if not jets or which.saved == bool(config.later):
             h = x.new_empty(max(1, (L - 1) * waiting * net.columns))
-    rows_s = M if saved else programs * config.block_m * (config.later if jets and config.later else 1)
+    rows_s = M if which.saved else programs * config.block_m * (config.later if jets and config.later else 1)
     kept_type = x.dtype if jets else plan.acc
-    if saved:
+    if which.saved:
         kept = packed.rest.view(kept_type)
     else:
-        kept = x.new_empty(L * rows_s * _kept_columns(plan, keeps), dtype=kept_type)
-    starts = [max(0, at) for at in (where.first, where.hidden, where.last, where.bias, where.map_params, where.loss)]
+        kept = x.new_empty(L * rows_s * _kept_columns(plan, which.keeps), dtype=kept_type)
     for start in range(0, M, chunk):
-        rows = slice(start, min(start + chunk, M))
-        count = rows.stop - rows.start
-        data, strides, scale, unscale, loss_params, functions = _rows_and_functions(loss, x, g, rows)
+        count = min(chunk, M - start)
+        data, strides = _rows(loss, x, g, start, start + count)
+        arguments = (
+            data, *head, sums, numbers, plan.last_params, loss_params, scale, unscale, kept,
+            gx[start : start + count] if which.needs[0] and chunk < M else gx, gz, h, count, L, net.inputs,
+            net.inputs_pad, net.outputs, start, rows_s, count, int(start > 0), x.stride(0), *strides,
+            training.where.total, *training.starts,
+        )  # fmt: skip
         with on_device(x):
-            train_kernel[(min(programs, triton.cdiv(count, config.block_m)),)](
-                data, packed.weights, packed.bias, sums, () if plan.table else plan.numbers, plan.last_params,
-                loss_params, scale, unscale, kept, gx[rows] if need_x else gx, gz, h, count, L, net.inputs,
-                net.inputs_pad, net.outputs, start, rows_s, count, int(start > 0), x.stride(0), *strides, where.total,
-                *starts,
-                MAP=maps[0].triton_jet() if jets else maps[0].triton_map(0, False),
-                MAP_GRAD=maps[0].triton_map(1, need_p), GP=net.n_params if need_p else 0, JETS=jets,
-                RECOMPUTE=not saved, SUMS=config.sums, LATER=config.later, RELOAD=config.reload, STAGES=config.stages,
-                T=config.tiles, BLOCK_X=min(32, net.inputs_pad),
-                **_flags(maps, functions, loss, data, needs, back, L), **_of_config(plan, config),
-            )  # fmt: skip
+            _train_pass(min(programs, triton.cdiv(count, config.block_m)), arguments, training.constants)
         if hidden is not None and L > 1:
             if h is not None:
                 factors = h[: (L - 1) * count * net.columns].view(L - 1, count, net.columns)
             else:  # the forward's activations
-                factors = kept[: L * M * net.columns].view(L, M, net.columns)[: L - 1, rows]
-            hidden += _hidden_gradient(net, gz[: (L - 1) * count * net.rows].view(L - 1, count, -1), factors, precision)
+                factors = kept[: L * M * net.columns].view(L, M, net.columns)[: L - 1, start : start + count]
+            gradients = gz[: (L - 1) * count * net.rows].view(L - 1, count, net.rows)
+            hidden += _hidden_gradient(gradients, factors, plan.call.precision)
+    return sums, hidden
 
 
-def _hidden_gradient(net: Network, gz, h, precision: str) -> torch.Tensor:
+def _hidden_gradient(gz, h, precision: str) -> torch.Tensor:
     """gz^T h of a chunk for all hidden products at once, [L-1, B*WIDTH, C*WIDTH] in float32."""
     layers, rows, N = gz.shape
     K = h.shape[-1]

@@ -7,6 +7,7 @@ fixed order and writes every gradient in its own shape and type.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .. import tune
-from ..launch import TYPES, accumulator, dot_precision, on_device
+from ..launch import TYPES, Launcher, accumulator, dot_precision, on_device
 from ..maps import factor, narrow
 
 #: Elements of a packed weight that a program writes: every packed weight is a multiple of it.
@@ -156,24 +157,36 @@ def sizes(net: Network, back: bool, table: bool) -> tuple[int, int]:
     return weights, net.layers * net.rows + net.outputs_pad + (net.layers * net.n_params * net.width if table else 0)
 
 
+_pack = Launcher(pack_kernel)
+
+
+@functools.lru_cache(maxsize=256)
+def _pack_constants(net: Network, back: bool, table: bool, dtype: torch.dtype, precision: str) -> tuple[int, dict]:
+    programs = (sizes(net, False, False)[0]) // PACK_BLOCK + net.layers + 1
+    return programs, {
+        "B": net.branches, "C": net.channels, "P": net.n_params, "L": net.layers, "N": net.features,
+        "WIDTH": net.width, "K_PAD": net.inputs_pad, "OUT_PAD": net.outputs_pad, "BACK": back, "TABLE": table,
+        "PRECISION": dot_precision(dtype, precision), "DTYPE": TYPES[dtype], "ACC": TYPES[accumulator(dtype)],
+        "BLOCK": PACK_BLOCK, "num_warps": 2, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
 def launch_pack(
     net: Network, packed, bias, weights: Sequence, biases: Sequence, params: Sequence, numbers: Sequence[float],
     back: bool, table: bool, dtype: torch.dtype, precision: str,
 ) -> None:  # fmt: skip
     """packed and bias, of the elements that `sizes` says, from the network's own tensors; params and numbers: of the
     layers before the last."""
-    programs = (sizes(net, back, False)[0] - (back and (net.layers - 1) * net.square)) // PACK_BLOCK + net.layers + 1
-    acc = accumulator(dtype)
+    programs, constants = _pack_constants(net, back, table, dtype, precision)
+    strides = [w.stride() for w in weights]
+    arguments = (
+        packed, bias, tuple(weights), tuple([s[0] for s in strides]), tuple([s[1] for s in strides]), tuple(biases),
+        tuple([0 if b is None else b.stride(0) for b in biases]), tuple(params) if table else (),
+        tuple([0 if p is None or not p.dim() else p.stride(0) for p in params]) if table else (),
+        tuple(numbers) if table else (), net.inputs, net.outputs,
+    )  # fmt: skip
     with on_device(packed):
-        pack_kernel[(programs,)](
-            packed, bias, tuple(weights), tuple(w.stride(0) for w in weights), tuple(w.stride(1) for w in weights),
-            tuple(biases), tuple(0 if b is None else b.stride(0) for b in biases), tuple(params) if table else (),
-            tuple(0 if p is None or not p.dim() else p.stride(0) for p in params) if table else (),
-            tuple(numbers) if table else (), net.inputs, net.outputs, B=net.branches, C=net.channels, P=net.n_params,
-            L=net.layers, N=net.features, WIDTH=net.width, K_PAD=net.inputs_pad, OUT_PAD=net.outputs_pad, BACK=back,
-            TABLE=table, PRECISION=dot_precision(dtype, precision), DTYPE=TYPES[dtype], ACC=TYPES[acc],
-            BLOCK=PACK_BLOCK, num_warps=2, enable_fp_fusion=True,
-        )  # fmt: skip
+        _pack(programs, arguments, constants)
 
 
 # ---------------------------------------------------------------- finish
@@ -197,6 +210,7 @@ class Segments:
     block: int
 
 
+@functools.lru_cache(maxsize=256)
 def segments(net: Network, needs_w: bool, needs_b: bool, needs_p: bool, loss: bool, hidden: bool, block: int):
     """The layout of the sums that are needed."""
     lengths = {
@@ -284,15 +298,34 @@ def finish_kernel(
             tl.store(loss_ptr + offs - LOSS, v, mask=offs == LOSS)
 
 
+_finish = Launcher(finish_kernel)
+
+
+@functools.lru_cache(maxsize=256)
+def _finish_constants(net: Network, where: Segments, acc: torch.dtype) -> dict:
+    return {
+        "B": net.branches, "C": net.channels, "P": net.n_params, "L": net.layers, "N": net.features,
+        "WIDTH": net.width, "K_PAD": net.inputs_pad, "OUT_PAD": net.outputs_pad, "FIRST": where.first,
+        "HIDDEN": where.hidden, "LAST": where.last, "BIAS": where.bias, "PARAMS": where.map_params, "LOSS": where.loss,
+        "TOTAL": where.total, "SIDE": where.block, "ACC": TYPES[acc], "BLOCK_S": FINISH_ROWS, "BLOCK_L": FINISH_BLOCK,
+        "num_warps": 4, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
 def launch_finish(
     net: Network, where: Segments, sums, weights: Sequence, biases: Sequence, map_params: Sequence, loss, scale: float
 ) -> None:
     """The network's gradients and the loss from sums [programs, where.total]; what there is none of is None."""
+    arguments = (
+        sums,
+        tuple(weights),
+        tuple(biases),
+        tuple(map_params),
+        loss,
+        sums.shape[0],
+        scale,
+        net.inputs,
+        net.outputs,
+    )
     with on_device(sums):
-        finish_kernel[(where.total // FINISH_BLOCK,)](
-            sums, tuple(weights), tuple(biases), tuple(map_params), loss, sums.shape[0], scale, net.inputs, net.outputs,
-            B=net.branches, C=net.channels, P=net.n_params, L=net.layers, N=net.features, WIDTH=net.width,
-            K_PAD=net.inputs_pad, OUT_PAD=net.outputs_pad, FIRST=where.first, HIDDEN=where.hidden, LAST=where.last,
-            BIAS=where.bias, PARAMS=where.map_params, LOSS=where.loss, TOTAL=where.total, SIDE=where.block,
-            ACC=TYPES[sums.dtype], BLOCK_S=FINISH_ROWS, BLOCK_L=FINISH_BLOCK, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        _finish(where.total // FINISH_BLOCK, arguments, _finish_constants(net, where, sums.dtype))
