@@ -717,7 +717,8 @@ class _Reader:
             for space, size in self.accesses(row):
                 smallest[space] = min(smallest[space], size)
         return Program(
-            self.name, code, np.array(pool or [0], np.int32), np.array(self.constants, CONSTANT), self.next, self.params,
+            self.name, code, np.array(pool or [0], np.int32), np.array(self.constants, CONSTANT), self.next,
+            self.params,
             self.param_bytes, self.threads, self.static, self.local_bytes, smallest["shared"], smallest["global"],
             self.watches_registers, self.has_partial_barriers, self.variables, [row.text for row in self.rows],
             [row.location for row in self.rows], [row.mnemonic for row in self.rows],

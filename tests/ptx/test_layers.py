@@ -5,7 +5,7 @@ import pytest
 import torch
 from fused_inr.bench import bounds
 from fused_inr.bench.cases import PRECISIONS, matmul_precision
-from fused_inr.bench.gpu import layer_accuracy
+from fused_inr.bench.gpu.checks import layer_accuracy
 
 import fused_inr as fi
 from fused_inr.functional import linear_act
