@@ -98,7 +98,7 @@ class Interpreter : public Machine {
   // Before an instruction whose lanes are m: where uncertain values go.
   void follow_uncertain(const Instruction &I, Warp &w, u32 m) {
     const int32_t *o = program.operands + I.first;
-    if (I.guard >= 0) use(w, I.guard, w.active);
+    if (I.guard >= 0) use(w, I.guard, w.path.lanes);
     const Passes passes = TABLE[I.op].passes;
     const int sources = passes == Passes::load ? std::min(I.operands, I.targets + 1) : I.operands;
     u32 uncertain = 0;
@@ -142,9 +142,18 @@ class Interpreter : public Machine {
       for (int k = 0; k < I.targets + (I.width ? 4 : 0); k++)
         if (w.written[o[k] >> 6] > w.fenced) report(NO_WGMMA_FENCE, at, -1, w.agent, 0, 0, 0, 0);
     } else {
-      for (int k = 0; k < I.targets; k++)  // a copy is the compiler's, which the assembler takes out
-        w.written[o[k] >> 6] = I.op == op::mov_32 ? w.written[o[1] >> 6] : w.steps;
+      for (int k = 0; k < I.targets; k++)  // a copy of a register is the compiler's, which the assembler takes out
+        w.written[o[k] >> 6] = I.op == op::mov_32 && I.flags ? w.written[o[1] >> 6] : w.steps;
     }
+  }
+
+  // The lanes of a path go different ways, the last of these first, and meet again at `until`.
+  void diverge(Warp &w, int until, const std::vector<std::pair<int, u32>> &ways) {
+    if (ways.size() > 1 && until != w.path.until) w.paths.push_back({until, w.path.lanes, w.path.until});
+    if (ways.size() == 1) until = w.path.until;
+    for (auto [at, lanes] : ways) w.paths.push_back({at, lanes, until});
+    w.path = w.paths.back();
+    w.paths.pop_back();
   }
 
   // -- loads and stores
@@ -347,29 +356,12 @@ void Interpreter::run(Warp &w) {
       w.state = State::done;
       return;
     }
-    if (!w.others.empty() || !w.active) {  // the path that is furthest behind goes on; those that meet are one
-      int first = w.active ? w.at : INT32_MAX, chosen = -1;
-      for (size_t i = 0; i < w.others.size(); i++)
-        if (w.others[i].at < first) {
-          first = w.others[i].at;
-          chosen = (int)i;
-        }
-      if (chosen >= 0) {
-        const Path path = w.others[chosen];
-        w.others.erase(w.others.begin() + chosen);
-        if (w.active) w.others.push_back({w.at, w.active});
-        w.at = path.at;
-        w.active = path.lanes;
-      }
-      for (size_t i = 0; i < w.others.size();)
-        if (w.others[i].at == w.at) {
-          w.active |= w.others[i].lanes;
-          w.others.erase(w.others.begin() + i);
-        } else {
-          i++;
-        }
+    while (!w.paths.empty() && (!w.path.lanes || w.path.at == w.path.until)) {  // its end: the next one goes on
+      w.path = w.paths.back();
+      w.path.lanes &= ~w.exited;
+      w.paths.pop_back();
     }
-    const int at = w.at;
+    const int at = w.path.at;
     const Instruction &I = program.code[at];
     counts[at]++;
     if (++steps > launch.limit) {
@@ -377,14 +369,14 @@ void Interpreter::run(Warp &w) {
       w.exited = ~0u;
       continue;
     }
-    u32 m = w.active;
+    u32 m = w.path.lanes;
     if (I.guard >= 0) {
       const __m256i *p = (const __m256i *)(registers + I.guard);
       u32 set = 0;
       for (int i = 0; i < 4; i++) set |= (u32)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_load_si256(p + i))) << (8 * i);
       m &= I.guard_negated ? ~set : set;
     }
-    w.at = at + 1;
+    w.path.at = at + 1;
     if (w.uncertain_registers) follow_uncertain(I, w, m);
     if (!m) continue;
     if (program.watches_registers) watch_registers(I, w, at);
@@ -627,7 +619,7 @@ void Interpreter::run(Warp &w) {
         EACH(d[i] = (u32)chosen; p[i] = i == chosen ? -1 : 0;)
       } break;
       case op::bar_sync: case op::bar_arrive: {  // value: which; count: of how many threads, 0 for all
-        if ((m | w.exited) != ~0u || !w.others.empty()) report(DIVERGENT, at, -1, w.agent, 0, 0, 0, 0);
+        if ((m | w.exited) != ~0u) report(DIVERGENT, at, -1, w.agent, 0, 0, 0, 0);
         arrive((int)I.value, w, I.count, I.op == op::bar_sync);
         if (I.op == op::bar_arrive) break;
         w.state = State::at_barrier;
@@ -637,29 +629,34 @@ void Interpreter::run(Warp &w) {
         together();
         w.agent.sync++;
         break;
-      case op::bra:
-        if (w.active & ~m) w.others.push_back({at + 1, w.active & ~m});
-        w.active = m;
-        w.at = o[0];
+      case op::bra:  // value: where the lanes that jump and those that do not meet again; flags: those that stay go first
+        if (const u32 stay = w.path.lanes & ~m) {
+          if (I.flags) diverge(w, (int)I.value, {{o[0], m}, {at + 1, stay}});
+          else diverge(w, (int)I.value, {{at + 1, stay}, {o[0], m}});
+        } else {
+          w.path.at = o[0];
+        }
         break;
-      case op::brx: {  // count: labels, which lie behind the operand that chooses one
+      case op::brx: {  // count: labels, which lie behind the operand that chooses one; value: as above
         const u32 *index = R(u32, 0);
-        if (w.active & ~m) w.others.push_back({at + 1, w.active & ~m});
-        w.active = 0;
+        std::vector<std::pair<int, u32>> ways;
+        if (w.path.lanes & ~m) ways.push_back({at + 1, w.path.lanes & ~m});
         for (int label = 0; label < I.count; label++) {
           u32 lanes = 0;
           for (int i = 0; i < 32; i++) lanes |= (u32)((m >> i & 1) && index[i] == (u32)label) << i;
-          if (lanes) w.others.push_back({o[1 + label], lanes});
+          if (lanes) ways.push_back({o[1 + label], lanes});
           m &= ~lanes;
         }
         if (m) {
           report(OUT_OF_BOUNDS_READ, at, -1, w.agent, __builtin_ctz(m), 0, index[__builtin_ctz(m)], 4);
           w.exited |= m;
+          w.path.lanes &= ~m;
         }
+        if (!ways.empty()) diverge(w, (int)I.value, ways);
       } break;
       case op::ret:
         w.exited |= m;
-        w.active &= ~m;
+        w.path.lanes &= ~m;
         break;
       case op::trap:
         report(TRAP, at, -1, w.agent, 0, 0, 0, 0);
@@ -707,7 +704,7 @@ bool Interpreter::release_barriers() {
     if (arrived < needed) report(EXITED_WARP, 0, -1, warps[b.arrived[0].warp].agent, 0, 0, 0, 0);
     int waiting = 0;
     for (const Arrival &a : b.arrived) waiting += a.waits;
-    if (waiting == alive) new_epoch();
+    if (waiting == launch.warps || arrived < needed) new_epoch();
     else join(b);
     for (const Arrival &a : b.arrived)
       if (a.waits) warps[a.warp].state = State::ready;
@@ -720,7 +717,7 @@ bool Interpreter::release_barriers() {
 void Interpreter::start(Warp &w, int index, int x, int y, int z) {
   w = Warp();
   w.index = w.agent.warp = index;
-  w.active = ~0u;
+  w.path = {0, ~0u, -1};
   w.agent.sync = 1;
   w.storage.assign(program.register_bytes + 64, 0xff);
   w.registers = (uint8_t *)(((uintptr_t)w.storage.data() + 63) & ~(uintptr_t)63);
@@ -765,10 +762,10 @@ void Interpreter::run_block(int x, int y, int z) {
     bool ran = false;
     for (int i : order)
       if (warps[i].state == State::ready || warps[i].state == State::yielded) {
-        const int before = warps[i].at;
+        const int before = warps[i].path.at;
         const State state = warps[i].state;
         run(warps[i]);
-        ran |= !(state == State::yielded && warps[i].state == State::yielded && warps[i].at == before);
+        ran |= !(state == State::yielded && warps[i].state == State::yielded && warps[i].path.at == before);
       }
     const bool released = release_barriers();
     bool done = true;
@@ -776,7 +773,7 @@ void Interpreter::run_block(int x, int y, int z) {
     if (done) break;
     if (!ran && !released) {
       for (const Warp &w : warps)
-        if (w.state != State::done) report(DEADLOCK, w.at - 1, -1, w.agent, 0, 0, 0, 0);
+        if (w.state != State::done) report(DEADLOCK, w.path.at - 1, -1, w.agent, 0, 0, 0, 0);
       break;
     }
   }

@@ -174,7 +174,9 @@ def execute(
     if threads % 32 or not 0 < threads <= 1024:
         raise ValueError(f"{program.name}: {threads} threads a block")
     shared = program.static_shared
-    shared = dynamic_shared if not shared else shared if not dynamic_shared else -(-shared // 1024) * 1024 + dynamic_shared
+    shared = (
+        dynamic_shared if not shared else shared if not dynamic_shared else -(-shared // 1024) * 1024 + dynamic_shared
+    )
     misfits: list[Found] = []
     parameters, regions = _parameters(program, arguments, misfits)
     if min(x, y, z) < 1 or x >= 2**31 or max(y, z) > 65535:

@@ -18,19 +18,21 @@ struct Copy {
   u64 from;
   int bytes, valid, lane, instruction;
 };
-// A path of a warp that has diverged: its lanes, and where they go on.
+// A path that some lanes of a warp take: where they are, and where they meet those of other paths (-1: nowhere).
 struct Path {
   int at;
   u32 lanes;
+  int until;
 };
 enum class State { ready, at_barrier, yielded, done };
 
 struct Warp {
   std::vector<uint8_t> storage;
   uint8_t *registers;
-  int at, index;
-  u32 active, exited;
-  std::vector<Path> others;
+  int index;
+  u32 exited;
+  Path path;                // the one that runs
+  std::vector<Path> paths;  // those that wait, the next one last
   State state;
   Agent agent;
   // cp.async: copies of no group yet; groups that were committed

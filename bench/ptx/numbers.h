@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -134,10 +135,12 @@ inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 
 inline u32 hash(u32 x) { x ^= x >> 16; x *= 0x7feb352du; x ^= x >> 15; x *= 0x846ca68bu; return x ^ (x >> 16); }
 inline bool errs_up(u32 of) { return errors == Errors::up || (errors == Errors::either && (hash(of) & 1)); }
-// Powers of two and what is not finite are exact.
-inline float by_ulps(float y, int n) {
-  if (errors == Errors::none || infinite_or_nan(bits(y)) || (bits(y) & 0x7fffffu) == 0) return y;
-  return flt(bits(y) + (errs_up(bits(y)) != (y < 0) ? n : -n));
+// Powers of two, what is not finite and what is next to nothing are exact.
+inline float by_ulps(float y, u32 n) {
+  const u32 magnitude = bits(y) & 0x7fffffffu;
+  if (errors == Errors::none || infinite_or_nan(magnitude) || (magnitude & 0x7fffffu) == 0 || magnitude < 2 * n) return y;
+  const u32 moved = errs_up(bits(y)) != (y < 0) ? std::min(magnitude + n, 0x7f800000u) : magnitude - n;
+  return flt(moved | (bits(y) & 0x80000000u));
 }
 // sin and cos: 2^-20.5 absolute
 inline float by_angle(float y, float x) {

@@ -5,7 +5,9 @@ What the engine does not have is an error with the instruction's name; nothing i
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import itertools
 import re
 import struct
 from collections.abc import Iterator
@@ -50,6 +52,13 @@ def operation(name: str) -> int:
     if found < 0:
         raise UnknownInstruction(name)
     return found
+
+
+def operations() -> tuple[str, ...]:
+    """The names of all operations of the engine."""
+    name = library.load().fused_inr_ptx_name
+    name.restype = ctypes.c_char_p
+    return tuple(found.decode() for found in iter(map(name, itertools.count()).__next__, None))
 
 
 @dataclass
@@ -258,11 +267,12 @@ class _Reader:
         opening = ptx.index("{", head.end())
         self.parameters(ptx[head.end() : opening])
         body = _block(ptx, opening)
-        self.memory(ptx, body)
+        statements = list(_statements(body))
+        self.memory(ptx, [statement for statement, _ in statements])
         open_scopes = [0]  # numbers of the scopes around, the innermost last
         made, label = 0, ""
         tables: dict[str, list[str]] = {}
-        for statement, location in _statements(body):
+        for statement, location in statements:
             if statement == "{":
                 made += 1
                 open_scopes.append(made)
@@ -287,13 +297,15 @@ class _Reader:
             row.labels = [
                 next(self.labels[n, label] for n in reversed(around) if (n, label) in self.labels) for label in names
             ]
+        _settle_jumps(self.rows)
         if self.unknown:
             raise UnknownInstruction(f"{self.name}: " + "; ".join(f"{why} ({t})" for why, t in self.unknown.items()))
 
     def parameters(self, text: str) -> None:
         self.params, at = [], 0
         for align, kind, name, count in re.findall(
-            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?(?:\.align\s+\d+\s+)?)?(\w+)(?:\[(\d+)\])?", text
+            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?(?:\.align\s+\d+\s+)?)?(\w+)(?:\[(\d+)\])?",
+            text,
         ):
             size = _bytes_of(kind)
             alignment = int(align) if align else size
@@ -306,22 +318,28 @@ class _Reader:
         threads = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", text)
         self.threads = int(threads[1]) * int(threads[2] or 1) * int(threads[3] or 1) if threads else 0
 
-    def memory(self, ptx: str, body: str) -> None:
+    def memory(self, ptx: str, statements: list[str]) -> None:
         """Addresses of shared, local and module variables."""
-        for align, name, size in re.findall(r"^\s*\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]", body, re.M):
-            self.static = -(-self.static // int(align)) * int(align)
-            self.symbols[name] = SHARED_BASE + self.static
-            self.static += int(size)
+        for statement in statements:
+            declared = re.match(r"\.(shared|local)\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]", statement)
+            if not declared:
+                continue
+            align, name, size = int(declared[2]), declared[3], int(declared[4])
+            if declared[1] == "shared":
+                self.static = -(-self.static // align) * align
+                self.symbols[name] = SHARED_BASE + self.static
+                self.static += size
+            else:
+                self.local_bytes = -(-self.local_bytes // align) * align
+                self.symbols[name] = self.local_bytes
+                self.local_bytes += size
         for name in re.findall(r"^\s*\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]", ptx, re.M):
             self.symbols[name] = SHARED_BASE + -(-self.static // 1024) * 1024
-        for align, name, size in re.findall(r"^\s*\.local\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]", body, re.M):
-            self.local_bytes = -(-self.local_bytes // int(align)) * int(align)
-            self.symbols[name] = self.local_bytes
-            self.local_bytes += int(size)
-        variable = r"^(?:\.visible\s+)?\.(?:global|const)\s+\.align\s+(\d+)\s+\.(\w+)\s+(\w+)(?:\[(\d+)\])?(?:\s*=\s*\{([^}]*)\})?;"
+        variable = r"^(?:\.visible\s+)?\.(?:global|const)\s+\.align\s+(\d+)\s+\.(\w+)\s+(\w+)"
+        variable += r"(?:\[(\d+)\])?(?:\s*=\s*\{([^}]*)\})?;"
         at = _VARIABLES
         for _, kind, name, count, values in re.findall(variable, ptx, re.M):
-            if not re.search(rf"\b{name}\b", body):
+            if not any(name in statement for statement in statements):
                 continue
             size = _bytes_of(kind)
             data = bytearray(size * int(count or 1))
@@ -426,7 +444,7 @@ class _Reader:
         kind = "b32" if p[-1] == "pred" else p[-1]
         bits = re.sub(r"\D", "", kind)
         compare = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(p[1], p[1])
-        if kind[0] == "b" or (compare in ("eq", "ne") and kind[0] in "su"):
+        if kind[0] == "b":
             kind = f"u{bits}"
         self.plain(row, f"setp_{compare}_{kind}", a, _bytes_of(kind))
 
@@ -454,6 +472,7 @@ class _Reader:
             row.targets, row.sources = [self.target(a[0])], [self.source(x, row.width) for x in parts]
         else:
             self.plain(row, f"mov_{8 * width}", a, width)
+            row.flags = int(self.find(a[1]) is not None)  # a copy of a register
 
     def read_cvta(self, row: _Row, p: list[str], a: list[str]) -> None:
         """Between the addresses of a space and generic ones."""
@@ -698,7 +717,8 @@ class _Reader:
             for space, size in self.accesses(row):
                 smallest[space] = min(smallest[space], size)
         return Program(
-            self.name, code, np.array(pool or [0], np.int32), np.array(self.constants, CONSTANT), self.next, self.params,
+            self.name, code, np.array(pool or [0], np.int32), np.array(self.constants, CONSTANT), self.next,
+            self.params,
             self.param_bytes, self.threads, self.static, self.local_bytes, smallest["shared"], smallest["global"],
             self.watches_registers, self.has_partial_barriers, self.variables, [row.text for row in self.rows],
             [row.location for row in self.rows], [row.mnemonic for row in self.rows],
@@ -718,6 +738,42 @@ class _Reader:
             for space in ("shared", "global"):
                 if generic or row.op in (operation(f"ld_{space}"), operation(f"st_{space}")):
                     yield space, row.size * row.count
+
+
+def _settle_jumps(rows: list[_Row]) -> None:
+    """Where a warp that has diverged runs together again: the first instruction that all ways from a jump come to (its
+    immediate post-dominator; the number of instructions where there is none). Where they never meet, those that stay go
+    first if their way ends sooner."""
+    end, ends = len(rows), (operation("ret"), operation("trap"))
+    starts = sorted(
+        {0, end} | {t for row in rows for t in row.labels} | {i + 1 for i, r in enumerate(rows) if r.labels}
+    )
+    number = {start: n for n, start in enumerate(starts)}
+    last = [behind - 1 for behind in starts[1:]]
+    after: list[set[int]] = []
+    for i in last:
+        leaves = rows[i].guard < 0 and (bool(rows[i].labels) or rows[i].op in ends)
+        ways = {number[t] for t in rows[i].labels} | (set() if leaves else {number[i + 1]})
+        after.append(ways or {len(last)})
+    # post-dominators of each block and the end, as sets of bits; instructions on the shortest way to the end
+    everything = (1 << (len(last) + 1)) - 1
+    dominators, distance = [everything] * len(last) + [1 << len(last)], [2 * end] * len(last) + [0]
+    changed = True
+    while changed:
+        changed = False
+        for n in reversed(range(len(last))):
+            common = functools.reduce(int.__and__, (dominators[way] for way in after[n])) | 1 << n
+            nearest = min(distance[way] for way in after[n]) + starts[n + 1] - starts[n]
+            changed |= common != dominators[n] or nearest < distance[n]
+            dominators[n], distance[n] = common, min(nearest, distance[n])
+    for n, i in enumerate(last):
+        if rows[i].labels:
+            strict = dominators[n] & ~(1 << n)
+            # the nearest of them is the one that all others dominate
+            meeting = next((d for d in range(len(last)) if strict >> d & 1 and dominators[d] == strict), len(last))
+            rows[i].value = starts[meeting] if meeting < len(last) else end
+            if meeting == len(last) and i + 1 < end:
+                rows[i].flags = int(distance[number[i + 1]] < distance[number[rows[i].labels[0]]])
 
 
 def read(ptx: str, entry: str | None = None, *, contract: bool = False) -> Program:

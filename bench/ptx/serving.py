@@ -93,7 +93,7 @@ def emulated(capability: int = 80, options: Options | None = None, *, by_library
         triton_driver(capability, options) as device,
         mock.patch.dict(backends.TABLE, triton=serving),
         mock.patch.object(backends, "precision_of", _precision_of),
-        mock.patch.object(tune, "arch", lambda device: arch),
+        mock.patch.object(tune, "arch", return_value=arch),
         backends.use("triton"),
         _LibraryProducts(),
     ):
@@ -106,7 +106,7 @@ def few_programs(count: int) -> Iterator[None]:
     rows make several tiles of each."""
     mlp_tune.pick.cache_clear()
     try:
-        with mock.patch.object(tune, "multiprocessors", lambda device: count):
+        with mock.patch.object(tune, "multiprocessors", return_value=count):
             yield
     finally:
         mlp_tune.pick.cache_clear()

@@ -62,8 +62,10 @@ def _wanted(ctx, is_tensor: Sequence[bool]) -> list[bool]:
     `ctx.needs_input_grad` says what requires one; an Eikonal step's first backward asks for the coordinates' alone.
     """
     needs = list(ctx.needs_input_grad)
+    if torch.compiler.is_compiling():  # first: Dynamo's context of torch 2.11 has no next_functions to ask for
+        return needs
     nodes = getattr(ctx, "next_functions", None)
-    if nodes is None or torch.compiler.is_compiling():
+    if nodes is None:
         return needs
     position = 0  # next_functions counts tensors only
     for i, tensor in enumerate(is_tensor):
