@@ -83,6 +83,7 @@ class Program:
     text: list[str]
     locations: list[str]
     mnemonics: list[str]
+    source: str = ""  # the PTX
 
 
 @dataclass
