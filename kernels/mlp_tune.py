@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from . import tune
-from .mlp_tuned import TUNED, Key, Numbers
+from .mlp_tuned import TUNED, WHY, Key, Numbers
 
 #: What the programs' sums of weight gradients may take before a chunk of rows at a time is cheaper, in bytes; and what
 #: the scratch of a chunk takes. Both stay in the L2 cache (50 MB on an H200).
@@ -75,6 +75,8 @@ def valid(config: Config, arch: str, op: str, B: int, C: int, WIDTH: int, itemsi
     block_t = WIDTH // c.tiles
     if any(v < 1 or v & (v - 1) for v in (c.block_m, c.tiles, c.num_warps)) or c.num_warps > 16 or c.stages < 1:
         return False
+    if op == "one_pass" and c.resident and not c.sums:  # gradients in registers are sums
+        return False
     if not 0 <= c.per_sm or c.resident_programs * c.num_warps > 64:
         return False
     if min(c.block_m, block_t) < 16 or c.tiles * block_t != WIDTH:
@@ -104,13 +106,21 @@ def pick(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int,
         tiles = 2 if WIDTH == 32 else 1
         resident = 2 if WIDTH == 16 else 0
         return Config(16, tiles, 1, resident=resident, sums=WIDTH <= 32, reload=WIDTH == 32, per_sm=1)
+    key = entry(arch, op, dtype, precision, B, C, WIDTH)
+    return None if key is None else Config(*TUNED[key])
+
+
+def entry(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int, WIDTH: int) -> Key | None:
+    """The entry of the table that a launch goes by."""
     cls = tune.type_class(dtype, precision)
-    found = TUNED.get((arch, op, cls, B, C, WIDTH))
     # what writes or reads pre-activations takes more registers, and sometimes another tile
-    other = {"save": "forward", "backward": "train"}.get(op)
-    if found is None:
-        return pick(arch, other, dtype, precision, B, C, WIDTH) if other else None
-    return Config(*found)
+    ways = (op, {"save": "forward", "backward": "train"}.get(op, op))
+    return next((key for o in ways if (key := (arch, o, cls, B, C, WIDTH)) in TUNED), None)
+
+
+def measured(key: Key) -> bool:
+    """Whether times on a device decided an entry, spills and all: `fused-inr bench tune` writes which device."""
+    return WHY.get(key, "").startswith("NVIDIA")
 
 
 def using(key: Key, value: Numbers) -> contextlib.AbstractContextManager[None]:

@@ -913,6 +913,32 @@ def test_layer_norm_of_half_types_keeps_float32_between_the_layers(dtype, of_nor
             assert (got.double() - want).abs().max() <= 6 * UNIT[dtype] * want.abs().max() * y.shape[1] ** 0.5
 
 
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("scaler", [1.0, 2.0**16])
+def test_a_loss_scaler_finds_the_gradients_of_float16(normed, scaler):
+    """Those of a mean over 2e7 numbers are of order 1e-8, float16's smallest number: its zeros cannot be scaled."""
+    layers, x = network("sine", torch.float16), torch.randn(500, 2).half()
+    norms = with_norms(layers) if normed else []
+    exact = [None if n is None else (n[0].double(), n[1].double(), n[2]) for n in norms]
+    target, criterion = torch.zeros(500, 3).half(), op.Criterion("squared_error", (), 5e-8)
+
+    def plainly(x, layers, norms, skips):
+        y = plain_with_norms(x, layers, norms, skips) if norms else plain(x, layers)
+        return y.square().sum() * (criterion.scale * scaler)
+
+    _, expected = gradients_with_norms(plainly, x.double(), convert(layers, torch.float64), exact)
+    for backend in (engine(), "reference"):
+
+        def one_pass(x, layers, norms, skips, backend=backend):
+            decision = op.Decision(backend, "fp16", "")
+            return op.network_loss(x, target, None, layers, criterion, decision, (), norms) * scaler
+
+        _, grads = gradients_with_norms(one_pass, x, layers, norms)
+        for got, want in zip(grads, expected, strict=True):
+            # half a unit of the smallest number: what a gradient that is not scaled up is rounded to
+            assert (got.double() - want).abs().max() <= 0.02 * want.abs().max() + 2.0**-25
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_what_lies_beyond_the_last_column_is_not_in_the_statistics(skip, monkeypatch):
     """A panel's columns beyond the layer's last are maps of 0, and here infinite."""
@@ -1122,17 +1148,18 @@ def test_norms_of_wrong_sizes_are_refused_by_the_operation():
             )
 
 
-def test_fake_tensors_of_networks_with_norms():
-    layers, x = network("sine", torch.bfloat16), torch.randn(20, 2).bfloat16()
+@pytest.mark.parametrize("dtype, precision", [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_fake_tensors_of_networks_with_norms(dtype, precision):
+    layers, x = network("sine", dtype), torch.randn(20, 2).to(dtype)
     norms = with_norms(layers, "weight")
     tensors, constants = op._operands(layers, norms)
-    config = op._config(op.Decision(engine(), "bf16", ""), layers, constants, False, (), norms)
+    config = op._config(op.Decision(engine(), precision, ""), layers, constants, False, (), norms)
     weights, biases, params, flat = op._split(config, tensors)
     operands = (weights, biases, params, constants, config.activations, config.skips, flat, config.norm_eps)
-    g = torch.randn(20, 3).bfloat16()
+    g = torch.randn(20, 3).to(dtype)
     checked = ("test_schema", "test_faketensor")
-    torch.library.opcheck(raw.mlp, (x, *operands, engine(), "bf16", False), test_utils=checked)
+    torch.library.opcheck(raw.mlp, (x, *operands, engine(), precision, False), test_utils=checked)
     for needs in ([True] * 5, [False, True, False, False, True], [True, False, True, True, False]):
-        torch.library.opcheck(raw.mlp_backward, (g, x, *operands, None, engine(), "bf16", needs), test_utils=checked)
-        arguments = (x, g, None, *operands, "squared_error", [], 0.5, engine(), "bf16", needs)
+        torch.library.opcheck(raw.mlp_backward, (g, x, *operands, None, engine(), precision, needs), test_utils=checked)
+        arguments = (x, g, None, *operands, "squared_error", [], 0.5, engine(), precision, needs)
         torch.library.opcheck(raw.mlp_loss, arguments, test_utils=checked)

@@ -15,6 +15,8 @@ is meant for the device, a warning says so once, with the reason.
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import threading
 import warnings
@@ -86,6 +88,27 @@ def library_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         count = max(t.shape[0] for t in (a, b) if t.dim() == 3)
         product = torch.bmm(a.expand(count, *a.shape[-2:]), b.expand(count, *b.shape[-2:]), out_dtype=torch.float32)
     return product if bias is None else product + bias.float().unsqueeze(-2)
+
+
+def loss_factor(dtype: torch.dtype, scale: float) -> float:
+    """A power of two that takes a loss's scale to about 1 where gradients have little range: those of a mean over many
+    rows are below what float16 holds, and a loss scaler, which multiplies them afterwards, finds zeros."""
+    return 2.0 ** -round(math.log2(scale)) if dtype == torch.float16 and 0 < scale < 1 else 1.0
+
+
+def _within_float16(mlp_loss):
+    """float16: sums by `loss_factor` larger, then divided by it in float32, in which the gradients are returned."""
+
+    @functools.wraps(mlp_loss)
+    def wrapped(self, x, *arguments):
+        if x.dtype != torch.float16:
+            return mlp_loss(self, x, *arguments)
+        *before, scale, precision, needs = arguments
+        factor = loss_factor(x.dtype, scale)
+        results = mlp_loss(self, x, *before, scale * factor, precision, needs)
+        return [t.float() / factor for t in results]
+
+    return wrapped
 
 
 class Backend:
@@ -304,6 +327,7 @@ class Reference(Backend):
                 group.insert(0, grad)
         return [g, *rest[0], *rest[1], *rest[2], *of_norms]
 
+    @_within_float16
     def mlp_loss(
         self, x, target, row_weights, weights, biases, params, constants, maps, skips, norms, loss, loss_constants,
         scale, precision, needs,
@@ -443,6 +467,7 @@ class Cpu(_Native):
         ops, keys = self._network(maps)
         return ops.mlp_backward(g, x, weights, biases, params, constants, keys, skips, *flat_norms(norms), saved, needs)
 
+    @_within_float16
     def mlp_loss(
         self, x, target, row_weights, weights, biases, params, constants, maps, skips, norms, loss, loss_constants,
         scale, precision, needs,

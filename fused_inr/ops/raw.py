@@ -140,21 +140,23 @@ def _(x, weights, biases, params, constants, activations, skips, norms, norm_eps
     return y, x.new_empty((size,), dtype=compute_dtype(x.dtype))
 
 
-def _fake_gradient(x, t, needed):
-    return x.new_empty(0, dtype=compute_dtype(x.dtype)) if t is None else t.new_empty(t.shape if needed else (0,))
+def _fake_gradient(x, t, needed, dtype=None):
+    if t is None:
+        return x.new_empty(0, dtype=compute_dtype(x.dtype))
+    return t.new_empty(t.shape if needed else (0,), dtype=dtype)
 
 
-def _fake_gradients(x, weights, biases, activations, norms, needs):
+def _fake_gradients(x, weights, biases, activations, norms, needs, out=None):
+    """out: the type of gradients, where it is not that of what they belong to."""
     dtype = compute_dtype(x.dtype)
     maps = [lookup(key) for key in activations]
-    grads = [x.new_empty(x.shape if needs[0] else (0,))]
-    grads += [w.new_empty(w.shape if needs[1] else (0,)) for w in weights]
-    for bias in biases:
-        grads.append(_fake_gradient(x, bias, needs[2]))
+    grads = [_fake_gradient(x, x, needs[0], out)]
+    grads += [_fake_gradient(x, w, needs[1], out) for w in weights]
+    grads += [_fake_gradient(x, bias, needs[2], out) for bias in biases]
     for weight, map in zip(weights, maps, strict=True):
         shape = (map.n_params, weight.shape[0] // map.branches) if needs[3] and map.n_params else (0,)
         grads.append(x.new_empty(shape, dtype=dtype))
-    return [*grads, *(_fake_gradient(x, t, needs[4]) for t in norms)]
+    return [*grads, *(_fake_gradient(x, t, needs[4], out) for t in norms)]
 
 
 @torch.library.register_fake("fused_inr::mlp_backward", lib=_LIB)
@@ -168,7 +170,8 @@ def _(
     loss_constants, scale, backend, precision, needs,
 ):  # fmt: skip
     value = x.new_empty((), dtype=compute_dtype(x.dtype))
-    return [value, *_fake_gradients(x, weights, biases, activations, norms, needs)]
+    out = torch.float32 if x.dtype == torch.float16 else None  # a loss scaler's factor comes later
+    return [value, *_fake_gradients(x, weights, biases, activations, norms, needs, out)]
 
 
 def group_branches(activation: str, level: int, learnable: bool) -> tuple[list[int], list[int]]:
