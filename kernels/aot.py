@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import triton
@@ -391,6 +392,11 @@ def _tool(name: str, *arguments: str) -> str:
     return result.stdout
 
 
+def disassembled(binary: str | Path) -> str:
+    """The machine code of a cubin file, as text."""
+    return _tool("nvdisasm", "-c", str(binary))
+
+
 def compile_job(job: Job) -> dict[str, object]:
     """Compile one job; a row of the report: what it is, the configuration, resources, instruction counts, problems."""
     start = time.perf_counter()
@@ -474,7 +480,7 @@ def inspect(compiled) -> dict[str, object]:
         f.write(compiled.asm["cubin"])
         f.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", f.name)
-        sass = _tool("nvdisasm", "-c", f.name)
+        sass = disassembled(f.name)
     ops = Counter(_INSTRUCTION.findall(sass))
     resource = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     tensor = Counter({op: n for op, n in ops.items() if _TENSOR.fullmatch(op)})
@@ -526,10 +532,8 @@ def _measured(job: Job) -> bool:
     if job.kernel not in MLP:
         return False
     B, C, _ = _shape(job.activation)
-    key = mlp_tune.entry(
-        job.arch, MLP[job.kernel], job.dtype, job.precision, B, C, mlp_tune.width(job.N, job.arch)
-    )
-    return key is not None and mlp_tune.measured(key)
+    key = mlp_tune.entry(job.arch, MLP[job.kernel], job.dtype, job.precision, B, C, mlp_tune.width(job.N, job.arch))
+    return key is not None and key[1] == MLP[job.kernel] and mlp_tune.measured(key)
 
 
 def slow(job: Job, row: dict) -> list[str]:

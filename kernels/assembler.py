@@ -1,12 +1,11 @@
 """Which assembler (ptxas) makes the machine code of Hopper's kernels: never one that is known to get products wrong.
 
 ptxas 12.8, which Triton 3.6 to 3.8 call for compute capability 9.0, computes the matrix descriptor of some wgmma from a
-uniform register that holds something else: such a product reads other shared memory than it should, without a word, or
-memory that does not exist. On an H200 every fifth configuration of the network kernels gave wrong gradients or an
-illegal access for that reason (`bench/ptx/machine_code.py` shows it in the machine code, `tests/ptx/
-test_machine_code.py` holds it fast); the same is reported in issue 11366 of triton-lang/triton and pull request 1262 of
-fla-org/flash-linear-attention. The assembler that Triton brings for Blackwell is a later one, 12.9 or 13, makes code for
-Hopper too, and does not do it: compiling goes to that one where Triton's own choice is 12.8 or older.
+uniform register that holds something else. Such a product reads other shared memory than it should, without a word, or
+memory that does not exist: on an H200, every fifth configuration of the network kernels gave wrong gradients or an
+illegal access. `bench/ptx/machine_code.py` finds such products in the machine code. Issue 11366 of triton-lang/triton
+and pull request 1262 of fla-org/flash-linear-attention report the same. The assembler that Triton brings for Blackwell
+(12.9, or 13) makes code for Hopper too and does it right: compiling goes there where Triton's own choice is older.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ def instead(own_path: str, own_version: str, other_path: str, other_version: str
     if release(other_version) >= SOUND:
         return other_path
     raise RuntimeError(
-        f"ptxas {own_version} ({own_path}) makes Hopper kernels that compute wrong numbers: install CUDA's ptxas 12.9 or "
-        "later and set TRITON_PTXAS_PATH to it, or a Triton that brings one"
+        f"ptxas {own_version} ({own_path}) makes Hopper kernels that compute wrong numbers: set TRITON_PTXAS_PATH to "
+        "the ptxas of CUDA 12.9 or later, or install a Triton that brings one"
     )
 
 
@@ -49,6 +48,16 @@ def _own():
     return compiler.get_ptxas(HOPPER)
 
 
+def for_hopper() -> str:
+    """The assembler that Hopper's kernels go to: a path.
+
+    Raises:
+        RuntimeError: none that is here is sound.
+    """
+    own, other = _own(), triton.knobs.nvidia.ptxas_blackwell
+    return instead(own.path, own.version, other.path, other.version) or own.path
+
+
 @contextlib.contextmanager
 def sound() -> Iterator[None]:
     """Within the block, what Triton compiles for Hopper is assembled by a sound ptxas.
@@ -57,12 +66,11 @@ def sound() -> Iterator[None]:
         RuntimeError: there is none.
     """
     runtime, nvidia = triton.knobs.runtime, triton.knobs.nvidia
-    own, other = _own(), nvidia.ptxas_blackwell
-    path = instead(own.path, own.version, other.path, other.version)
-    if not path:
+    path = for_hopper()
+    if path == _own().path:
         yield
         return
-    mark = f"fused_inr: assembled by ptxas {other.version}"
+    mark = f"fused_inr: assembled by ptxas {nvidia.ptxas_blackwell.version}"
     former = runtime.add_stages_inspection_hook
 
     def stages(*args):

@@ -1,9 +1,4 @@
-"""Configurations of the whole-network kernels for each architecture; rewritten by `fused-inr bench tune`.
-
-(architecture, operation, class of type, branches, outputs, width) -> (block_m, tiles, num_warps, stages, resident,
-sums, reload, per_sm) of `mlp_tune.Config`. What is listed compiled without a spill and within the device; where a
-GPU has decided, WHY says so.
-"""
+""" """
 
 Key = tuple[str, str, str, int, int, int]
 Numbers = tuple[int, int, int, int, int, bool, bool, int]
@@ -175,4 +170,46 @@ TUNED: dict[Key, Numbers] = {
 WHY: dict[Key, str] = {
     ("sm80", "train", "tf32", 2, 1, 64): "tiles of 32 rows spill, most of all at odd widths",
     ("sm86", "train", "tf32", 2, 1, 64): "tiles of 32 rows spill, most of all at odd widths",
+    (
+        "sm90",
+        "backward",
+        "half",
+        1,
+        1,
+        128,
+    ): "NVIDIA H200, 2026-11-26: 2.032 ms for 524,288 rows; the best of 8 took 2.028",
+    ("sm90", "forward", "half", 1, 1, 32): "NVIDIA H200, 2026-11-26: 0.176 ms for 2,097,152 rows, the best of 8",
+    ("sm90", "forward", "half", 1, 1, 64): "NVIDIA H200, 2026-11-26: 0.182 ms for 1,048,576 rows, the best of 24",
+    ("sm90", "forward", "half", 1, 1, 128): "NVIDIA H200, 2026-11-26: 0.253 ms for 524,288 rows, the best of 11",
+    ("sm90", "forward", "half", 1, 1, 256): "NVIDIA H200, 2026-11-26: 0.403 ms for 262,144 rows, the best of 5",
+    ("sm90", "forward", "tf32", 1, 1, 64): "NVIDIA H200, 2026-11-26: 0.299 ms for 1,048,576 rows, the best of 3",
+    ("sm90", "forward", "tf32", 1, 1, 128): "NVIDIA H200, 2026-11-26: 0.478 ms for 524,288 rows, the best of 4",
+    (
+        "sm90",
+        "save",
+        "half",
+        1,
+        1,
+        64,
+    ): "NVIDIA H200, 2026-11-26: 1.364 ms for 1,048,576 rows; the best of 6 took 1.364",
+    (
+        "sm90",
+        "train",
+        "half",
+        1,
+        1,
+        32,
+    ): "NVIDIA H200, 2026-11-26: 1.244 ms for 2,097,152 rows; the best of 10 took 1.243",
+    ("sm90", "train", "half", 1, 1, 64): "NVIDIA H200, 2026-11-26: 1.090 ms for 1,048,576 rows, the best of 21",
+    ("sm90", "train", "half", 1, 1, 128): "NVIDIA H200, 2026-11-26: 2.144 ms for 524,288 rows, the best of 8",
+    ("sm90", "train", "half", 2, 1, 64): "NVIDIA H200, 2026-11-26: 2.612 ms for 1,048,576 rows, the best of 4",
+    (
+        "sm90",
+        "train",
+        "tf32",
+        1,
+        1,
+        64,
+    ): "NVIDIA H200, 2026-11-26: 2.104 ms for 1,048,576 rows; the best of 6 took 2.085",
+    ("sm90", "train", "tf32", 1, 1, 128): "NVIDIA H200, 2026-11-26: 4.998 ms for 524,288 rows, the best of 5",
 }

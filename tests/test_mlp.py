@@ -1148,7 +1148,7 @@ def test_norms_of_wrong_sizes_are_refused_by_the_operation():
             )
 
 
-@pytest.mark.parametrize("dtype, precision", [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
 def test_fake_tensors_of_networks_with_norms(dtype, precision):
     layers, x = network("sine", dtype), torch.randn(20, 2).to(dtype)
     norms = with_norms(layers, "weight")

@@ -11,15 +11,20 @@ the order in which they run; `compare` holds them against those that the executo
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .engine import Launch
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
 #: where a kernel's parameters begin in bank 0 of constant memory
 PARAMETERS = {90: 0x210}
-_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P(?:\d|T))\s+)?([A-Z][A-Zx0-9_.]*[A-Z0-9])\s*(.*?)\s*;\s*(?:/\*.*)?$")
+_LINE = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P(?:\d|T))\s+)?([A-Z][A-Zx0-9_.]*[A-Z0-9])\s*(.*?)\s*;\s*(?:/\*.*)?$"
+)
 _LABEL = re.compile(r"^(\.L_x?_?\w+):")
 _CONSTANT = re.compile(r"c\[(0x[0-9a-f]+)\]\[(?:(U?R\w+)\+?)?(0x[0-9a-f]+)?\]$")
 _GROUP = re.compile(r"\[(U?R\w+)\]")
@@ -68,6 +73,20 @@ def read(sass: str) -> Code:
             operands = tuple(x.strip() for x in m[4].split(",")) if m[4] else ()
             code.instructions.append(Instruction(int(m[1], 16), m[2] or "", m[3], operands))
     return code
+
+
+def assemble(ptx: str, assembler: str, target: str = "sm_90a") -> str:
+    """The machine code that an assembler (a path) makes of a PTX text, with Triton's options, as text."""
+    from ...kernels import aot
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [assembler, "-lineinfo", f"--gpu-name={target}", str(source), "-o", str(binary)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{assembler} failed: {done.stderr.strip()[:400]}")
+        return aot.disassembled(binary)
 
 
 def _signed(x: int, bits: int = 32) -> int:
@@ -167,6 +186,8 @@ class Warp:
         for c in conditions:
             v = self.predicate(c)
             taken = False if taken is False or v is False else None if v is None or taken is None else True
+        if base == "EXIT" and taken is None:
+            taken = False  # products that run too long are noticed
         if taken is None:
             raise Undecided(str(i))
         if not taken:
@@ -245,34 +266,39 @@ def _span(name: str, count: int) -> range:
     return range(0) if name == "RZ" else range(int(name[1:]), int(name[1:]) + count)
 
 
+#: instructions that write no register
 _NOTHING = frozenset(
-    "ST STG STS STSM STL RED REDG BAR MEMBAR FENCE NOP BSSY BSYNC WARPSYNC YIELD WARPGROUP DEPBAR LDGDEPBAR LDGSTS CCTL "
-    "ERRBAR UCGABAR_ARV UCGABAR_WAIT SYNCS UTMALDG UTMASTG UTMACMDFLUSH NANOSLEEP BPT PREEXIT ACQBULK".split()
+    "ACQBULK BAR BPT BSSY BSYNC CCTL DEPBAR ERRBAR FENCE LDGDEPBAR LDGSTS MEMBAR NANOSLEEP NOP PREEXIT RED REDG ST STG "
+    "STL STS STSM SYNCS UCGABAR_ARV UCGABAR_WAIT UTMACMDFLUSH UTMALDG UTMASTG WARPGROUP WARPSYNC YIELD".split()
 )
+#: instructions that write predicates alone
+_PREDICATES = frozenset("DSETP FSETP HSETP2 ISETP PLOP3 R2P UISETP UPLOP3".split())
+#: instructions that write a register first, and then carries
+_CARRIES = frozenset("IADD3 IMAD LEA LOP3 UIADD3 UIMAD ULEA ULOP3 VIADD".split())
 _WIDE = re.compile(r"\.(64|128)(?:\.|$)")
 
 
 def _targets(i: Instruction, base: str) -> tuple[list[str], list[str]]:
     """Registers and predicates that an instruction writes."""
-    if base in _NOTHING or not i.operands:
-        return [], []
     registers: list[str] = []
     predicates: list[str] = []
-    for k, x in enumerate(i.operands[:3]):
+    for x in () if base in _NOTHING else i.operands[:3]:
         name = x.removesuffix(".reuse")
         if re.fullmatch(r"U?P(\d|T)", name) and (not registers or base in _CARRIES):
             predicates.append(name)
-        elif re.fullmatch(r"U?R(Z|\d+)", name) and not registers and not (predicates and base in ("ISETP", "UISETP", "FSETP", "DSETP", "PLOP3", "UPLOP3", "HSETP2", "R2P")):
-            count = _width(i, base)
-            registers = [name] if name in ("RZ", "URZ") else [
-                f"{name.rstrip('0123456789')}{int(name.lstrip('UR')) + n}" for n in range(count)
-            ]
+        elif re.fullmatch(r"U?R(Z|\d+)", name) and not registers and base not in _PREDICATES:
+            registers = _consecutive(name, _width(i, base))
         else:
             break
     return registers, predicates
 
 
-_CARRIES = frozenset("IADD3 UIADD3 LEA ULEA IMAD UIMAD LOP3 ULOP3 VIADD".split())
+def _consecutive(name: str, count: int) -> list[str]:
+    """Registers from one on."""
+    if name in ("RZ", "URZ"):
+        return [name]
+    kind, n = name.rstrip("0123456789"), int(name.lstrip("UR"))
+    return [f"{kind}{n + k}" for k in range(count)]
 
 
 def _width(i: Instruction, base: str) -> int:
@@ -348,9 +374,16 @@ def _iadd3(w: Warp, i: Instruction) -> _Result:
     return out
 
 
+def _added(w: Warp, i: Instruction) -> _Result:
+    a, b = w.value(i.operands[1]), w.value(i.operands[2])
+    return [(i.operands[0], None if a is None or b is None else (a + b) & M32, 4)]
+
+
 def _lea(w: Warp, i: Instruction) -> _Result:
     d, carries, s = _split(i)
-    last = w.predicate(s.pop()) if i.op.split(".")[-1] in ("X", "SX32") and re.fullmatch(r"!?U?P(\d|T)", s[-1]) else False
+    last = (
+        w.predicate(s.pop()) if i.op.split(".")[-1] in ("X", "SX32") and re.fullmatch(r"!?U?P(\d|T)", s[-1]) else False
+    )
     if ".HI" in i.op:
         a, b = w.value(s[0]), w.value(s[1])
         if ".SX32" in i.op:
@@ -401,7 +434,9 @@ def _lop3_unknown(values: list[Value], lut: int) -> Value:
     results = set()
     unknown = [k for k, v in enumerate(values) if v is None]
     for choice in range(1 << len(unknown)):
-        full = [M32 if v is None and choice >> unknown.index(k) & 1 else 0 if v is None else v for k, v in enumerate(values)]
+        full = [
+            M32 if v is None and choice >> unknown.index(k) & 1 else 0 if v is None else v for k, v in enumerate(values)
+        ]
         a, b, c = full
         out = 0
         for n in range(8):
@@ -600,12 +635,14 @@ _COMPUTE: dict[str, Callable[[Warp, Instruction], _Result]] = {
     "ULEA": _lea, "LOP3": _lop3, "ULOP3": _lop3, "SHF": _shf, "USHF": _shf, "SGXT": _sgxt, "USGXT": _sgxt, "SEL": _sel,
     "USEL": _sel, "ISETP": _isetp, "UISETP": _isetp, "VIMNMX": _minmax, "IMNMX": _minmax, "PRMT": _prmt,
     "UPRMT": _prmt, "S2R": _special, "S2UR": _special, "CS2R": _special, "LDC": _load_constant, "ULDC": _load_constant,
-    "R2UR": _r2ur, "STL": _spill, "LDL": _spill, "SHFL": _shfl, "P2R": _p2r, "R2P": _r2p, "PLOP3": _plop3, "UPLOP3": _plop3,
-    "VIADD": lambda w, i: [(i.operands[0], None if not _known(a := w.value(i.operands[1]), b := w.value(i.operands[2])) else (a + b) & M32, 4)],
+    "R2UR": _r2ur, "STL": _spill, "LDL": _spill, "SHFL": _shfl, "P2R": _p2r, "R2P": _r2p, "PLOP3": _plop3,
+    "UPLOP3": _plop3, "VIADD": _added,
 }  # fmt: skip
 
 
-def trace(code: Code, parameters: bytes, warp: int, block: int, grid: int, capability: int = 90, limit: int = 2_000_000) -> Warp:
+def trace(
+    code: Code, parameters: bytes, warp: int, block: int, grid: int, capability: int = 90, limit: int = 2_000_000
+) -> Warp:
     """Follow one warp to its end."""
     w = Warp(code, parameters, PARAMETERS[capability], warp, block, grid)
     w.run(limit)
