@@ -193,7 +193,7 @@ void Interpreter::access_space(Space space, const Instruction &I, Warp &w, u32 m
   static const uint8_t ones[64] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
                                    255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
   if (launch.statistics && space == Space::shared) count_wavefronts(at, address, m, bytes);
-  if (launch.statistics && space == Space::global) count_sectors(at, address, m, bytes);
+  if (launch.statistics && space == Space::global) count_sectors(waves[at], address, m, bytes);
   uint8_t *place[32];
   u32 outside = 0;
   for (int i = 0; i < 32; i++) {
@@ -278,7 +278,10 @@ void Interpreter::copy_async(const Instruction &I, Warp &w, u32 m, int at) {
     to[i] = (u32)(((const u32 *)(w.registers + o[0]))[i] + I.value);
     from[i] = ((const u64 *)(w.registers + o[1]))[i] + I.size;
   }
-  if (launch.statistics) count_wavefronts(at, to, m, I.count);
+  if (launch.statistics) {
+    count_wavefronts(at, to, m, I.count);
+    count_sectors(more[at], from, m, I.count);
+  }
   for (int i = 0; i < 32; i++) {
     if (!(m >> i & 1)) continue;
     int valid = I.operands < 3 ? I.count : (int)std::min<u32>(((const u32 *)(w.registers + o[2]))[i], I.count);
@@ -794,9 +797,10 @@ EXPORTED int fused_inr_ptx_operation(const char *name) {
 EXPORTED const char *fused_inr_ptx_name(int i) { return i >= 0 && i < op::OPERATIONS ? TABLE[i].name : nullptr; }
 
 // Returns how many reports there are; the first ones are written to `reports`.
-EXPORTED int fused_inr_ptx_launch(const Program *program, const Launch *launch, Report *reports, u64 *counts, u64 *waves) {
+EXPORTED int fused_inr_ptx_launch(const Program *program, const Launch *launch, Report *reports, u64 *counts, u64 *waves,
+                                  u64 *more) {
   errors = (Errors)launch->errors;
-  Interpreter machine(*program, *launch, counts, waves);
+  Interpreter machine(*program, *launch, counts, waves, more);
   for (int z = 0; z < launch->grid[2]; z++)
     for (int y = 0; y < launch->grid[1]; y++)
       for (int x = 0; x < launch->grid[0]; x++) machine.run_block(x, y, z);

@@ -95,8 +95,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch did: faults, and what is harmless; how often each instruction ran, by a warp (`counts`), and how
-    many wavefronts (shared memory) or sectors (global memory) that took (`waves`, with `statistics`)."""
+    """What one launch did: faults, and what is harmless; how often each instruction ran, by a warp (`counts`), and,
+    with `statistics`, how many wavefronts of shared or sectors of global memory that took (`waves`; `more`: machine.h).
+    """
 
     program: reader.Program
     grid: tuple[int, int, int]
@@ -107,6 +108,8 @@ class Launch:
     harmless: tuple[Found, ...]
     counts: np.ndarray
     waves: np.ndarray
+    more: np.ndarray
+    options: Options
 
     @property
     def name(self) -> str:
@@ -181,7 +184,7 @@ def execute(
     parameters, regions = _parameters(program, arguments, misfits)
     if min(x, y, z) < 1 or x >= 2**31 or max(y, z) > 65535:
         raise ValueError(f"{program.name}: a grid of {(x, y, z)} blocks")
-    counts, waves = (np.zeros(len(program.code), np.uint64) for _ in range(2))
+    counts, waves, more = (np.zeros(len(program.code), np.uint64) for _ in range(3))
     reports = np.zeros(_MOST_REPORTS, _REPORT)
 
     def at(array: np.ndarray) -> int:
@@ -198,7 +201,7 @@ def execute(
         options.limit,
     )  # fmt: skip
     n = library.load().fused_inr_ptx_launch(
-        ctypes.byref(p), ctypes.byref(launch), *(ctypes.c_void_p(at(a)) for a in (reports, counts, waves))
+        ctypes.byref(p), ctypes.byref(launch), *(ctypes.c_void_p(at(a)) for a in (reports, counts, waves, more))
     )
     found = [_describe(report, program) for report in reports[: min(n, len(reports))]]
     if n > len(reports):
@@ -206,7 +209,7 @@ def execute(
     faults = (*misfits, *(f for f in found if f.kind not in HARMLESS))
     harmless = tuple(f for f in found if f.kind in HARMLESS)
     seconds = time.perf_counter() - start
-    return Launch(program, (x, y, z), threads // 32, shared, seconds, faults, harmless, counts, waves)
+    return Launch(program, (x, y, z), threads // 32, shared, seconds, faults, harmless, counts, waves, more, options)
 
 
 def _describe(report, program: reader.Program) -> Found:

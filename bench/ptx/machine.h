@@ -114,12 +114,14 @@ enum class Space { global, shared, local };
 
 class Machine {
  public:
-  Machine(const Program &program, const Launch &launch, u64 *counts, u64 *waves)
-      : program(program), launch(launch), counts(counts), waves(waves), global_cells(launch.regions), warps(launch.warps) {}
+  Machine(const Program &program, const Launch &launch, u64 *counts, u64 *waves, u64 *more)
+      : program(program), launch(launch), counts(counts), waves(waves), more(more), global_cells(launch.regions), warps(launch.warps) {}
 
   const Program &program;
   const Launch &launch;
-  u64 *counts, *waves;
+  // of each instruction: how often a warp ran it; wavefronts of shared memory or sectors of global memory; the sectors
+  // of asynchronous copies. Of products of tcgen05: multiply-adds (of halves: TF32 counts twice), wavefronts of operands
+  u64 *counts, *waves, *more;
   Reports reports;
   std::vector<uint8_t> shared;
   std::vector<Cell> shared_cells;
@@ -302,7 +304,7 @@ class Machine {
       waves[instruction] += most;
     }
   }
-  void count_sectors(int instruction, const u64 *address, u32 lanes, int bytes) {
+  void count_sectors(u64 &sum, const u64 *address, u32 lanes, int bytes) {
     u64 sectors[64];
     int n = 0;
     for (int i = 0; i < 32; i++)
@@ -311,7 +313,7 @@ class Machine {
         if ((address[i] + bytes - 1) >> 5 != address[i] >> 5) sectors[n++] = (address[i] + bytes - 1) >> 5;
       }
     std::sort(sectors, sectors + n);
-    waves[instruction] += std::unique(sectors, sectors + n) - sectors;
+    sum += std::unique(sectors, sectors + n) - sectors;
   }
 
   // -- barriers
