@@ -160,6 +160,7 @@ def execute(
     threads: int,
     dynamic_shared: int = 0,
     options: Options = Options(),
+    memory: Iterable[np.ndarray] = (),
 ) -> Launch:
     """Run a program.
 
@@ -169,6 +170,7 @@ def execute(
         grid: blocks in each direction, up to three numbers.
         threads: of a block.
         dynamic_shared: bytes of shared memory that the launch asks for.
+        memory: arrays whose addresses here the arguments hold (pointers within a struct).
     """
     start = time.perf_counter()
     x, y, z = (*grid, 1, 1)[:3]
@@ -181,7 +183,7 @@ def execute(
         dynamic_shared if not shared else shared if not dynamic_shared else -(-shared // 1024) * 1024 + dynamic_shared
     )
     misfits: list[Found] = []
-    parameters, regions = _parameters(program, arguments, misfits)
+    parameters, regions = _parameters(program, arguments, memory, misfits)
     if min(x, y, z) < 1 or x >= 2**31 or max(y, z) > 65535:
         raise ValueError(f"{program.name}: a grid of {(x, y, z)} blocks")
     counts, waves, more = (np.zeros(len(program.code), np.uint64) for _ in range(3))
@@ -232,13 +234,17 @@ def _memory(value: object) -> tuple[int, int, int]:
 
 
 def _parameters(
-    program: reader.Program, arguments: Sequence[tuple[str, object]], misfits: list[Found]
+    program: reader.Program,
+    arguments: Sequence[tuple[str, object]],
+    memory: Iterable[np.ndarray],
+    misfits: list[Found],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of the parameters, and the memory that their pointers lead to.
 
     Each storage has an address of its own, 2^40 from the next: no access beyond one lands in another.
     """
     regions = [(address, len(data), data.ctypes.data) for address, data in program.variables]
+    regions += [(array.ctypes.data, array.nbytes, array.ctypes.data) for array in memory]
     addresses: dict[int, int] = {}
     buffer = bytearray(max(8, program.param_bytes))
     for (offset, size), (kind, value) in zip(program.params, arguments, strict=False):

@@ -69,11 +69,26 @@ def test_what_a_row_costs_is_a_difference():
 
 def test_every_instruction_of_the_network_kernels_has_a_unit():
     """Nothing is a guess: the first word of each is known."""
-    known = set(
-        """add sub mul mad fma neg abs min max and or xor not shl shr shf lop3 prmt bfe bfi selp setp cvt cvta mov
-        popc clz sin cos ex2 lg2 rcp sqrt rsqrt tanh div rem ld st cp ldmatrix stmatrix shfl redux vote mma wgmma bra brx ret bar
-        barrier fence elect mbarrier tcgen05 copysign trap""".split()
+    words = (
+        "add sub mul mad fma neg abs min max and or xor not shl shr shf lop3 prmt bfe bfi selp setp cvt cvta mov popc"
     )
+    words += (
+        " clz sin cos ex2 lg2 rcp sqrt rsqrt tanh div rem copysign ld st cp ldmatrix stmatrix shfl redux vote elect"
+    )
+    known = {
+        *words.split(),
+        "mma",
+        "wgmma",
+        "tcgen05",
+        "mbarrier",
+        "bra",
+        "brx",
+        "ret",
+        "bar",
+        "barrier",
+        "fence",
+        "trap",
+    }
     for capability in (80, 90, 100):
         with ptx.emulated(capability) as device, ptx.few_programs(1):
             Work(Case("network", "training", width=32, rows=100, precision="bf16", way="one-pass")).outcome("fused")
