@@ -221,7 +221,7 @@ class Run:
             limit = 3600.0 if full else left if alone else min(self.options.budget * TESTS_SHARE, left)
             self.record(cell, lambda: checks.run_tests(limit, full, self.out / "tests.txt"))
         elif cell["group"] == "ncu":
-            limit, out = min(left, 240.0), self.out
+            limit, out = min(left, 120.0), self.out
             self.record(cell, lambda: checks.profile(self.device, limit, out / "ncu.csv", out / "ncu.txt"))
         else:
             self.record(cell, lambda: self.measure(cell))
@@ -292,13 +292,14 @@ class Run:
     def sanitize(self, cells: list[Cell]) -> None:
         """compute-sanitizer's tools, two at a time: nothing is timed meanwhile."""
         log = self.out / "sanitizer.txt"
+        share = 0.5 if self.options.parts == ["sanitizer"] else 0.3
         self.built(self.left() / 4)  # without it, its cases are skipped
 
         def watch(cell: Cell) -> None:
             if self.left() <= 5:
                 self.not_reached.append(cell["cell"])
                 return
-            limit = 3600.0 if self.options.full else min(self.left() / (2 if cell in cells[:2] else 1), 300.0)
+            limit = 3600.0 if self.options.full else share * self.left()
             self.record(cell, lambda: checks.sanitize(cell["tool"], self.device, limit, log))
 
         with ThreadPoolExecutor(2) as pool:
