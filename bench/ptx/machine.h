@@ -183,6 +183,8 @@ class Machine {
     } else if (c.r_lane != lane || c.r_sync != a.sync) {
       c.r_many = 1;
     }
+    if (c.r_warp != a.warp) c.r_before = c.r_instruction;
+    c.r_warp = (uint8_t)a.warp;
     c.r_epoch = epoch;
     c.r_warps |= 1u << a.warp;
     c.r_instruction = (u32)instruction;
@@ -195,7 +197,7 @@ class Machine {
   void write(Cell &c, Agent &a, int lane, int instruction, u64 address, int bytes, const uint8_t *data,
              const uint8_t *before) {
     auto beside = [&](Kind kind) { return memcmp(data, before, bytes) ? kind : SAME_VALUE; };
-    const int writer = (int)c.w_instruction, reader = (int)c.r_instruction;
+    const int writer = (int)c.w_instruction, reader = (int)(c.r_warp == a.warp ? c.r_before : c.r_instruction);
     if (is_shared) {
       if (c.in_flight || c.tensor_read > a.tensor_seen)
         report(OPERAND_IN_FLIGHT, instruction, reader, a, lane, c.r_lane, address, bytes);
@@ -204,7 +206,7 @@ class Machine {
       if (c.w_epoch && c.w_epoch < first_epoch)
         report(beside(BLOCK_WRITE_AFTER_WRITE), instruction, writer, a, lane, c.w_warp, address, bytes);
       if (c.r_epoch && c.r_epoch < first_epoch)
-        report(BLOCK_WRITE_AFTER_READ, instruction, reader, a, lane, __builtin_ctz(c.r_warps), address, bytes);
+        report(BLOCK_WRITE_AFTER_READ, instruction, (int)c.r_instruction, a, lane, c.r_warp, address, bytes);
     }
     if (!write_comes_before(c, a))
       report(beside(WRITE_AFTER_WRITE), instruction, writer, a, lane, c.w_warp, address, bytes);
@@ -212,7 +214,7 @@ class Machine {
     if (v >= 0)
       report(WRITE_AFTER_READ, instruction, reader, a, lane, v, address, bytes);
     else if (c.r_epoch == epoch && (c.r_warps >> a.warp & 1) && c.r_sync == a.sync && (c.r_many || c.r_lane != lane))
-      report(LANE_WRITE_AFTER_READ, instruction, reader, a, lane, a.warp, address, bytes);
+      report(LANE_WRITE_AFTER_READ, instruction, (int)c.r_instruction, a, lane, a.warp, address, bytes);
     c.w_epoch = epoch;
     c.w_warp = (uint8_t)a.warp;
     c.w_lane = (uint8_t)lane;

@@ -6,6 +6,7 @@ What the engine does not have is an error with the instruction's name; nothing i
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import itertools
 import re
@@ -83,6 +84,13 @@ class Program:
     text: list[str]
     locations: list[str]
     mnemonics: list[str]
+
+    def without(self, *instructions: int) -> Program:
+        """The same with these instructions taken out."""
+        code = self.code.copy()
+        code["op"][list(instructions)] = operation("nop")
+        code["targets"][list(instructions)] = code["operands"][list(instructions)] = 0
+        return dataclasses.replace(self, code=code)
 
 
 @dataclass
