@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .gpu.workers import Pool, Worker
-from .tune import Died, Kernels, Key, Numbers, Wanted
+from .tune import RESERVE_S, Died, Kernels, Key, Numbers, Wanted
 
 #: Seconds for compiling and checking what several searches want, for a look at what the compiler made of the best, and
 #: for timing a group of candidates; what takes longer is rejected.
@@ -60,9 +60,10 @@ class Processes:
         if self._timing is None:
             self._timing = self._make()
         job = {**self._common, "what": "times", "key": key, "candidates": list(candidates)}
-        answer = self._timing.ask(job, TIMES_S)
+        limit = min(TIMES_S, max(10.0, self._left() + RESERVE_S))
+        answer = self._timing.ask(job, limit)
         if answer is None or "error" in answer:
-            reason = (answer or {}).get("error") or f"not timed within {TIMES_S:.0f} s{self._timing.last_words()}"
+            reason = (answer or {}).get("error") or f"not timed within {limit:.0f} s{self._timing.last_words()}"
             self._timing.close()
             self._timing = None
             raise Died(reason)

@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import act_map, launch, linear_act, maps, mlp, mlp_tune, moments, sums, tune
+from . import act_map, assembler, launch, linear_act, maps, mlp, mlp_tune, moments, sums, tune
 
 ROWS = 65536
 _POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -127,7 +127,9 @@ class _Arguments:
         signature = {n: self.signature[n] for n in self.names}
         source = ASTSource(self.kernel, signature, self.constants, self.attributes)
         lower = {k: v for k, v in options.items() if k.islower()}
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=lower)
+        target = GPUTarget("cuda", capability, 32)
+        with assembler.for_target(target):
+            return triton.compile(source, target=target, options=lower)
 
 
 def _params(arguments: _Arguments, job: Job, P: int) -> int:

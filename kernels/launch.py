@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import assembler
 from .maps import INTERPRETED
 
 #: A tensor's type as kernels name it.
@@ -80,7 +81,8 @@ class Launcher:
         key = (id(constants), device, driver, *[_kind(a) for a in arguments])
         found = self._compiled.get(key)
         if found is None:
-            compiled = self.kernel[(grid,)](*arguments, **constants)
+            with assembler.for_target(driver.get_current_target()):
+                compiled = self.kernel[(grid,)](*arguments, **constants)
             values = tuple([constants[name] for name in self._names[len(arguments) :]])
             self._compiled[key] = compiled, values, constants  # kept, so that its id stays its own
             return

@@ -45,7 +45,7 @@ def parser() -> report.Parser:
     lines = "\n".join(f"  {name:<10} {text}" for name, text in PARTS.items())
     p = report.Parser(
         prog="fused-inr bench gpu",
-        description=(__doc__ or "").splitlines()[0],
+        description="What a CUDA machine has to tell, the most important first, until the budget is spent.",
         epilog=f"parts, in their order (only by name or with --full: {', '.join(ON_REQUEST)}):\n{lines}",
         formatter_class=report.argparse.RawDescriptionHelpFormatter,
     )

@@ -48,6 +48,7 @@ class Device:
         key = (hashlib.sha256(text.encode()).hexdigest(), self.options.contract)
         if key not in self._programs:
             self._programs[key] = reader.read(text, contract=self.options.contract)
+            self._programs[key].source = text
         return self._programs[key] if self.mutate is None else self.mutate(self._programs[key])
 
     def launch(self, text: str, arguments: list, grid: tuple[int, ...], threads: int, shared: int) -> Launch:

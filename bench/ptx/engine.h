@@ -34,12 +34,19 @@ struct Program {
   // whether there are instructions that hold registers until they are waited for, and barriers of a part of the warps
   int32_t watches_registers, has_partial_barriers;
 };
+// A wgmma that a warp ran: its matrix descriptors (A's is 0 where A lies in registers).
+struct Product {
+  int32_t instruction, block, warp, registers;
+  u64 a, b;
+};
 struct Launch {
   int32_t grid[3], warps, shared_bytes, regions, reports_room;
   const uint8_t *parameters;
   const Region *region;
-  int32_t races, errors, cut_sums, order, statistics;
+  int32_t races, errors, cut_sums, order, statistics, products_room;
   u64 limit;
+  Product *products;  // the first `products_room` of them; how many there were
+  u64 *products_seen;
 };
 
 enum Kind : int32_t {

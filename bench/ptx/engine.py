@@ -50,6 +50,7 @@ _REPORT = np.dtype(
     [(n, "i4") for n in ("kind", "instruction", "other", "block", "warp", "lane", "other_warp", "bytes")]
     + [("address", "u8"), ("count", "u8")]
 )
+_PRODUCT = np.dtype([(n, "i4") for n in ("instruction", "block", "warp", "registers")] + [("a", "u8"), ("b", "u8")])
 _MOST_REPORTS = 512
 _ERRORS = {"exact": 0, "up": 1, "down": 2, "either": 3}
 _ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
@@ -66,6 +67,7 @@ class Options:
         cut_sums: sums of tensor cores are cut to float32 instead of rounded.
         order: of the warps between two barriers: "ascending", "descending", "shuffled".
         statistics: count wavefronts of shared memory and sectors of global memory.
+        products: keep the matrix descriptors of so many wgmma (`Launch.products`).
         contract: products and sums become multiply-adds where the assembler may have it.
         limit: instructions of a warp between two barriers, from which on it counts as endless.
     """
@@ -75,6 +77,7 @@ class Options:
     cut_sums: bool = False
     order: str = "ascending"
     statistics: bool = False
+    products: int = 0
     contract: bool = False
     limit: int = 100_000_000
 
@@ -96,8 +99,9 @@ class Found:
 @dataclass(frozen=True)
 class Launch:
     """What one launch did: faults, and what is harmless; how often each instruction ran, by a warp (`counts`), and,
-    with `statistics`, how many wavefronts of shared or sectors of global memory that took (`waves`; `more`: machine.h).
-    """
+    with `statistics`, how many wavefronts of shared or sectors of global memory that took (`waves`; `more`: machine.h);
+    how it ran, and the bytes of its parameters; with `Options.products` each wgmma of a warp: instruction, block, warp,
+    whether A lies in registers, and the matrix descriptors `a`, `b`."""
 
     program: reader.Program
     grid: tuple[int, int, int]
@@ -110,6 +114,8 @@ class Launch:
     waves: np.ndarray
     more: np.ndarray
     options: Options
+    parameters: bytes
+    products: np.ndarray
 
     @property
     def name(self) -> str:
@@ -148,8 +154,10 @@ class _Launch(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("warps", "shared_bytes", "regions", "reports_room")),
         ("parameters", ctypes.c_void_p),
         ("region", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("races", "errors", "cut_sums", "order", "statistics")),
+        *((name, ctypes.c_int32) for name in ("races", "errors", "cut_sums", "order", "statistics", "products_room")),
         ("limit", ctypes.c_uint64),
+        ("products", ctypes.c_void_p),
+        ("products_seen", ctypes.c_void_p),
     )
 
 
@@ -188,6 +196,7 @@ def execute(
         raise ValueError(f"{program.name}: a grid of {(x, y, z)} blocks")
     counts, waves, more = (np.zeros(len(program.code), np.uint64) for _ in range(3))
     reports = np.zeros(_MOST_REPORTS, _REPORT)
+    products, seen = np.zeros(options.products, _PRODUCT), np.zeros(1, np.uint64)
 
     def at(array: np.ndarray) -> int:
         return array.ctypes.data
@@ -200,7 +209,7 @@ def execute(
     launch = _Launch(
         (ctypes.c_int32 * 3)(x, y, z), threads // 32, shared, len(regions), len(reports), at(parameters), at(regions),
         options.races, _ERRORS[options.errors], options.cut_sums, _ORDERS[options.order], options.statistics,
-        options.limit,
+        options.products, options.limit, at(products) if options.products else None, at(seen),
     )  # fmt: skip
     n = library.load().fused_inr_ptx_launch(
         ctypes.byref(p), ctypes.byref(launch), *(ctypes.c_void_p(at(a)) for a in (reports, counts, waves, more))
@@ -211,7 +220,10 @@ def execute(
     faults = (*misfits, *(f for f in found if f.kind not in HARMLESS))
     harmless = tuple(f for f in found if f.kind in HARMLESS)
     seconds = time.perf_counter() - start
-    return Launch(program, (x, y, z), threads // 32, shared, seconds, faults, harmless, counts, waves, more, options)
+    return Launch(
+        program, (x, y, z), threads // 32, shared, seconds, faults, harmless, counts, waves, more, options,
+        parameters.tobytes(), products[: int(seen[0])],
+    )  # fmt: skip
 
 
 def _describe(report, program: reader.Program) -> Found:

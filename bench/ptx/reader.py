@@ -84,6 +84,7 @@ class Program:
     text: list[str]
     locations: list[str]
     mnemonics: list[str]
+    source: str = ""  # the PTX
 
     def without(self, *instructions: int) -> Program:
         """The same with these instructions taken out."""

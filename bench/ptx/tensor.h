@@ -191,7 +191,13 @@ inline void wgmma(Machine &m, const Instruction &I, Warp &w, const Operands &o, 
     const Matrix a(*(const u64 *)(o.registers + o.at[at++]), I.flags & 4);
     fetch_operand(m, a, 16 * quarter, 16, K, kind, A[0], 16, 1, w.agent, instruction, hold);
   }
-  const Matrix b(*(const u64 *)(o.registers + o.at[at++]), I.flags & 8);
+  const u64 of_a = I.width ? 0 : *(const u64 *)(o.registers + o.at[at - 1]), of_b = *(const u64 *)(o.registers + o.at[at++]);
+  if (m.launch.products) {
+    const u64 seen = (*m.launch.products_seen)++;
+    if (seen < (u64)m.launch.products_room)
+      m.launch.products[seen] = {instruction, m.block, w.index, I.width, of_a, of_b};
+  }
+  const Matrix b(of_b, I.flags & 8);
   fetch_operand(m, b, 0, N, K, kind, B[0], 1, 256, w.agent, instruction, hold);
   const bool add = ((const int32_t *)(o.registers + o.at[at]))[0] != 0;
   multiply<256>(A, B, C, K, N);
