@@ -26,20 +26,24 @@ DEMO = fit --compare --size 144 --steps 120 --lr 2e-4 --out demo
 demo: $(STAMP)
 	@$(BIN)/fused-inr $(DEMO)
 
-# WORKERS tests at a time, each with one thread: a file of tests stays in one worker.
+# WORKERS tests at a time, each with one thread: a file of tests stays in one worker. Executed kernels (tests/ptx) share
+# nothing, and each takes as long as its compilation: they go to whoever is free.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST_PTX := $(subst loadfile,worksteal,$(PYTEST))
 
-# Two processes: under TRITON_INTERPRET=1 Triton cannot compile, and without it nothing interprets. Both run whatever the
-# first one says; the exit status is 0 only if both passed.
+# Three processes: under TRITON_INTERPRET=1 Triton cannot compile, and without it nothing interprets; executed kernels put
+# a driver of their own in the place of Triton's. All run whatever the others say; the exit status is 0 only if all passed.
 test: $(STAMP)
 	@status=0; \
 	if [ -n "$(INTERPRETER_TESTS)" ]; then \
 	    echo "== kernels in Triton's interpreter"; \
 	    TRITON_INTERPRET=1 $(PYTEST) -q $(INTERPRETER_TESTS) || status=1; \
-	    echo "== everything else"; \
 	fi; \
-	$(PYTEST) tests --ignore-glob='*interpreter*' || status=1; \
+	echo "== compiled kernels, executed"; \
+	$(PYTEST_PTX) -q tests/ptx || status=1; \
+	echo "== everything else"; \
+	$(PYTEST) tests --ignore-glob='*interpreter*' --ignore=tests/ptx || status=1; \
 	[ $$status -eq 0 ] || echo "make test: at least one of the runs above failed" >&2; \
 	exit $$status
 
@@ -51,11 +55,12 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-# The interpreter's tests and the static report under the oldest Triton served and a newer one than torch's own. Only
-# Triton differs: it lies in a folder of its own, ahead of the environment's. (3.6.0's interpreter needs numpy < 2.4, which
+# The interpreter's tests, some executed kernels and the static report under the oldest Triton served and a newer one than
+# torch's own. Only Triton differs: it lies in a folder of its own, ahead of the environment's. (3.6.0's interpreter needs numpy < 2.4, which
 # constraints.txt grants.) The report compiles every kernel, kind of product and type once an architecture; all of it, an
 # hour for each version on two cores, with `make compat STATIC=`.
 STATIC ?= --sample
+COMPAT_PTX = tests/ptx -k 'test_binders or (test_layers and sine) or (test_networks and test_sine and 64)'
 compat: $(COMPAT)/triton-3.6.0/.installed $(COMPAT)/triton-3.9.0/.installed
 	@status=0; \
 	for version in 3.6.0 3.9.0; do \
@@ -64,6 +69,7 @@ compat: $(COMPAT)/triton-3.6.0/.installed $(COMPAT)/triton-3.9.0/.installed
 	    $(BIN)/python -c "import sys, triton; sys.exit(triton.__version__ != '$$version')" || \
 	        { echo "make compat: Triton $$version is not the one that is imported" >&2; exit 1; }; \
 	    TRITON_INTERPRET=1 $(PYTEST) -q $(INTERPRETER_TESTS) || status=1; \
+	    $(PYTEST_PTX) -q $(COMPAT_PTX) || status=1; \
 	    $(BIN)/fused-inr bench static $(STATIC) || status=1; \
 	done; \
 	exit $$status

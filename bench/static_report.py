@@ -62,6 +62,19 @@ LEGEND = """columns:
          of moments, integer multiplications, other integer operations and float64 would take at the peak rates of an
          A100 (sm80), H200 (sm90), B200 (sm100), each working alone
   bound  the largest of these, which is the floor
+With --count nothing is compiled for the machine: whole networks (3 hidden layers of 32, 64, 128 features, 2 inputs, 3
+outputs; bf16 and TF32) run on the executor of PTX, on the programs of one multiprocessor, for 512 and 1,536 rows; the
+difference, a row:
+  issue, fma, alu, special, fp64, tensor, shared, global
+         clocks that each unit of a multiprocessor takes at its peak rate: instructions issued; multiplications and
+         float32 additions; other integer operations, comparisons, conversions; special functions; float64; matrix
+         products; wavefronts of shared memory; sectors of global memory through the first-level cache
+  bound  the largest of these; latencies and waiting come on top
+  instr, wave, confl, sect                         instructions of a warp; wavefronts of loads from and stores to shared
+         memory, and how many for each that their bytes need (bank conflicts); sectors of 32 bytes of global memory
+  once   clocks of that unit that a launch costs whatever the rows
+  Special functions, matrix products, wavefronts and sectors are exact, and so lower bounds. PTX is not what the machine
+  runs, though: the assembler shares and removes address arithmetic, so that issue and alu are estimates, rather high.
 In the JSON: "occupancy" {warps, blocks, of, by}; "roofline" {A100 | H200 | H100 | B200: {memory, tensor, sfu, fma,
 imul, alu, fp64, floor in ps a row, bound}}; "mufu_at", "fp32_at": instructions outside loops, in loops, in loops within
 loops; "usual_at": of each pipe, without what a jump ahead can skip."""
@@ -82,6 +95,44 @@ def _compile(job: dict) -> dict:
     roofline.annotate(row)
     shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
     return row
+
+
+def _count(job: dict) -> list[dict]:
+    from .ptx import count
+
+    return count.count(**job)
+
+
+def count_networks(
+    archs: tuple[str, ...] | list[str] = ("sm80", "sm90"),
+    activations: tuple[str, ...] | list[str] = ("sine",),
+    *,
+    processes: int = 2,
+    progress: bool = False,
+) -> list[dict]:
+    """What a row of whole networks costs each unit of a multiprocessor: the rows of `ptx.count.count`, which runs the
+    compiled kernels on the CPU.
+
+    Raises:
+        RuntimeError: PTX cannot be executed here; the reason.
+    """
+    with _workers(processes) as pool:
+        jobs = pool.submit(_count_jobs, list(archs), list(activations)).result()
+        found: list[list[dict]] = [[] for _ in jobs]
+        futures = {pool.submit(_count, job): i for i, job in enumerate(jobs)}
+        for done, future in enumerate(as_completed(futures), 1):
+            found[futures[future]] = future.result()
+            if progress:
+                print(f"[{done}/{len(jobs)}]", *jobs[futures[future]].values(), file=sys.stderr, flush=True)
+    return [row for rows in found for row in rows]
+
+
+def _count_jobs(archs: list[str], activations: list[str]) -> list[dict]:
+    from .ptx import count, unavailable
+
+    if reason := unavailable():
+        raise RuntimeError(reason)
+    return count.jobs(archs, activations)
 
 
 def _list_jobs(options: dict) -> list[dict]:
@@ -253,8 +304,8 @@ def main(argv: list[str] | None = None) -> int:
         epilog=LEGEND,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm80", "sm90", "sm100"], help="architectures")
-    parser.add_argument("--activation", nargs="+", default=["sine", "gabor", "split"], help='or "all"')
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, help="architectures (sm80 sm90 sm100; --count: sm80 sm90)")
+    parser.add_argument("--activation", nargs="+", help='or "all" (sine gabor split; --count: sine)')
     kernels = "forward input_grad gz gz_from_z weight_grad act_map moments sum"
     kernels += " mlp_forward mlp_stream mlp_save mlp_backward mlp_recompute mlp_loss mlp_one_pass"
     parser.add_argument("--kernel", nargs="+", default=[], choices=kernels.split(), help="only these kernels")
@@ -274,6 +325,11 @@ def main(argv: list[str] | None = None) -> int:
         const="full",
         help="unaligned operands, odd widths, learnable parameters as well (an hour on two cores)",
     )
+    scope.add_argument(
+        "--count",
+        action="store_true",
+        help="run whole networks on the executor of PTX instead, and count what a row costs each unit (minutes)",
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th compilation only")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
@@ -286,26 +342,49 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.every < 1 or arguments.processes < 1:
         parser.error("--every and --processes take a number of 1 or more")
     try:
+        if arguments.count:
+            return _main_count(arguments, version)
         rows = run(
-            arguments.arch,
-            arguments.activation,
+            arguments.arch or ["sm80", "sm90", "sm100"],
+            arguments.activation or ["sine", "gabor", "split"],
             kernels=arguments.kernel,
             scope=arguments.scope or "default",
             every=arguments.every,
             processes=arguments.processes,
             progress=sys.stderr.isatty(),
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         print(f"fused-inr bench static: {error}", file=sys.stderr)
         return 2
     print(f"Triton {version}")
     print(table(rows))
-    if arguments.json:
-        report = {"triton": version, "rows": rows}
-        temporary = arguments.json.with_name(arguments.json.name + ".tmp")
-        temporary.write_text(json.dumps(report, indent=1, default=str) + "\n")
-        os.replace(temporary, arguments.json)
+    _write(arguments.json, version, rows)
     return 1 if failures(rows, version) else 0
+
+
+def _main_count(arguments: argparse.Namespace, version: str) -> int:
+    archs = arguments.arch or ["sm80", "sm90"]
+    if "sm86" in archs:
+        raise ValueError("--count: the rates of sm86's devices differ; sm80, sm90 and sm100 are known")
+    rows = count_networks(
+        archs,
+        arguments.activation or ["sine"],
+        processes=arguments.processes,
+        progress=sys.stderr.isatty(),
+    )
+    from .ptx import count
+
+    print(f"Triton {version}")
+    print(count.table(rows))
+    _write(arguments.json, version, rows)
+    return 0
+
+
+def _write(path: Path | None, version: str, rows: list[dict]) -> None:
+    if path:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps({"triton": version, "rows": rows}, indent=1, default=str) + "\n")
+        os.replace(temporary, path)
 
 
 if __name__ == "__main__":

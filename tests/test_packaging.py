@@ -171,6 +171,8 @@ def test_wheel_holds_everything_in_one_package(installed):
     assert files(ROOT / "csrc", *sources) == files(package / "_csrc", *sources)
     assert files(ROOT / "kernels", "*.py") == files(package / "kernels", "*.py")
     assert files(ROOT / "bench", "*.py") == files(package / "bench", "*.py")
+    executor = files(ROOT / "bench" / "ptx", "*.cpp", "*.h", "*.inc")
+    assert executor and executor == files(package / "bench" / "ptx", "*.cpp", "*.h", "*.inc")
     own = {p for p in files(package, "*.py") if p.parts[0] not in ("kernels", "bench", "_csrc")}
     assert own == files(ROOT / "fused_inr", "*.py")
     assert (package / "py.typed").is_file()

@@ -24,12 +24,12 @@ class Fault(AssertionError):
 class Device:
     """An emulated device: its launches so far, and how the next ones run.
 
-    `mutate` changes a kernel's PTX before it is read, to plant faults.
+    `mutate` gives another program in the place of a kernel's, to plant faults.
     """
 
     capability: int
     options: Options = field(default_factory=Options)
-    mutate: Callable[[str], str] | None = None
+    mutate: Callable[[reader.Program], reader.Program] | None = None
     launches: list[Launch] = field(default_factory=list)
     _programs: dict[tuple[str, bool], reader.Program] = field(default_factory=dict)
 
@@ -45,12 +45,11 @@ class Device:
         self.launches.clear()
 
     def program(self, text: str) -> reader.Program:
-        text = text if self.mutate is None else self.mutate(text)
         key = (hashlib.sha256(text.encode()).hexdigest(), self.options.contract)
         if key not in self._programs:
             self._programs[key] = reader.read(text, contract=self.options.contract)
             self._programs[key].source = text
-        return self._programs[key]
+        return self._programs[key] if self.mutate is None else self.mutate(self._programs[key])
 
     def launch(self, text: str, arguments: list, grid: tuple[int, ...], threads: int, shared: int) -> Launch:
         """Run the kernel of a PTX text; arguments as `engine.execute` takes them."""

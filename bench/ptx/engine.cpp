@@ -193,7 +193,7 @@ void Interpreter::access_space(Space space, const Instruction &I, Warp &w, u32 m
   static const uint8_t ones[64] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
                                    255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
   if (launch.statistics && space == Space::shared) count_wavefronts(at, address, m, bytes);
-  if (launch.statistics && space == Space::global) count_sectors(at, address, m, bytes);
+  if (launch.statistics && space == Space::global) count_sectors(waves[at], address, m, bytes);
   uint8_t *place[32];
   u32 outside = 0;
   for (int i = 0; i < 32; i++) {
@@ -278,7 +278,10 @@ void Interpreter::copy_async(const Instruction &I, Warp &w, u32 m, int at) {
     to[i] = (u32)(((const u32 *)(w.registers + o[0]))[i] + I.value);
     from[i] = ((const u64 *)(w.registers + o[1]))[i] + I.size;
   }
-  if (launch.statistics) count_wavefronts(at, to, m, I.count);
+  if (launch.statistics) {
+    count_wavefronts(at, to, m, I.count);
+    count_sectors(more[at], from, m, I.count);
+  }
   for (int i = 0; i < 32; i++) {
     if (!(m >> i & 1)) continue;
     int valid = I.operands < 3 ? I.count : (int)std::min<u32>(((const u32 *)(w.registers + o[2]))[i], I.count);
@@ -322,23 +325,26 @@ void Interpreter::finish(Warp &w, const std::vector<Copy> &group) {
 bool Interpreter::with_tensor_memory(const Instruction &I, Warp &w, u32 m, int at) {
   const Operands o = {w.registers, program.operands + I.first};
   const int lane = __builtin_ctz(m);  // most are run by one lane, or alike by all
+  auto address = [&](int k, int lane) {  // in shared memory; Triton 3.6 gives it as 64 bits, the upper ones 0
+    return (u32)((I.flags & WIDE_ADDRESS ? ((const u64 *)o.word(k))[lane] : o.word(k)[lane]) + I.value);
+  };
   switch (I.op) {
-    case op::mbarrier_init: tensor_memory.init(*this, w, o.word(0)[lane] + I.value, o.word(1)[lane], lane, at); break;
-    case op::mbarrier_inval: tensor_memory.invalidate(*this, w, o.word(0)[lane] + I.value, lane, at); break;
+    case op::mbarrier_init: tensor_memory.init(*this, w, address(0, lane), o.word(1)[lane], lane, at); break;
+    case op::mbarrier_inval: tensor_memory.invalidate(*this, w, address(0, lane), lane, at); break;
     case op::mbarrier_try_wait: {  // Operands: whether it is complete, the barrier, the phase's parity
       bool complete = true;
       for (int i = 0; i < 32; i++)
         if (m >> i & 1) {
-          const bool done = tensor_memory.test(*this, w, o.word(1)[i] + I.value, o.word(2)[i] & 1, i, at);
+          const bool done = tensor_memory.test(*this, w, address(1, i), o.word(2)[i] & 1, i, at);
           ((int32_t *)o.word(0))[i] = done ? -1 : 0;
           complete &= done;
         }
       return complete;
     }
-    case op::tcgen05_alloc: tensor_memory.allocate(*this, w, o.word(0)[lane] + I.value, o.word(1)[lane], at); break;
+    case op::tcgen05_alloc: tensor_memory.allocate(*this, w, address(0, lane), o.word(1)[lane], at); break;
     case op::tcgen05_dealloc: tensor_memory.release(*this, w, o.word(0)[lane], o.word(1)[lane], at); break;
     case op::tcgen05_mma: tensor_memory.multiply(*this, I, w, o, lane, at); break;
-    case op::tcgen05_commit: tensor_memory.commit(*this, w, o.word(0)[lane] + I.value, lane, at); break;
+    case op::tcgen05_commit: tensor_memory.commit(*this, w, address(0, lane), lane, at); break;
     case op::tcgen05_ld: tensor_memory.load(*this, I, w, o, at); break;
     case op::tcgen05_st: tensor_memory.store(*this, I, w, o, at); break;
     default: tensor_memory.wait(w, I.flags);
@@ -794,9 +800,10 @@ EXPORTED int fused_inr_ptx_operation(const char *name) {
 EXPORTED const char *fused_inr_ptx_name(int i) { return i >= 0 && i < op::OPERATIONS ? TABLE[i].name : nullptr; }
 
 // Returns how many reports there are; the first ones are written to `reports`.
-EXPORTED int fused_inr_ptx_launch(const Program *program, const Launch *launch, Report *reports, u64 *counts, u64 *waves) {
+EXPORTED int fused_inr_ptx_launch(const Program *program, const Launch *launch, Report *reports, u64 *counts, u64 *waves,
+                                  u64 *more) {
   errors = (Errors)launch->errors;
-  Interpreter machine(*program, *launch, counts, waves);
+  Interpreter machine(*program, *launch, counts, waves, more);
   for (int z = 0; z < launch->grid[2]; z++)
     for (int y = 0; y < launch->grid[1]; y++)
       for (int x = 0; x < launch->grid[0]; x++) machine.run_block(x, y, z);

@@ -98,10 +98,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch did: faults, and what is harmless; how often each instruction ran, by a warp (`counts`), and how
-    many wavefronts (shared memory) or sectors (global memory) that took (`waves`, with `statistics`); the bytes of its
-    parameters; with `Options.products` each wgmma of a warp: instruction, block, warp, whether A lies in registers, and
-    the matrix descriptors `a`, `b`."""
+    """What one launch did: faults, and what is harmless; how often each instruction ran, by a warp (`counts`), and,
+    with `statistics`, how many wavefronts of shared or sectors of global memory that took (`waves`; `more`: machine.h);
+    how it ran, and the bytes of its parameters; with `Options.products` each wgmma of a warp: instruction, block, warp,
+    whether A lies in registers, and the matrix descriptors `a`, `b`."""
 
     program: reader.Program
     grid: tuple[int, int, int]
@@ -112,6 +112,8 @@ class Launch:
     harmless: tuple[Found, ...]
     counts: np.ndarray
     waves: np.ndarray
+    more: np.ndarray
+    options: Options
     parameters: bytes
     products: np.ndarray
 
@@ -166,6 +168,7 @@ def execute(
     threads: int,
     dynamic_shared: int = 0,
     options: Options = Options(),
+    memory: Iterable[np.ndarray] = (),
 ) -> Launch:
     """Run a program.
 
@@ -175,6 +178,7 @@ def execute(
         grid: blocks in each direction, up to three numbers.
         threads: of a block.
         dynamic_shared: bytes of shared memory that the launch asks for.
+        memory: arrays whose addresses here the arguments hold (pointers within a struct).
     """
     start = time.perf_counter()
     x, y, z = (*grid, 1, 1)[:3]
@@ -187,10 +191,10 @@ def execute(
         dynamic_shared if not shared else shared if not dynamic_shared else -(-shared // 1024) * 1024 + dynamic_shared
     )
     misfits: list[Found] = []
-    parameters, regions = _parameters(program, arguments, misfits)
+    parameters, regions = _parameters(program, arguments, memory, misfits)
     if min(x, y, z) < 1 or x >= 2**31 or max(y, z) > 65535:
         raise ValueError(f"{program.name}: a grid of {(x, y, z)} blocks")
-    counts, waves = (np.zeros(len(program.code), np.uint64) for _ in range(2))
+    counts, waves, more = (np.zeros(len(program.code), np.uint64) for _ in range(3))
     reports = np.zeros(_MOST_REPORTS, _REPORT)
     products, seen = np.zeros(options.products, _PRODUCT), np.zeros(1, np.uint64)
 
@@ -208,7 +212,7 @@ def execute(
         options.products, options.limit, at(products) if options.products else None, at(seen),
     )  # fmt: skip
     n = library.load().fused_inr_ptx_launch(
-        ctypes.byref(p), ctypes.byref(launch), *(ctypes.c_void_p(at(a)) for a in (reports, counts, waves))
+        ctypes.byref(p), ctypes.byref(launch), *(ctypes.c_void_p(at(a)) for a in (reports, counts, waves, more))
     )
     found = [_describe(report, program) for report in reports[: min(n, len(reports))]]
     if n > len(reports):
@@ -217,8 +221,8 @@ def execute(
     harmless = tuple(f for f in found if f.kind in HARMLESS)
     seconds = time.perf_counter() - start
     return Launch(
-        program, (x, y, z), threads // 32, shared, seconds, faults, harmless, counts, waves, parameters.tobytes(),
-        products[: int(seen[0])],
+        program, (x, y, z), threads // 32, shared, seconds, faults, harmless, counts, waves, more, options,
+        parameters.tobytes(), products[: int(seen[0])],
     )  # fmt: skip
 
 
@@ -242,13 +246,17 @@ def _memory(value: object) -> tuple[int, int, int]:
 
 
 def _parameters(
-    program: reader.Program, arguments: Sequence[tuple[str, object]], misfits: list[Found]
+    program: reader.Program,
+    arguments: Sequence[tuple[str, object]],
+    memory: Iterable[np.ndarray],
+    misfits: list[Found],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of the parameters, and the memory that their pointers lead to.
 
     Each storage has an address of its own, 2^40 from the next: no access beyond one lands in another.
     """
     regions = [(address, len(data), data.ctypes.data) for address, data in program.variables]
+    regions += [(array.ctypes.data, array.nbytes, array.ctypes.data) for array in memory]
     addresses: dict[int, int] = {}
     buffer = bytearray(max(8, program.param_bytes))
     for (offset, size), (kind, value) in zip(program.params, arguments, strict=False):

@@ -114,12 +114,14 @@ enum class Space { global, shared, local };
 
 class Machine {
  public:
-  Machine(const Program &program, const Launch &launch, u64 *counts, u64 *waves)
-      : program(program), launch(launch), counts(counts), waves(waves), global_cells(launch.regions), warps(launch.warps) {}
+  Machine(const Program &program, const Launch &launch, u64 *counts, u64 *waves, u64 *more)
+      : program(program), launch(launch), counts(counts), waves(waves), more(more), global_cells(launch.regions), warps(launch.warps) {}
 
   const Program &program;
   const Launch &launch;
-  u64 *counts, *waves;
+  // of each instruction: how often a warp ran it; wavefronts of shared memory or sectors of global memory; the sectors
+  // of asynchronous copies. Of products of tcgen05: multiply-adds (of halves: TF32 counts twice), wavefronts of operands
+  u64 *counts, *waves, *more;
   Reports reports;
   std::vector<uint8_t> shared;
   std::vector<Cell> shared_cells;
@@ -181,6 +183,8 @@ class Machine {
     } else if (c.r_lane != lane || c.r_sync != a.sync) {
       c.r_many = 1;
     }
+    if (c.r_warp != a.warp) c.r_before = c.r_instruction;
+    c.r_warp = (uint8_t)a.warp;
     c.r_epoch = epoch;
     c.r_warps |= 1u << a.warp;
     c.r_instruction = (u32)instruction;
@@ -193,7 +197,7 @@ class Machine {
   void write(Cell &c, Agent &a, int lane, int instruction, u64 address, int bytes, const uint8_t *data,
              const uint8_t *before) {
     auto beside = [&](Kind kind) { return memcmp(data, before, bytes) ? kind : SAME_VALUE; };
-    const int writer = (int)c.w_instruction, reader = (int)c.r_instruction;
+    const int writer = (int)c.w_instruction, reader = (int)(c.r_warp == a.warp ? c.r_before : c.r_instruction);
     if (is_shared) {
       if (c.in_flight || c.tensor_read > a.tensor_seen)
         report(OPERAND_IN_FLIGHT, instruction, reader, a, lane, c.r_lane, address, bytes);
@@ -202,7 +206,7 @@ class Machine {
       if (c.w_epoch && c.w_epoch < first_epoch)
         report(beside(BLOCK_WRITE_AFTER_WRITE), instruction, writer, a, lane, c.w_warp, address, bytes);
       if (c.r_epoch && c.r_epoch < first_epoch)
-        report(BLOCK_WRITE_AFTER_READ, instruction, reader, a, lane, __builtin_ctz(c.r_warps), address, bytes);
+        report(BLOCK_WRITE_AFTER_READ, instruction, (int)c.r_instruction, a, lane, c.r_warp, address, bytes);
     }
     if (!write_comes_before(c, a))
       report(beside(WRITE_AFTER_WRITE), instruction, writer, a, lane, c.w_warp, address, bytes);
@@ -210,7 +214,7 @@ class Machine {
     if (v >= 0)
       report(WRITE_AFTER_READ, instruction, reader, a, lane, v, address, bytes);
     else if (c.r_epoch == epoch && (c.r_warps >> a.warp & 1) && c.r_sync == a.sync && (c.r_many || c.r_lane != lane))
-      report(LANE_WRITE_AFTER_READ, instruction, reader, a, lane, a.warp, address, bytes);
+      report(LANE_WRITE_AFTER_READ, instruction, (int)c.r_instruction, a, lane, a.warp, address, bytes);
     c.w_epoch = epoch;
     c.w_warp = (uint8_t)a.warp;
     c.w_lane = (uint8_t)lane;
@@ -302,7 +306,7 @@ class Machine {
       waves[instruction] += most;
     }
   }
-  void count_sectors(int instruction, const u64 *address, u32 lanes, int bytes) {
+  void count_sectors(u64 &sum, const u64 *address, u32 lanes, int bytes) {
     u64 sectors[64];
     int n = 0;
     for (int i = 0; i < 32; i++)
@@ -311,7 +315,7 @@ class Machine {
         if ((address[i] + bytes - 1) >> 5 != address[i] >> 5) sectors[n++] = (address[i] + bytes - 1) >> 5;
       }
     std::sort(sectors, sectors + n);
-    waves[instruction] += std::unique(sectors, sectors + n) - sectors;
+    sum += std::unique(sectors, sectors + n) - sectors;
   }
 
   // -- barriers

@@ -20,6 +20,10 @@ thread_local Errors errors = Errors::none;
 inline u32 bits(float x) { u32 u; memcpy(&u, &x, 4); return u; }
 inline float flt(u32 u) { float x; memcpy(&x, &u, 4); return x; }
 
+// The NaN that float32 arithmetic gives, whatever its operands were.
+const float NAN_F32 = flt(0x7fffffffu);
+inline float one_nan(float x) { return x == x ? x : NAN_F32; }
+
 // -- conversions
 
 inline float ftz(float x) { return (bits(x) & 0x7f800000u) == 0 ? flt(bits(x) & 0x80000000u) : x; }
@@ -44,7 +48,7 @@ inline int32_t to_s32(float x) {
 inline u32 to_u32(float x) { return !(x > 0) ? 0 : x >= 4294967296.0f ? ~0u : (u32)x; }
 // The double s in float32: rounded, or cut.
 inline float rounded(double s, bool cut) {
-  const float f = (float)s;
+  const float f = one_nan((float)s);
   if (!cut || s - s != 0) return f;
   if (f - f != 0) return copysignf(3.4028234663852886e38f, f);
   return fabs((double)f) > fabs(s) ? flt(bits(f) - 1) : f;

@@ -6,6 +6,7 @@ What the engine does not have is an error with the instruction's name; nothing i
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import itertools
 import re
@@ -84,6 +85,13 @@ class Program:
     locations: list[str]
     mnemonics: list[str]
     source: str = ""  # the PTX
+
+    def without(self, *instructions: int) -> Program:
+        """The same with these instructions taken out."""
+        code = self.code.copy()
+        code["op"][list(instructions)] = operation("nop")
+        code["targets"][list(instructions)] = code["operands"][list(instructions)] = 0
+        return dataclasses.replace(self, code=code)
 
 
 @dataclass
@@ -405,6 +413,8 @@ class _Reader:
         if base in ("add", "sub", "mul", "fma") and len(p) == 4 and p[1] == "rn" and p[2] == "f32":
             # add.rn.f32.bf16: mixed types, the last operand float32
             self.plain(row, f"{base}_f32_{p[3]}", a, *([2] * (len(a) - 2)), 4)
+        elif base == "neg" and kind == "bf16":
+            self.plain(row, "neg_bf16", a, width)
         elif base in ("add", "sub", "neg"):
             self.plain(row, f"{base}{ftz}_{unsigned}", a, width)
         elif base == "mul" and "wide" in p:
@@ -648,15 +658,19 @@ class _Reader:
 
     # -- sm_100
 
+    def barrier_address(self, row: _Row, s: str) -> int:
+        """Of shared memory; generic where it has 64 bits."""
+        place, row.value, wide = self.address(s, 4)
+        row.flags |= _WIDE_ADDRESS * wide
+        return place
+
     def read_mbarrier(self, row: _Row, p: list[str], a: list[str]) -> None:
         if p[1] == "init" or p[1] == "inval":
             row.op = operation(f"mbarrier_{p[1]}")
-            place, row.value = self.narrow_address(a[0])
-            row.sources = [place] + [self.source(x, 4) for x in a[1:]]
+            row.sources = [self.barrier_address(row, a[0])] + [self.source(x, 4) for x in a[1:]]
         elif p[1:3] == ["try_wait", "parity"]:
             row.op = operation("mbarrier_try_wait")
-            place, row.value = self.narrow_address(a[1])
-            row.targets, row.sources = [self.target(a[0])], [place, self.source(a[2], 4)]
+            row.targets, row.sources = [self.target(a[0])], [self.barrier_address(row, a[1]), self.source(a[2], 4)]
         else:
             raise UnknownInstruction(row.mnemonic)
 
@@ -668,8 +682,7 @@ class _Reader:
             row.op, row.flags = operation("tcgen05_wait"), int(p[1] == "wait::ld")
         elif kind in ("alloc", "commit"):
             row.op = operation(f"tcgen05_{kind}")
-            place, row.value = self.narrow_address(a[0])
-            row.sources = [place] + [self.source(x, 4) for x in a[1:]]
+            row.sources = [self.barrier_address(row, a[0])] + [self.source(x, 4) for x in a[1:]]
         elif kind == "dealloc":
             row.op, row.sources = operation("tcgen05_dealloc"), [self.source(x, 4) for x in a]
         elif kind in ("ld", "st"):

@@ -18,11 +18,12 @@ const int MOST_WARPS = 32;
 struct Cell {
   u32 w_epoch, w_instruction, w_sync;
   u32 r_epoch, r_instruction, r_sync, r_warps;
+  u32 r_before;     // the last read by another warp than r_warp
   u32 w_fences;     // proxy fences of the writing warp before it wrote
   u32 tensor_read;  // shared memory: the last product of tcgen05 that reads it
   uint16_t w_segment;
   uint8_t w_warp, w_lane, r_lane, r_many;           // r_many: read by more than one lane
-  uint8_t initialised, pending, in_flight, unused;  // shared memory: written; being copied to; read by so many wgmma
+  uint8_t initialised, pending, in_flight, r_warp;  // shared memory: written; being copied to; read by so many wgmma
 };
 
 // A warp as shadow memory sees it.

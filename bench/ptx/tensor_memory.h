@@ -135,6 +135,11 @@ class TensorMemory {
     if (!plain || (M != 64 && M != 128) || N < 8 || N > 256 || (I.flags == TF32) != (type == TF32))
       m.report(TENSOR_MEMORY, at, -1, w.agent, lane, 0, kind, 4);
     const u32 product = ++products_;
+    if (m.launch.statistics) {
+      const u64 slow = type == TF32 ? 2 : 1;
+      m.waves[at] += (u64)M * N * K * slow;
+      m.more[at] += ((u64)N * K + (I.width ? 0 : (u64)M * K)) * 2 * slow / 128;
+    }
     auto hold = [&](u32, Cell &c) { c.tensor_read = product; };
     static thread_local double A[128][16], B[16][256];
     if (I.width) {

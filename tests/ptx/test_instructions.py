@@ -402,6 +402,23 @@ def test_mixed_types(half):
     same(elementwise(f"add.rn.f32.{half} d, a, b", "f32", (half, "f32"), a, c), quiet(np.add)(wide(a), c))
 
 
+def test_signs_of_halves():
+    for kind in ("f16", "bf16"):
+        a = grid_of(kind).view(np.uint16)
+        found = elementwise(f"neg.{kind} d, a", "b16", ("b16",), a)
+        same(found, a ^ np.uint16(0x8000))
+
+
+def test_float32_arithmetic_has_one_nan():
+    """As on the device; of x86 the sign and the payload depend on the operands."""
+    a = np.array([0x7FC00001, 0xFFC12345, 0x7F800000, 0x7FFFFFFF], np.uint32).view(np.float32)
+    b = np.array([1.0, 2.0, -np.inf, np.nan], np.float32)
+    for name in ("add", "mul", "div.rn", "min.NaN"):
+        found = elementwise(f"{name}.f32 d, a, b", "b32", ("f32", "f32"), a, b)
+        assert (found[np.isnan(a) | np.isnan(b)] == 0x7FFFFFFF).all(), name
+    assert (elementwise("add.f32 d, a, b", "b32", ("f32", "f32"), a, b) == 0x7FFFFFFF).all()
+
+
 @pytest.mark.parametrize("kind", ["f32", "f64"])
 def test_signs_of_floats(kind):
     a, b = pairs(grid_of(kind), grid_of(kind))

@@ -395,6 +395,11 @@ def test_what_products_into_tensor_memory_need():
     assert tensor_faults(freed=half) == {"tensor memory misused"}
 
 
+def test_a_barrier_by_its_generic_address():
+    generic = "cvt.u64.u32 %w5, %r7; cvta.shared.u64 %w5, %w5;"
+    assert tensor_faults(commit=generic + COMMIT.replace("%r7", "%w5").replace(".shared::cluster", "")) == set()
+
+
 def test_operands_are_kept_until_the_product_is_done():
     write = "st.shared.b32 [%r1], %t;"
     fault = "written while products read it, or touched before they were done"
