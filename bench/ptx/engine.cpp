@@ -13,6 +13,7 @@ enum {
 #define WIDENING(name, ...) name,
 #define WIDENING_ADD(name, ...) name,
 #define SHIFT(name, ...) name,
+#define FIELD(name, ...) name,
 #define PAIRING(name, ...) name,
 #define MIXED(name, ...) name,
 #define COMPARISON(name, ...) name,
@@ -25,6 +26,7 @@ enum {
 #undef WIDENING
 #undef WIDENING_ADD
 #undef SHIFT
+#undef FIELD
 #undef PAIRING
 #undef MIXED
 #undef COMPARISON
@@ -47,6 +49,7 @@ const Operation TABLE[] = {
 #define WIDENING(name, ...) {#name, Passes::lanes},
 #define WIDENING_ADD(name, ...) {#name, Passes::lanes},
 #define SHIFT(name, ...) {#name, Passes::lanes},
+#define FIELD(name, ...) {#name, Passes::lanes},
 #define PAIRING(name, ...) {#name, Passes::lanes},
 #define MIXED(name, ...) {#name, Passes::lanes},
 #define COMPARISON(name, ...) {#name, Passes::lanes},
@@ -59,6 +62,7 @@ const Operation TABLE[] = {
 #undef WIDENING
 #undef WIDENING_ADD
 #undef SHIFT
+#undef FIELD
 #undef PAIRING
 #undef MIXED
 #undef COMPARISON
@@ -441,6 +445,13 @@ void Interpreter::run(Warp &w) {
     const T *pa = R(T, 1);                                            \
     const u32 *pb = R(u32, 2);                                        \
     EACH(const T a = pa[i]; const u32 b = pb[i]; d[i] = (e);)         \
+  } break;
+#define FIELD(name, T, e)                                                                     \
+  case op::name: {                                                                        \
+    T *d = R(T, 0);                                                                   \
+    const T *pa = R(T, 1);                                                            \
+    const u32 *pb = R(u32, 2), *pc = R(u32, 3);                                       \
+    EACH(const T a = pa[i]; const u32 b = pb[i]; const u32 c = pc[i]; d[i] = (e);)    \
   } break;
 #define PAIRING(name, e)                                              \
   case op::name: {                                                        \

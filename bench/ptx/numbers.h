@@ -56,19 +56,15 @@ inline float rounded(double s, bool cut) {
 
 // -- bits
 
-inline u32 bfe_u(u32 a, u32 b, u32 c) {
-  b &= 255; c &= 255;
-  if (b > 31 || !c) return 0;
-  a >>= b;
-  return c > 31 ? a : a & ((1u << c) - 1);
-}
-inline u32 bfe_s(u32 a, u32 b, u32 c) {
-  b &= 255; c &= 255;
-  if (!c) return 0;
-  const u32 sign = b + c - 1 > 31 ? a >> 31 : (a >> (b + c - 1)) & 1;
-  const u32 shifted = b > 31 ? 0 : a >> b, valid = b > 31 ? 0 : 32 - b, keep = c < valid ? c : valid;
-  const u32 mask = keep > 31 ? ~0u : (1u << keep) - 1;
-  return (shifted & mask) | (sign ? ~mask : 0);
+// A field of `length` bits from `position` on; with a sign, it is extended by its highest bit.
+template <class U>
+inline U bfe(U a, u32 position, u32 length, bool extend) {
+  const u32 bits = 8 * sizeof(U), p = position & 255, n = length & 255;
+  if (!n) return 0;
+  const u32 top = p + n - 1 > bits - 1 ? bits - 1 : p + n - 1, valid = p < bits ? bits - p : 0, keep = n < valid ? n : valid;
+  const U sign = extend ? a >> top & 1 : 0, shifted = p < bits ? a >> p : 0;
+  const U mask = keep >= bits ? (U)~(U)0 : ((U)1 << keep) - 1;
+  return (shifted & mask) | (sign ? (U)~mask : 0);
 }
 template <class U>
 inline U bfi(U a, U b, u32 position, u32 length) {

@@ -212,21 +212,22 @@ def test_counts_and_reversals_of_bits():
     same(elementwise("brev.b32 d, a", "u32", ("u32",), a), by_integers(lambda x: int(f"{x:032b}"[::-1], 2), "u32", a))
 
 
-@pytest.mark.parametrize("kind", ["u32", "s32"])
+@pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
 def test_bit_fields_out(kind):
-    a, position, length = pairs(grid_of(kind, False), *[np.array([0, 1, 5, 16, 31, 32, 40, 255, 256], np.uint32)] * 2)
+    bits = int(kind[1:])
+    a, position, length = pairs(grid_of(kind, False), *[np.array([0, 1, 5, 16, 31, 32, 40, 63, 64, 255, 256], np.uint32)] * 2)
 
     def field(x, p, n):
         p, n = p & 255, n & 255
         sign = 0
-        if kind == "s32" and n:
-            sign = x >> min(p + n - 1, 31) & 1
+        if kind[0] == "s" and n:
+            sign = x >> min(p + n - 1, bits - 1) & 1
         found = 0
-        for i in range(32):
-            found |= (x >> (p + i) & 1 if i < n and p + i <= 31 else sign) << i
+        for i in range(bits):
+            found |= (x >> (p + i) & 1 if i < n and p + i < bits else sign) << i
         return found
 
-    expected = by_integers(lambda x, p, n: field(x & 0xFFFFFFFF, p, n), kind, a, position, length)
+    expected = by_integers(lambda x, p, n: field(x & (2**bits - 1), p, n), kind, a, position, length)
     same(elementwise(f"bfe.{kind} d, a, b, c", kind, (kind, "u32", "u32"), a, position, length), expected)
 
 
