@@ -4,6 +4,7 @@ These tests need a process of their own (`make test` starts one): they take the 
 other tests ask for the device that is really there, and they compile what Triton's interpreter would interpret.
 """
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from fused_inr.bench import ptx
 
 FOLDER = Path(__file__).parent
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
 
 #: of the GPU's tests, which cases run without --slow; each compiles kernels of its own
 SHORT = {

@@ -3,13 +3,15 @@
 
 import pytest
 import torch
-from fused_inr.bench import bounds
+from fused_inr.bench import bounds, ptx
 from fused_inr.bench.cases import PRECISIONS, matmul_precision
 from fused_inr.bench.gpu.checks import layer_accuracy
 
 import fused_inr as fi
 from fused_inr.functional import linear_act
 from fused_inr.ops import backends
+
+from .tensors import spread, uniform
 
 MAPS = ("sine", "split", "gaussian", "complex_gabor")
 TYPES = ("ieee", "tf32", "bf16", "fp16")
@@ -20,20 +22,24 @@ TAILS, NARROW_K, NARROW_N = (131, 33, 49), (131, 2, 49), (67, 49, 3)
 MORE = ((70, 145, 80), (300, 257, 130), (1, 16, 16), (5, 3, 1), (9, 300, 4))
 
 
-def assert_within_bounds(name: str, precision: str, *shapes) -> None:
-    """Output and gradients of x, weight and bias."""
-    dtype, beyond = PRECISIONS.get(precision, torch.float32), {}
+def shares(name: str, precision: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, float]:
+    """Of its bound, the error of the output and of the gradients of x, weight and bias."""
     act = fi.activations.get(name)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    g = torch.randn(len(x), len(weight) // act.branches * act.outputs).to(x.dtype)
+    with matmul_precision(precision), backends.float32_products(precision if precision in SPLIT else None):
+        y = linear_act(*leaves, act)
+        gradients = torch.autograd.grad(y, leaves, g)
+    exact, bound = bounds.layer_bounds(x, weight, bias, act, g, precision)
+    found = dict(zip(("y", "gx", "gw", "gb"), (y.detach(), *gradients)))
+    return {tensor: bounds.of_bound(t, exact[tensor], bound[tensor])["of_bound"] for tensor, t in found.items()}
+
+
+def assert_within_bounds(name: str, precision: str, *shapes) -> None:
+    dtype, beyond = PRECISIONS.get(precision, torch.float32), {}
     for m, k, n in shapes:
-        layer = fi.FusedLinear(k, n, activation=act).to(dtype)
-        x = (torch.rand(m, k) * 2 - 1).to(dtype).requires_grad_()
-        g = torch.randn(m, layer.output_features).to(dtype)
-        with matmul_precision(precision), backends.float32_products(precision if precision in SPLIT else None):
-            y = linear_act(x, layer.weight, layer.bias, act)
-            gx, gw, gb = torch.autograd.grad(y, (x, layer.weight, layer.bias), g)
-        exact, bound = bounds.layer_bounds(x, layer.weight, layer.bias, act, g, precision)
-        for tensor, value in (("y", y.detach()), ("gx", gx), ("gw", gw), ("gb", gb)):
-            share = bounds.of_bound(value, exact[tensor], bound[tensor])["of_bound"]
+        layer = fi.FusedLinear(k, n, activation=name).to(dtype)
+        for tensor, share in shares(name, precision, uniform(m, k).to(dtype), layer.weight, layer.bias).items():
             if not share <= 1:
                 beyond[m, k, n, tensor] = share
     assert not beyond
@@ -60,6 +66,31 @@ def test_narrow_layers(gpu, name, precision):
 @pytest.mark.parametrize("precision", SPLIT)
 def test_products_of_split_factors(gpu, precision):
     assert_within_bounds("sine", precision, TAILS)
+
+
+#: elements far apart: every offset beyond 2^31 bytes, most beyond 2^31 elements
+FAR = {
+    "rows of x": lambda: (spread((131, 33), (1 << 26, 1)), uniform(49, 33), uniform(49)),
+    "columns of x": lambda: (spread((131, 33), (1, 1 << 27)), uniform(49, 33), uniform(49)),
+    "rows of a few inputs": lambda: (spread((131, 2), (1 << 26, 1)), uniform(49, 2), uniform(49)),
+    "rows of the weight": lambda: (uniform(70, 33), spread((49, 33), (1 << 27, 1)), uniform(49)),
+    "columns of the weight": lambda: (uniform(70, 33), spread((49, 33), (1, 1 << 27)), uniform(49)),
+}
+
+
+@pytest.mark.parametrize("far", FAR)
+def test_strides_beyond_32_bits(gpu, far):
+    x, weight, bias = FAR[far]()
+    found = shares("gaussian", "tf32", x, weight / 16, bias)
+    assert max(found.values()) <= 1, found
+
+
+def test_products_left_to_the_library(poisoned):
+    """float32 in ieee precision, as on a device by default: cuBLAS multiplies, the kernels map."""
+    with ptx.emulated(80, by_library=True) as device:
+        assert_within_bounds("split", "ieee", TAILS)
+    device.check()
+    assert "act_map_kernel" in {launch.name for launch in device.launches}
 
 
 @pytest.mark.parametrize("name", MAPS)
