@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +36,18 @@ APPROXIMATE = dict.fromkeys(("ieee", "tf32x3", "bf16x3"), 2.0**-22) | dict.fromk
 TWICE, ALWAYS = 2.0, 8.0
 
 
+#: how often `simulate_factors` draws: one number, a loss say, is sometimes hit by luck
+DRAWS = 3
+
+
 def against_eager(
-    value: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, summed: int = 1, moved: Tensor | None = None
+    value: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    dtype: torch.dtype,
+    summed: int = 1,
+    moved: Tensor | None = None,
+    rounded: Sequence[Tensor] = (),
 ) -> dict[str, float]:
     """Errors of `value` and `eager` against `exact` (float64), relative to its largest value, and the bound in the same
     unit: twice eager's error, and what any order of summation is granted.
@@ -44,8 +55,10 @@ def against_eager(
     `summed`: over how many rows each value is a sum; rounding in a float32 sum of n terms in a fixed order walks at
     random to about sqrt(n) 2^-24 of the result. `moved`: `exact` with such a walk simulated in every pre-activation
     (`simulate_rounding`); a map of high frequency magnifies it, and eager's library may happen to sum in a better
-    order. Nothing is claimed of elements beyond the stored type's range. `of_bound` is error / bound, NaN where `value`
-    is not finite within it or the shapes differ.
+    order. `rounded`: `exact` with the factors of every product rounded as its precision says (`simulate_factors`): the
+    largest error among them and eager's is what is doubled. Eager's library computes narrow products without tensor
+    cores, and one number comes out nearly exact by luck. Nothing is claimed of elements beyond the stored type's range.
+    `of_bound` is error / bound, NaN where `value` is not finite within it or the shapes differ.
     """
     if value.shape != exact.shape:
         return dict.fromkeys(("error", "eager_error", "bound", "of_bound"), math.nan)
@@ -56,9 +69,10 @@ def against_eager(
         _largest(value - exact, within) / scale,
         _largest(eager - exact, within & eager.isfinite()) / scale,
     )
+    usual = max([eager_error, *(_largest(t.double() - exact, within) / scale for t in rounded)])
     walk = summed**0.5 * UNIT[torch.float32] if summed > 1 else 0.0
     walk += _largest(moved.double() - exact, within) / scale if moved is not None else 0.0
-    bound = TWICE * eager_error + ALWAYS * UNIT[dtype] + walk
+    bound = TWICE * usual + ALWAYS * UNIT[dtype] + walk
     return {"error": error, "eager_error": eager_error, "bound": bound, "of_bound": error / bound}
 
 
@@ -90,6 +104,27 @@ def simulate_rounding(module: nn.Module, seed: int = 0) -> nn.Module:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             part.register_forward_hook(err)
+    return module
+
+
+def simulate_factors(module: nn.Module, seed: int) -> nn.Module:
+    """A copy of a float64 module in whose every `nn.Linear` both factors are off as if rounded to TF32: each by up to
+    2^-11 of itself, constant under differentiation."""
+    module = copy.deepcopy(module)
+    generator = torch.Generator().manual_seed(seed)
+
+    def off(t: Tensor) -> Tensor:
+        return t * (1 + 2.0**-11 * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype) - 1).to(t.device))
+
+    def err(weight: Tensor, linear: nn.Linear, inputs: tuple[Tensor, ...], z: Tensor) -> Tensor:
+        with torch.no_grad():
+            exact = torch.nn.functional.linear(inputs[0], linear.weight)
+            noise = torch.nn.functional.linear(off(inputs[0]), weight) - exact
+        return z + noise
+
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_hook(partial(err, off(part.weight.detach())))  # the same for all rows
     return module
 
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,10 +47,11 @@ class Wrong(Exception):
 @dataclass(frozen=True)
 class Exact:
     """What the fused step of a case is held to: float64's outcome, the same with the rounding of float32 sums
-    simulated, and eager PyTorch's."""
+    simulated, some with that of TF32's factors (where the products are TF32's), and eager PyTorch's."""
 
     reference: dict[str, Tensor]
     moved: dict[str, Tensor]
+    rounded: list[dict[str, Tensor]]
     eager: dict[str, Tensor]
 
 
@@ -319,12 +321,14 @@ class Work:
         self.release()
         return result
 
-    def reference(self, rows_at_once: int = 8192, rounding: bool = False) -> dict[str, Tensor]:
-        """The outcome in float64, plain PyTorch, in pieces so that it fits into memory; with `rounding` as float32 sums
-        may move it (`bounds.simulate_rounding`)."""
+    def reference(
+        self, rows_at_once: int = 8192, simulate: Callable[[nn.Module], nn.Module] | None = None
+    ) -> dict[str, Tensor]:
+        """The outcome in float64, plain PyTorch, in pieces so that it fits into memory; with `simulate` as rounding may
+        move it (`bounds.simulate_rounding`, `bounds.simulate_factors`)."""
         module = copy.deepcopy(self.eager).double()
-        if rounding:
-            module = bounds.simulate_rounding(module)
+        if simulate is not None:
+            module = simulate(module)
         case, total = self.case, len(self.x)
         outputs, input_gradients, loss = [], [], 0.0
         for x, target in zip(self.x.detach().split(rows_at_once), self.target.split(rows_at_once)):
@@ -351,8 +355,10 @@ class Work:
 
     def exact(self, rows_at_once: int = 8192) -> Exact:
         """What all ways to compute this case are held to; it depends on neither backend nor way."""
-        reference, moved = self.reference(rows_at_once), self.reference(rows_at_once, rounding=True)
-        return Exact(reference, moved, self.outcome("eager"))
+        reference, moved = self.reference(rows_at_once), self.reference(rows_at_once, bounds.simulate_rounding)
+        draws = bounds.DRAWS if self.case.precision == "tf32" else 0
+        rounded = [self.reference(rows_at_once, partial(bounds.simulate_factors, seed=i)) for i in range(draws)]
+        return Exact(reference, moved, rounded, self.outcome("eager"))
 
     def errors(self, exact: Exact) -> dict[str, dict[str, float]]:
         """`bounds.against_eager` of every tensor that the fused step computes, by its name.
@@ -367,7 +373,8 @@ class Work:
         for name, reference in exact.reference.items():
             rows = 1 if name == "gradient of x" or (name == "output" and reference.dim()) else self.case.rows
             tensors = (fused[name], exact.eager[name], reference)
-            found[name] = bounds.against_eager(*tensors, self.case.dtype, rows, exact.moved[name])
+            rounded = [outcome[name] for outcome in exact.rounded]
+            found[name] = bounds.against_eager(*tensors, self.case.dtype, rows, exact.moved[name], rounded)
         return found
 
     def check(self, rows_at_once: int = 8192) -> dict[str, Any]:

@@ -153,7 +153,8 @@ def kind(N: int, K: int) -> int:
 
 
 #: Where PyTorch's library computes the product, with the map as a pointwise kernel: (architecture or "", operation,
-#: class of type) -> the least columns and rows of the weight from which it is the faster one. ieee: everywhere.
+#: class of type) -> the least columns and rows of the weight (its gradient: rows) from which it is the faster one. ieee:
+#: everywhere.
 LIBRARY: dict[tuple[str, str, str], int] = {
     ("", "forward", "ieee"): 16,
     ("", "input_grad", "ieee"): 16,
@@ -172,7 +173,7 @@ def library(arch: str, op: str, dtype: torch.dtype, precision: str, N: int, K: i
     "weight_grad"."""
     cls = type_class(dtype, precision)
     least = LIBRARY.get((arch, op, cls), LIBRARY.get(("", op, cls)))
-    return least is not None and min(N, K) >= least
+    return least is not None and (N if op == "weight_grad" else min(N, K)) >= least
 
 
 @functools.cache

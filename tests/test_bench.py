@@ -111,6 +111,31 @@ def test_one_wrong_element_exceeds_its_bound(name):
     assert not bounds.of_bound(value, exact[name], bound[name])["of_bound"] <= 1
 
 
+def test_what_eager_hits_by_luck_is_measured_by_the_roundings_of_the_precision():
+    exact, off = torch.tensor(1.0, dtype=torch.float64), torch.tensor(1.0 + 1e-4, dtype=torch.float64)
+    value = torch.tensor(1.0 + 1.5e-4)
+    assert bounds.against_eager(value, exact, exact, torch.float32)["of_bound"] > 1
+    assert bounds.against_eager(value, exact, exact, torch.float32, rounded=[exact, off])["of_bound"] < 1
+    assert bounds.against_eager(value + 1e-4, exact, exact, torch.float32, rounded=[off])["of_bound"] > 1
+    # eager's own error is doubled where it is the larger one, and nothing is added to it
+    assert bounds.against_eager(value + 1e-4, off, exact, torch.float32, rounded=[off])["of_bound"] > 1
+
+
+def test_simulated_factors_are_off_by_half_a_unit_of_tf32():
+    module = torch.nn.Sequential(torch.nn.Linear(400, 300)).double()
+    x = torch.randn(200, 400, dtype=torch.float64).requires_grad_()
+    first, again, other = (bounds.simulate_factors(module, seed) for seed in (0, 0, 1))
+    difference = first(x) - module(x)
+    assert torch.equal(first(x), again(x)) is False  # each call draws x's roundings anew, and weights keep theirs
+    terms = (x.square() @ module[0].weight.square().mT).sqrt()
+    # two factors, each off by an even distribution up to 2^-11
+    ratio = (difference / terms).square().mean().sqrt() / (2.0**-11 * (2 / 3) ** 0.5)
+    assert 0.95 < ratio < 1.05
+    assert not torch.equal(first(x), other(x))
+    (g,) = torch.autograd.grad(first(x).sum(), x)
+    assert torch.allclose(g, module[0].weight.sum(0).expand_as(g))
+
+
 def test_against_eager_claims_nothing_beyond_the_range_of_the_type():
     exact = torch.tensor([1.0, 1e6], dtype=torch.float64)
     half = exact.half()

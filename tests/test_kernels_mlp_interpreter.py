@@ -228,6 +228,34 @@ def test_layouts():
 # ---------------------------------------------------------------- parameters
 
 
+def test_layouts_of_weights():
+    """Weights of any strides: transposed, every other row, parts of a larger tensor; a first layer tied to the last."""
+    net = make("sine", M=20, K=16, N=16, hidden=2, out=16)
+    net.weights[-1] = net.weights[0].mT.contiguous()
+    y, saved = mlp(net.x, *net.arguments(), "ieee", True)
+    value, *expected = mlp_loss(net.x, net.g, None, *net.arguments(), Squared, [])
+
+    def other(w):
+        return w.mT.contiguous().mT
+
+    def wider(w):
+        large = torch.full((2 * len(w), w.shape[1] + 3), torch.nan, dtype=F64)
+        large[::2, 1:-2] = w
+        return large[::2, 1:-2]
+
+    contiguous = list(net.weights)
+    for layout in (other, wider):
+        net.weights = [layout(w) for w in contiguous[:-1]] + [contiguous[0].mT]  # tied: one storage
+        given = [w.clone() for w in net.weights]
+        assert torch.equal(mlp(net.x, *net.arguments())[0], y)
+        again, *gradients = mlp_loss(net.x, net.g, None, *net.arguments(), Squared, [])
+        assert torch.equal(again, value)
+        agree(gradients, [t if t.numel() else None for t in expected], 0.0)
+        backward = mlp_backward(net.g, net.x, *net.arguments(), saved)
+        agree(mlp_backward(net.g, net.x, *net.arguments(), None), [t if t.numel() else None for t in backward])
+        assert all(torch.equal(a, b) for a, b in zip(net.weights, given, strict=True))
+
+
 def test_parameter_gradients():
     net = make("gabor", M=20, N=9, hidden=1)
     params = [torch.rand(9, dtype=F64) + 0.5, torch.tensor(0.7, dtype=F64), None, torch.rand(9, dtype=F64) + 0.5]
@@ -281,6 +309,20 @@ def test_loss(name, N, last, weighted):
     value, gradients = reference(net, loss)
     got = mlp_loss(net.x, target, row_weights, *net.arguments(), Squared, [], scale)
     agree(got, [value, *gradients])
+
+
+@pytest.mark.parametrize("N", [16, 40])
+def test_gradients_of_a_float16_loss_stay_within_its_range(N):
+    """A mean over 2e7 numbers: its gradients are float16's smallest numbers, and a loss scaler comes later."""
+    net = make("gaussian", M=50, N=N, hidden=1, dtype=torch.float16)
+    scale = 5e-8
+    value, expected = reference(net, lambda y: scale * (y - net.g.double()).square().sum())
+    found = mlp_loss(net.x, net.g, None, *net.arguments(), Squared, [], scale)
+    assert abs(found[0].item() / value.item() - 1) <= 1e-2
+    for got, want in zip(found[1:], expected, strict=False):
+        if got.numel():
+            assert got.dtype == torch.float32
+            assert (got.double() - want).abs().max() <= 1e-2 * want.abs().max()
 
 
 def test_loss_of_the_registry():

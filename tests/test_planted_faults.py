@@ -334,7 +334,7 @@ class SourceFault:
 
 
 INTERPRETER = "tests/test_kernels_interpreter.py::"
-KERNEL, NETWORKS = "fused_inr/kernels/linear_act.py", "fused_inr/kernels/mlp.py"
+KERNEL, NETWORKS = "fused_inr/kernels/linear_act.py", "fused_inr/kernels/mlp/train.py"
 SLOW = {
     "k-tail mask": SourceFault(KERNEL, "mask_k = offs_k < K", "mask_k = offs_k < K - 1", INTERPRETER + "test_shapes"),
     "m-tail mask": SourceFault(

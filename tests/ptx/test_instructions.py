@@ -215,7 +215,9 @@ def test_counts_and_reversals_of_bits():
 @pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
 def test_bit_fields_out(kind):
     bits = int(kind[1:])
-    a, position, length = pairs(grid_of(kind, False), *[np.array([0, 1, 5, 16, 31, 32, 40, 63, 64, 255, 256], np.uint32)] * 2)
+    a, position, length = pairs(
+        grid_of(kind, False), *[np.array([0, 1, 5, 16, 31, 32, 40, 63, 64, 255, 256], np.uint32)] * 2
+    )
 
     def field(x, p, n):
         p, n = p & 255, n & 255
