@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -81,12 +83,16 @@ def valid(config: Config, arch: str, op: str, B: int, C: int, WIDTH: int, itemsi
         return False
     if min(c.block_m, block_t) < 16 or c.tiles * block_t != WIDTH:
         return False
-    operands = block_t * itemsize * (c.block_m + block_t * c.stages)
+    weights = block_t * itemsize * block_t * c.stages
     resident = c.resident * B * C * WIDTH * WIDTH * itemsize
-    # each program takes a KB besides; what a multiprocessor has is a KB more than a program may take
-    programs = c.resident_programs
-    if arch in tune.SHARED_LIMIT and programs * (operands + resident + 1024) > tune.SHARED_LIMIT[arch] + 1024:
-        return False
+    if arch in tune.SHARED_LIMIT:
+        limit = tune.SHARED_LIMIT[arch]
+        if weights + block_t * itemsize * c.block_m + resident > limit:
+            return False
+        # activations may pass through registers; each program takes a KB besides, and a multiprocessor has a KB more
+        # than a program may take
+        if c.resident_programs * (weights + resident + 1024) > limit + 1024:
+            return False
     if arch == "sm100" and c.block_m >= 64 and B * block_t > 512:
         return False
     return B * c.block_m * WIDTH // (32 * c.num_warps) <= 128
@@ -118,9 +124,12 @@ def entry(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int
     return next((key for o in ways if (key := (arch, o, cls, B, C, WIDTH)) in TUNED), None)
 
 
-def measured(key: Key) -> bool:
-    """Whether times on a device decided an entry, spills and all: `fused-inr bench tune` writes which device."""
-    return WHY.get(key, "").startswith("NVIDIA")
+def granted_spill(key: Key) -> float:
+    """The bytes of stack that an entry may take: any where times on a device decided it (`fused-inr bench tune` writes
+    which device), those that its reason names ("spills 32 bytes .."), else none."""
+    why = WHY.get(key, "")
+    found = re.match(r"spills (\d+) bytes", why)
+    return math.inf if why.startswith("NVIDIA") else int(found[1]) if found else 0
 
 
 def using(key: Key, value: Numbers) -> contextlib.AbstractContextManager[None]:

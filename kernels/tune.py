@@ -153,8 +153,8 @@ def kind(N: int, K: int) -> int:
 
 
 #: Where PyTorch's library computes the product, with the map as a pointwise kernel: (architecture or "", operation,
-#: class of type) -> the least columns and rows of the weight (its gradient: rows) from which it is the faster one. ieee:
-#: everywhere.
+#: class of type) -> the least columns and rows of the weight (of its gradient: rows) from which it is the faster one.
+#: ieee: everywhere.
 LIBRARY: dict[tuple[str, str, str], int] = {
     ("", "forward", "ieee"): 16,
     ("", "input_grad", "ieee"): 16,
