@@ -31,6 +31,9 @@ FACTOR = {"ieee": 0.0, "tf32": 2.0**-9, "tf32x3": 2.0**-19, "bf16x3": 2.0**-14, 
 #: serve (sin.approx and its like, 2^-21 absolute on their range, two of them in a product and one ulp for the
 #: arithmetic around)
 APPROXIMATE = dict.fromkeys(("ieee", "tf32x3", "bf16x3"), 2.0**-22) | dict.fromkeys(("tf32", "bf16", "fp16"), 2.0**-19)
+#: how often an activation magnifies what the elementary functions inside it are off by, by its parameters: hosc's
+#: tanh(beta sin(..)) has the slope beta
+MAGNIFIED = {"hosc": "beta"}
 #: how much further than eager a result may be, and how many units of the stored type are always granted: a result that
 #: eager happens to hit exactly (a loss, one number) leaves twice nothing
 TWICE, ALWAYS = 2.0, 8.0
@@ -128,6 +131,13 @@ def simulate_factors(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
+def keeps(x: Tensor, activation: Activation) -> bool:
+    """Whether the Triton kernels' forward keeps derivatives in x's type for the backward (`layer_bounds`)."""
+    from ..ops import backends
+
+    return backends.TABLE["triton"].keeps(x.dtype, activation.has_tensors) == "derivatives"
+
+
 def layer_bounds(
     x: Tensor,
     weight: Tensor,
@@ -135,6 +145,8 @@ def layer_bounds(
     activation: Activation,
     g: Tensor,
     precision: str,
+    *,
+    kept: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Exact values (float64) and error bounds of a layer's output and gradients: "y", "gx", "gw", "gb".
 
@@ -142,7 +154,8 @@ def layer_bounds(
     exactly these numbers. A pre-activation is off by dz = ((K + 3) u + f) (|x| |W|^T + |b|), u = 2^-24 the unit of the
     float32 accumulator (2^-53 for float64) and f the loss of a factor of the products; a value computed from it by at
     most as much as the map moves when each branch moves by dz, plus the accuracy of the activation and the rounding of
-    what is stored.
+    what is stored. `kept`: derivatives of the outputs with respect to the branches are stored by the forward, and
+    rounded to x's type (`Backend.keeps`).
     """
     stored = UNIT[x.dtype]
     unit = 2.0**-53 if x.dtype == torch.float64 else 2.0**-24
@@ -163,12 +176,20 @@ def layer_bounds(
         return torch.cat([t.expand_as(at[0]) for t in activation.map.torch_map(1)(*at, *params, *gs)], -1)
 
     approximate = APPROXIMATE[precision] if x.dtype != torch.float64 else 2.0**-50
+    if activation.name in MAGNIFIED:
+        slope = activation.params[MAGNIFIED[activation.name]]
+        approximate *= max(1.0, float(torch.as_tensor(slope).abs().max()))
     tiny = TINY[x.dtype]
     y, dy = _moved(value, zs, dzs)
     dy = dy + approximate * y.abs().max() + (4 * unit + stored) * (y.abs() + dy) + tiny
     gz, dgz = _moved(gradient, zs, dzs)
     # gz is kept in the compute type: half types round it, TF32 and half products read it rounded
     dgz = dgz + approximate * gz.abs().max() + (4 * unit + (stored if stored > unit else 0.0)) * (gz.abs() + dgz) + tiny
+    if kept:
+        for i in range(outputs):
+            alone = [t if n == i else torch.zeros_like(t) for n, t in enumerate(gs)]
+            parts = activation.map.torch_map(1)(*zs, *params, *alone)
+            dgz = dgz + stored * torch.cat([t.expand_as(zs[0]) for t in parts], -1).abs()
     columns = gz.shape[-1]
     exact = {"y": y, "gx": gz @ w64, "gw": gz.t() @ x64, "gb": gz.sum(0)}
     loose = gz.abs() + dgz

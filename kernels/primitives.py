@@ -480,6 +480,11 @@ def _sinc_derivative(x, ORDER: tl.constexpr, MODE: tl.constexpr):
     s, c = fi_sincos(x, MODE)
     if ORDER == 0:
         y = tl.where(x == 0, 1.0, s / x)
+        if MODE == 1:  # the error of s is absolute: below 0.5 three terms of the series are nearer
+            x2 = tl.minimum(a, 0.5) * tl.minimum(a, 0.5)
+            near = tl.fma(x2, -1.984126984126984e-04, 8.333333333333333e-03)
+            near = tl.fma(x2, tl.fma(x2, near, -1.6666666666666666e-01), 1.0)
+            y = tl.where(a < 0.5, near, y)
     else:
         small = a < 2.0 + 0.5 * ORDER
         near = tl.where(small, x, 0.0)

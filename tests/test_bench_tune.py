@@ -479,6 +479,7 @@ if __name__ == "__main__":
 
 # -- whole networks
 
+
 def network_distance(target):
     """Smooth over what an entry decides, least at `target`."""
 

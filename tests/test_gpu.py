@@ -266,7 +266,7 @@ def test_layouts(device, layout, precision):
     with matmul_precision(precision):
         y = linear_act(*leaves, act)
         gx, gw, gb = torch.autograd.grad(y, leaves, g)
-    exact, bound = bounds.layer_bounds(x, weight, bias, act, g, precision)
+    exact, bound = bounds.layer_bounds(x, weight, bias, act, g, precision, kept=bounds.keeps(x, act))
     for name, value in (("y", y), ("gx", gx), ("gw", gw), ("gb", gb)):
         assert bounds.of_bound(value.detach(), exact[name], bound[name])["of_bound"] <= 1, name
 
@@ -286,7 +286,7 @@ def test_a_batch_of_weights_is_as_many_layers(device, shared, precision):
     total, total_bound = 0.0, 0.0
     for i in range(groups):
         xi = x if shared else x[i]
-        exact, bound = bounds.layer_bounds(xi, weight[i], bias[i], act, g[i], precision)
+        exact, bound = bounds.layer_bounds(xi, weight[i], bias[i], act, g[i], precision, kept=bounds.keeps(x, act))
         for name, value in (("y", y[i]), ("gw", gw[i]), ("gb", gb[i])):
             assert bounds.of_bound(value.detach(), exact[name], bound[name])["of_bound"] <= 1, (i, name)
         if shared:  # summed in the stored type

@@ -47,7 +47,7 @@ def layer_accuracy(activation: str, precision: str, device: torch.device, m: int
     with cases.matmul_precision(precision), products():
         y = functional.linear_act(x, layer.weight, layer.bias, act)
         gx, gw, gb = torch.autograd.grad(y, (x, layer.weight, layer.bias), g)
-    exact, bound = bounds.layer_bounds(x, layer.weight, layer.bias, act, g, precision)
+    exact, bound = bounds.layer_bounds(x, layer.weight, layer.bias, act, g, precision, kept=bounds.keeps(x, act))
     first = {
         name: bounds.of_bound(t.detach(), exact[name], bound[name])
         for name, t in (("y", y), ("gx", gx), ("gw", gw), ("gb", gb))

@@ -12,6 +12,7 @@ from test_gpu import (
     test_layouts,
     test_learnable_parameters,
     test_moments_agree_with_the_cpus_and_are_the_same_bits,
+    test_narrow_layers,
     test_no_rows,
     test_the_stream_of_random_numbers_is_the_cpus,
     test_the_triton_backend_serves_cuda_tensors,

@@ -30,7 +30,7 @@ def shares(name: str, precision: str, x: torch.Tensor, weight: torch.Tensor, bia
     with matmul_precision(precision), backends.float32_products(precision if precision in SPLIT else None):
         y = linear_act(*leaves, act)
         gradients = torch.autograd.grad(y, leaves, g)
-    exact, bound = bounds.layer_bounds(x, weight, bias, act, g, precision)
+    exact, bound = bounds.layer_bounds(x, weight, bias, act, g, precision, kept=bounds.keeps(x, act))
     found = dict(zip(("y", "gx", "gw", "gb"), (y.detach(), *gradients)))
     return {tensor: bounds.of_bound(t, exact[tensor], bound[tensor])["of_bound"] for tensor, t in found.items()}
 

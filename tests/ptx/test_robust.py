@@ -3,13 +3,17 @@ cores cut instead of rounded, products and sums contracted, warps in another ord
 
 import pytest
 import torch
-from fused_inr.bench import ptx
-from fused_inr.bench.cases import Case, Work
+from fused_inr.bench import bounds, ptx
+from fused_inr.bench.cases import Case, Work, matmul_precision
 from fused_inr.bench.ptx import Options
+
+import fused_inr as fi
+from fused_inr.activations import registered
+from fused_inr.functional import linear_act
 
 from .test_layers import NARROW_K, TAILS, assert_within_bounds
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 WORST = [
     Options(errors="up"),
@@ -27,6 +31,30 @@ def name_of(options: Options) -> str:
     return " ".join(f"{k}={v}" for k, v in changed.items())
 
 
+#: pre-activations at which approximations of the special-function unit tell: tiny, small, of order 1, large
+ARGUMENTS = torch.cat([t * s for s in (1, -1) for t in (10.0 ** torch.arange(-12, 2), torch.linspace(0, 4, 41))])
+EVERY = [m.name for m in registered() if m.name != "identity"]
+QUICK = ("sinc", "sine", "gaussian", "sigmoid")
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EVERY])
+def test_values_of_every_activation_in_the_fast_mode(name, way):
+    """z = x: one input, weights of 1 (in the branches' order 1, 1/2, ..), no bias."""
+    act = fi.activations.get(name)
+    x = ARGUMENTS[:, None].clone().requires_grad_()
+    weight = (1.0 / torch.arange(1, act.branches + 1)).repeat_interleave(16)[:, None].requires_grad_()
+    g = torch.ones(len(x), 16 * act.outputs)
+    with ptx.emulated(80, Options(errors=way)) as device, matmul_precision("tf32"):
+        y = linear_act(x, weight, None, act)
+        gx, gw = torch.autograd.grad(y, (x, weight), g)
+    device.check()
+    exact, bound = bounds.layer_bounds(x, weight, None, act, g, "tf32")
+    for tensor, value in (("y", y.detach()), ("gx", gx), ("gw", gw)):
+        assert bounds.of_bound(value, exact[tensor], bound[tensor])["of_bound"] <= 1, tensor
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", WORST, ids=name_of)
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["sine", "split", "gaussian", "complex_gabor"])
@@ -37,6 +65,7 @@ def test_layers_stay_within_their_bounds(name, precision, options):
         device.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", WORST, ids=name_of)
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("way", ["default", "one-pass"])
@@ -52,6 +81,7 @@ def outcome(capability: int, case: Case, order: str):
         return Work(case).outcome("fused"), device.launches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["descending", "shuffled"])
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("way", ["default", "recompute", "one-pass"])
