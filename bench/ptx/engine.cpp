@@ -144,7 +144,8 @@ class Interpreter : public Machine {
     w.steps++;
     if (I.op == op::wgmma) {
       for (int k = 0; k < I.targets + (I.width ? 4 : 0); k++)
-        if (w.written[o[k] >> 6] > w.fenced) report(NO_WGMMA_FENCE, at, -1, w.agent, 0, 0, 0, 0);
+        if (w.written[o[k] >> 6] > w.fenced)
+          report(k < I.targets ? NO_WGMMA_FENCE : LATE_FACTOR, at, -1, w.agent, 0, 0, 0, 0);
     } else {
       for (int k = 0; k < I.targets; k++)  // a copy of a register is the compiler's, which the assembler takes out
         w.written[o[k] >> 6] = I.op == op::mov_32 && I.flags ? w.written[o[1] >> 6] : w.steps;

@@ -259,13 +259,17 @@ def test_the_left_factor_in_registers(kind):
     assert (result_of(found, N) == a @ b.T).all()
 
 
-def wgmma_faults(before=FENCED, after=DONE + "{store}", **more) -> set[str]:
+def wgmma_launch(before=FENCED, after=DONE + "{store}", **more):
     a, b = whole(64, 16), whole(32, 16)
     A, B = Operand(a, "f16", 32, False), Operand(b, "f16", 32, False)
     after = after.replace("{store}", store_words(0, 16, name="f"))
     words = np.zeros((128, 4), np.uint32)
     body = wgmma_body(A, B, "f16", 32, 16, before=before, after=after, **more)
-    return kinds(run(body, np.zeros((128, 16), np.float32), A.image, B.image, words, threads=128))
+    return run(body, np.zeros((128, 16), np.float32), A.image, B.image, words, threads=128)
+
+
+def wgmma_faults(*args, **more) -> set[str]:
+    return kinds(wgmma_launch(*args, **more))
 
 
 def test_what_products_of_warp_groups_need():
@@ -283,6 +287,10 @@ def test_what_products_of_warp_groups_need():
     }
     late = "fence.proxy.async.shared::cta; wgmma.fence.sync.aligned; bar.sync 0; add.f32 %f3, %f3, %f3;"
     assert wgmma_faults(late) == {"wgmma without wgmma.fence after its registers were written"}
+    # a left factor in registers: the assembler knows who writes it
+    launch = wgmma_launch(FENCED + "add.u32 %r62, %r62, 0;", in_registers=True)
+    assert kinds(launch) == set()
+    assert {found.kind for found in launch.harmless} == {"left factor of wgmma written after wgmma.fence"}
     # the compiler's copies of registers do not count
     assert wgmma_faults(late.replace("add.f32 %f3, %f3, %f3", "mov.f32 %f3, %f4")) == set()
 
