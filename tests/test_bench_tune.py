@@ -513,6 +513,20 @@ def test_every_network_has_valid_neighbours(arch):
         assert {tuple(c[i] for i in fixed) for c in around} == {tuple(numbers[i] for i in fixed)}
 
 
+@pytest.mark.shipped
+@pytest.mark.parametrize(("arch", "multiprocessors"), [("sm80", 108), ("sm86", 84), ("sm90", 132), ("sm100", 148)])
+def test_no_training_entry_leaves_the_cache_for_its_programs(arch, multiprocessors):
+    """Sums of the hidden weights' gradients: a chunk of rows at a time, with a launch for each and layer, only where
+    those of one program a multiprocessor would be too many already."""
+    for key in networks.keys(arch):
+        _, op, _, B, C, width = key
+        if op not in ("train", "backward"):
+            continue
+        programs = mlp_tune.Config(*mlp_tune.numbers(key)).resident_programs
+        one = multiprocessors * networks.HIDDEN * B * C * width * width * 4
+        assert programs == 1 or programs * one <= mlp_tune.SUMS_BYTES, key
+
+
 @pytest.mark.parametrize(
     "numbers",
     [
