@@ -58,8 +58,12 @@ lint: $(STAMP)
 # The interpreter's tests, some executed kernels and the static report under the oldest Triton served and a newer one than
 # torch's own. Only Triton differs: it lies in a folder of its own, ahead of the environment's. (3.6.0's interpreter needs numpy < 2.4, which
 # constraints.txt grants.) The report compiles every kernel, kind of product and type once an architecture; all of it, an
-# hour for each version on two cores, with `make compat STATIC=`.
+# hour for each version on two cores, with `make compat STATIC=`. Then the CPU's tests under torch 2.11, which many GPU
+# machines have, in an environment of its own: the registry's build of it brings CUDA, 3 GB to download and 6 GB of disk.
+# Where disk or network forbid that, a line says so, and the rest counts.
 STATIC ?= --sample
+COMPAT_TORCH := 2.11.0
+COMPAT_TORCH_KIB := 12000000
 COMPAT_PTX = tests/ptx -k 'test_binders or (test_layers and sine) or (test_networks and test_sine and 64)'
 compat: $(COMPAT)/triton-3.6.0/.installed $(COMPAT)/triton-3.9.0/.installed
 	@status=0; \
@@ -77,6 +81,15 @@ compat: $(COMPAT)/triton-3.6.0/.installed $(COMPAT)/triton-3.9.0/.installed
 $(COMPAT)/triton-%/.installed: $(STAMP)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) 'triton==$*'
+	@touch $@
+
+$(COMPAT)/torch-%/.installed:
+	@mkdir -p $(COMPAT); free=`df -Pk $(COMPAT) | awk 'END { print $$4 }'`; \
+	    [ $$free -ge $(COMPAT_TORCH_KIB) ] || { echo "$$free KiB free, torch $* takes $(COMPAT_TORCH_KIB)" >&2; exit 1; }
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install -q -c $(@D)/constraints.txt 'setuptools>=77' 'torch==$*' numpy matplotlib pillow \
+	    safetensors tqdm sympy pytest pytest-xdist pytest-benchmark hypothesis scipy
 	@touch $@
 
 # A CUDA machine, network or not: from this checkout, with the Python that has torch (GPU_PYTHON). Nothing is installed or

@@ -280,8 +280,9 @@ def test_a_batch_of_cotangents():
 # -- modules
 
 
-def siren(**kwargs):
-    return fi.SIREN(2, 32, 2, 3, dtype=torch.float64, **kwargs)
+def siren(fusion="network", **kwargs):
+    """In float64, which by itself goes layer by layer."""
+    return fi.SIREN(2, 32, 2, 3, dtype=torch.float64, fusion=fusion, **kwargs)
 
 
 def coordinates(rows: int = 50):
@@ -326,7 +327,9 @@ def test_fusion_and_save_change_no_result(net):
 def test_the_choice_can_be_asked():
     if engine() != "cpu":
         pytest.skip("needs the native engine")
-    net, x = siren(), coordinates()
+    net, x = siren(fusion="auto"), coordinates()
+    assert backends.explain(net, x).startswith("layer by layer: float64: PyTorch's matrix products are faster")
+    net, x = net.float(), x.float()
     assert "whole network [50, 2] -> 32 -> 32 -> 32 -> 3" in backends.explain(net, x)
     net.fusion = "layers"
     assert backends.explain(net, x).count("linear_act") == 4
@@ -342,7 +345,7 @@ def test_the_choice_can_be_asked():
     net.net[1].register_forward_hook(lambda *_: None)
     assert "hooks" in backends.explain(net, x.detach())
     with backends.use("reference"):
-        assert "layer by layer: plain PyTorch" in backends.explain(siren(), x.detach())
+        assert "layer by layer: plain PyTorch" in backends.explain(siren(fusion="auto").float(), x.detach())
 
 
 def test_the_choice_can_be_forced():
@@ -358,7 +361,7 @@ def test_the_choice_can_be_forced():
 
 
 def test_hooks_run():
-    net, x = siren(), coordinates()
+    net, x = siren(fusion="auto").float(), coordinates().float()
     seen = []
     net.net[1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
     net(x)
@@ -366,7 +369,7 @@ def test_hooks_run():
 
 
 def test_a_replaced_layer_runs():
-    net, x = siren(), coordinates()
+    net, x = siren(fusion="auto").float(), coordinates().float()
     before = net(x)
     net.net[1] = nn.Sequential(net.net[1], nn.Tanh())
     assert not torch.allclose(net(x), before)
@@ -374,9 +377,9 @@ def test_a_replaced_layer_runs():
 
 def test_wrong_shapes_raise_as_the_layers_do():
     with pytest.raises(ValueError, match="x: its last dimension is 3"):
-        siren()(torch.rand(5, 3, dtype=torch.float64))
+        siren(fusion="auto").float()(torch.rand(5, 3))
     with pytest.raises(TypeError, match="dtype"):
-        siren()(torch.rand(5, 2))
+        siren(fusion="auto").float()(torch.rand(5, 2, dtype=torch.float64))
 
 
 def test_transforms_go_through_the_layers():
@@ -467,8 +470,8 @@ def test_a_loss_from_a_formula():
 def test_one_pass_is_taken_and_says_when_not():
     if engine() != "cpu":
         pytest.skip("needs the native engine")
-    net, x = siren(), coordinates()
-    target = torch.randn(50, 3, dtype=torch.float64)
+    net, x = siren(fusion="auto").float(), coordinates().float()
+    target = torch.randn(50, 3)
 
     def said(function):
         with torch.no_grad():
@@ -1054,6 +1057,7 @@ def test_layer_norms_that_are_frozen_or_trained_alone():
 def test_layer_norm_under_transforms_compile_and_autocast():
     net, x = siren(norm="layer", residual=True), coordinates(4)
     expected = net(x)
+    net.fusion = "auto"
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     same(compiled(x), expected, 100.0)
     for a, b in zip(grads_of(net, compiled(x).sum()), grads_of(net, expected.sum()), strict=True):

@@ -163,7 +163,7 @@ class Backend:
         """
         return f"backend {self.name!r} runs layer by layer"
 
-    def prefers_layers(self, shapes, maps) -> str:
+    def prefers_layers(self, shapes, maps, dtype) -> str:
         """Why layers are the better way for a network that it could run whole; empty when they are not."""
         return ""
 
@@ -234,6 +234,47 @@ def reference_map(
     return grouped
 
 
+#: `act_map` of a backend as a function of (map, inputs, params, constants, level, learnable).
+_RunMap = Callable[..., Sequence[Tensor]]
+
+
+def _preactivation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = compute_dtype(x.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return library_product(x.to(dtype), weight.to(dtype).transpose(-1, -2), bias)
+
+
+def product_and_map(run_map: _RunMap, x, weight, bias, params, constants, map: ActivationMap, keep):
+    """`linear_act` as a matrix product of PyTorch's and a map of its result."""
+    z = _preactivation(x, weight, bias)
+    (y,) = run_map(map, [z], params, constants, 0, False)
+    y = y.to(x.dtype)
+    if not keep:
+        z = z.new_empty(0)
+    elif y.untyped_storage().data_ptr() == z.untyped_storage().data_ptr():
+        y = y.clone()  # identity: the output may be changed in place by its owner, z may not
+    return y, z
+
+
+def product_and_map_backward(
+    run_map: _RunMap, g, x, weight, bias, params, constants, z, map: ActivationMap, needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`linear_act_backward` as a map of z and g, and matrix products of PyTorch's."""
+    if z is None:
+        z = _preactivation(x, weight, bias)
+    gz, *gp = run_map(map, [z, g], params, constants, 1, needs[3])
+    gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else x.new_empty(0)
+    gw = (gz.transpose(-1, -2) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else weight.new_empty(0)
+    dtype = (weight if bias is None else bias).dtype
+    gb = gz.sum(-2).to(dtype) if needs[2] else z.new_empty(0, dtype=dtype)
+    if not needs[3]:
+        return gx, gw, gb, z.new_empty(0)
+    if z.dim() == 2:
+        return gx, gw, gb, torch.stack(gp)
+    batches = [run_map(map, [zi, gi], params, constants, 1, True)[1:] for zi, gi in zip(z, g, strict=True)]
+    return gx, gw, gb, torch.stack([torch.stack(b) for b in batches])
+
+
 class Reference(Backend):
     """Plain PyTorch, emitted from the same formulas: runs on any device, differentiable any number of times."""
 
@@ -245,36 +286,11 @@ class Reference(Backend):
     def serves(self, map, device, dtype):
         return "" if dtype in _FLOATS else f"dtype {dtype} is not a floating-point type of {_FLOATS}"
 
-    @staticmethod
-    def _preactivation(x, weight, bias):
-        dtype = compute_dtype(x.dtype)
-        z = x.to(dtype) @ weight.to(dtype).transpose(-1, -2)
-        return z if bias is None else z + bias.to(dtype).unsqueeze(-2)
-
     def linear_act(self, x, weight, bias, params, constants, map, precision, keep):
-        z = self._preactivation(x, weight, bias)
-        (y,) = reference_map(map, [z], params, constants, 0, False)
-        y = y.to(x.dtype)
-        if not keep:
-            z = z.new_empty(0)
-        elif y.untyped_storage().data_ptr() == z.untyped_storage().data_ptr():
-            y = y.clone()  # identity: the output may be changed in place by its owner, z may not
-        return y, z
+        return product_and_map(reference_map, x, weight, bias, params, constants, map, keep)
 
     def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
-        if z is None:
-            z = self._preactivation(x, weight, bias)
-        gz, *gp = reference_map(map, [z, g], params, constants, 1, needs[3])
-        gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else x.new_empty(0)
-        gw = (gz.transpose(-1, -2) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else weight.new_empty(0)
-        dtype = (weight if bias is None else bias).dtype
-        gb = gz.sum(-2).to(dtype) if needs[2] else z.new_empty(0, dtype=dtype)
-        if not needs[3]:
-            return gx, gw, gb, z.new_empty(0)
-        if z.dim() == 2:
-            return gx, gw, gb, torch.stack(gp)
-        batches = [reference_map(map, [zi, gi], params, constants, 1, True)[1:] for zi, gi in zip(z, g, strict=True)]
-        return gx, gw, gb, torch.stack([torch.stack(b) for b in batches])
+        return product_and_map_backward(reference_map, g, x, weight, bias, params, constants, z, map, needs)
 
     def act_map(self, inputs, params, constants, map, level, learnable):
         outputs = reference_map(map, inputs, params, constants, level, learnable)
@@ -289,7 +305,7 @@ class Reference(Backend):
     def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms):
         return ""
 
-    def prefers_layers(self, shapes, maps):
+    def prefers_layers(self, shapes, maps, dtype):
         return "plain PyTorch gains nothing from a whole network"
 
     def mlp(self, x, weights, biases, params, constants, maps, skips, norms, precision, save):
@@ -446,10 +462,27 @@ class Cpu(_Native):
             return reason
         return "" if map.generated else self._compile(map)
 
+    def _run_map(self, map, inputs, params, constants, level, learnable):
+        if map.key == "identity" and level <= 1:
+            return [inputs[level]]
+        return self.act_map(inputs, params, constants, map, level, learnable)
+
+    def linear_act(self, x, weight, bias, params, constants, map, precision, keep):
+        if x.dtype == torch.float64:  # the library's products are faster than the engine's (bench calls)
+            return product_and_map(self._run_map, x, weight, bias, params, constants, map, keep)
+        return super().linear_act(x, weight, bias, params, constants, map, precision, keep)
+
+    def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
+        if x.dtype == torch.float64:
+            return product_and_map_backward(self._run_map, g, x, weight, bias, params, constants, z, map, needs)
+        return super().linear_act_backward(g, x, weight, bias, params, constants, z, map, precision, needs)
+
     def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms):
         return ""
 
-    def prefers_layers(self, shapes, maps):
+    def prefers_layers(self, shapes, maps, dtype):
+        if dtype == torch.float64:
+            return "float64: PyTorch's matrix products are faster than those of a whole network"
         # a tile of rows and a layer's weights no longer fit the second-level cache together
         widest = max(rows for rows, _ in shapes)
         return "" if widest <= _WIDEST_TILE else f"layers of {widest} columns: a tile of them would hold few rows"
@@ -855,10 +888,26 @@ def choose(activation: Activation, x: Tensor, weight: Tensor, *, record: bool = 
         raise RuntimeError(f"backend {_forced!r} cannot run {activation!r} on {device} in {dtype}: {rejected[0][1]}")
     precision = precision_of(device, dtype, name)
     if _records is not None and record:
-        shape = f"[{', '.join(map(str, x.shape))}] x [{', '.join(map(str, weight.shape))}]"
         rejected += _not_obeyed(name, precision, x)
-        _records.append(Choice(f"linear_act {shape} {dtype} {activation!r}", name, precision, rejected))
+        _records.append(Choice(_call(activation, x, weight), name, precision, rejected))
     return name, precision
+
+
+def _call(activation: Activation, x: Tensor, weight: Tensor) -> str:
+    shape = f"[{', '.join(map(str, x.shape))}] x [{', '.join(map(str, weight.shape))}]"
+    return f"linear_act {shape} {x.dtype} {activation!r}"
+
+
+def record_plain(activation: Activation, x: Tensor, weight: Tensor, reason: str) -> None:
+    """For `explain`: a layer that plain PyTorch's functions compute, and why."""
+    if _records is not None:
+        rejected = (("fused", reason),)
+        _records.append(Choice(_call(activation, x, weight), "plain PyTorch", _pytorch_products(), rejected))
+
+
+def demanded() -> str | None:
+    """The backend that `use` asks for."""
+    return _forced
 
 
 def choose_moments(map: ActivationMap, device: torch.device) -> str:

@@ -87,6 +87,13 @@ def _inside_transform() -> bool:
 _inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _under_vmap() -> bool:
+    from torch._C._functorch import TransformType
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    return any(i.key() == TransformType.Vmap for i in retrieve_all_functorch_interpreters())
+
+
 def _forward_levels() -> int:
     """How many forward-mode transformations are active."""
     from torch._C._functorch import TransformType
@@ -478,6 +485,11 @@ def linear_act(
 
     `chosen`: backend and precision, where a forward has settled them.
     """
+    compiling = torch.compiler.is_compiling()
+    if torch._C._are_functorch_transforms_active() and not compiling and backends.demanded() is None and _under_vmap():
+        # one point or one network at a time: what a Function costs each transform is more than fusion saves
+        backends.record_plain(activation, x, weight, "under torch.func.vmap plain PyTorch is faster")
+        return _exactly(x.device, _unfused, x, weight, bias, activation)
     backend, precision = chosen or backends.choose(activation, x, weight)
     params = activation.tensors
     track = torch.is_grad_enabled() and (
@@ -486,7 +498,6 @@ def linear_act(
         or (bias is not None and bias.requires_grad)
         or (activation.has_tensors and any(p is not None and p.requires_grad for p in params))
     )
-    compiling = torch.compiler.is_compiling()
     if compiling and _inside_transform():
         # Dynamo (2.13) takes a Function inside a transform apart wrongly; it fuses plain PyTorch itself
         return _exactly(x.device, _unfused, x, weight, bias, activation)
@@ -506,5 +517,11 @@ def linear_act(
 
 def _unfused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     dtype = raw.compute_dtype(x.dtype)
-    z = x.to(dtype) @ _transposed(weight.to(dtype))
-    return activation(z if bias is None else z + bias.to(dtype).unsqueeze(-2)).to(x.dtype)
+    x_, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if weight.dim() == 2:
+        z = torch.nn.functional.linear(x_, weight, bias)
+    else:
+        z = x_ @ _transposed(weight)
+        z = z if bias is None else z + bias.unsqueeze(-2)
+    return activation(z).to(x.dtype)

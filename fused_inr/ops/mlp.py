@@ -152,7 +152,9 @@ def decide(
         if not found.reason:
             shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
             maps = [activation.map for _, _, activation in layers]
-            found.layers_reason = backends.implementation(found.backend).prefers_layers(shapes, maps)
+            found.layers_reason = backends.implementation(found.backend).prefers_layers(
+                shapes, maps, x.dtype if cast is None else cast
+            )
         if len(_decisions) >= _MOST_DECISIONS:
             _decisions.clear()
         _decisions[key] = found
