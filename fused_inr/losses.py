@@ -171,7 +171,7 @@ def _why_composed(form, x, target, weight, reduction, backend, needed, layers) -
     columns = last.shape[0] // activation.branches * activation.outputs
     if target.shape[-1] != columns:
         raise ValueError(f"target: expected {columns} columns as the network's output has, got {target.shape[-1]}")
-    return backends.implementation(backend).serves(form.map, x.device, x.dtype)
+    return backends.refusal(backend, form.map.key, x.device, x.dtype)
 
 
 def _composed(form: Activation, y: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

@@ -13,8 +13,9 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import fused_inr as fi
+from fused_inr import native
 from fused_inr.functional import linear_act
-from fused_inr.ops import raw
+from fused_inr.ops import backends, raw
 
 CLOSE = {"rtol": tolerance("same arithmetic"), "atol": tolerance("same arithmetic")}
 #: one branch, parameters; four branches; two branches and two outputs
@@ -390,6 +391,8 @@ MODULES = {
     "siren": lambda: fi.SIREN(3, 8, 1, 2, dtype=torch.float64),
     "splitnet": lambda: fi.SplitNet(3, 8, 1, 2, dtype=torch.float64),
     "mlp": lambda: fi.MLP(3, 8, 1, 2, activation=fi.activations.complex_gabor(), dtype=torch.float64),
+    "whole siren": lambda: fi.SIREN(3, 8, 1, 2, dtype=torch.float64, fusion="network"),
+    "whole splitnet": lambda: fi.SplitNet(3, 8, 2, 2, learnable=True, dtype=torch.float64, fusion="network"),
 }
 
 
@@ -401,14 +404,44 @@ def test_compile_forward_and_backward(name, exact_backend):
         assert_trained_alike(compiled(module), module, [x, *module.parameters()], x)
 
 
-def test_compile_with_inductor(exact_backend):
-    module, x = MODULES["siren"](), torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("name", ["siren", "whole siren"])
+def test_compile_with_inductor(name, exact_backend):
+    module, x = MODULES[name](), torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     torch._dynamo.reset()
     with using(exact_backend):
         assert_trained_alike(torch.compile(module, fullgraph=True), module, [x, *module.parameters()], x)
 
 
-@pytest.mark.parametrize("name", ["layer", "siren"])
+def test_whole_networks_and_losses_stay_whole_under_compile(monkeypatch):
+    if not native.load():
+        pytest.skip(native.status()[1])
+    ran = []
+    for name in ("mlp", "mlp_backward", "mlp_loss", "linear_act"):
+        original = getattr(backends.Cpu, name)
+
+        def noted(self, *args, name=name, original=original):
+            ran.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(backends.Cpu, name, noted)
+    net, x, target = fi.SIREN(2, 32, 2, 3, omega=3.0, first_omega=3.0), torch.rand(50, 2), torch.rand(50, 3)
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(net.parameters()))
+
+    step = compiled(lambda x, target: fi.losses.mse(net, x, target))
+    results = [gradients(step(x, target))]
+    assert ran == ["mlp_loss"]
+    results.append(gradients((compiled(net)(x) - target).square().mean()))
+    assert ran == ["mlp_loss", "mlp", "mlp_backward"]
+    net.fusion = "layers"
+    expected = gradients((net(x) - target).square().mean())
+    for found in results:
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["layer", "siren", "whole siren"])
 def test_compile_with_any_number_of_rows_compiles_twice_at_most(name, exact_backend):
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -442,7 +475,7 @@ def test_compiled_inference_and_vmap_inside_compile(exact_backend):
             torch.testing.assert_close(compiled(vmap(lambda x: module(x)))(x), module(x), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["layer", "siren", "splitnet", "mlp"])
+@pytest.mark.parametrize("name", ["layer", "siren", "splitnet", "mlp", "whole siren"])
 def test_export(name, exact_backend):
     module, x = MODULES[name](), torch.randn(7, 3, dtype=torch.float64)
     rows = torch.export.Dim("rows", min=2)

@@ -985,8 +985,14 @@ def _serving(forced: str | None, key: str, device: torch.device, dtype: torch.dt
     return found
 
 
+def refusal(name: str, key: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a backend cannot serve a map; empty when it can."""
+    return TABLE[name].serves(lookup(key), device, dtype)
+
+
 # what serves is a constant to Dynamo, which need not trace the search for it (a lock, a build)
 _serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
+refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _automatic(map: ActivationMap, device: torch.device, dtype: torch.dtype) -> _Serving:

@@ -43,7 +43,7 @@ class Config:
     def maps(self) -> tuple[ActivationMap, ...]:
         return tuple(lookup(key) for key in self.activations)
 
-    @functools.cached_property
+    @property
     def ends(self) -> tuple[int, ...]:
         """Where x, weights, biases, parameters and norms end among x and the operands."""
         n = len(self.activations)
@@ -66,7 +66,8 @@ class Criterion:
 def _state() -> str:
     """Why the running transformation needs layers."""
     if torch.compiler.is_compiling():
-        return "torch.compile traces layers"
+        # Dynamo (2.13) takes a Function inside a transform apart wrongly
+        return "torch.func transforms differentiate layers" if linear_act._inside_transform() else ""
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms differentiate layers"
     if linear_act._forward_mode():
@@ -137,6 +138,8 @@ def decide(
     if state := _state():
         return Decision("", "", state)
     cast = autocast_type(x, layers)
+    if torch.compiler.is_compiling():  # once a compilation
+        return _decide(x, layers, skips, norms, direction, cast)
     key = (
         direction, x.shape[-1:], x.dim(), x.dtype, x.device, x.layout, cast, backends.state(), skips,
         tuple([
@@ -148,17 +151,21 @@ def decide(
     )  # fmt: skip
     found = _decisions.get(key)
     if found is None:
-        found = Decision(*why_not(x, layers, skips, norms, direction=direction, cast=cast))
-        if not found.reason:
-            shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
-            maps = [activation.map for _, _, activation in layers]
-            found.layers_reason = backends.implementation(found.backend).prefers_layers(
-                shapes, maps, x.dtype if cast is None else cast
-            )
+        found = _decide(x, layers, skips, norms, direction, cast)
         if len(_decisions) >= _MOST_DECISIONS:
             _decisions.clear()
         _decisions[key] = found
     return found
+
+
+def _decide(x: Tensor, layers, skips, norms, direction: str, cast: torch.dtype | None) -> Decision:
+    backend, precision, reason = why_not(x, layers, skips, norms, direction=direction, cast=cast)
+    if reason:
+        return Decision(backend, precision, reason)
+    shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
+    maps = [activation.map for _, _, activation in layers]
+    dtype = x.dtype if cast is None else cast
+    return Decision(backend, precision, "", backends.implementation(backend).prefers_layers(shapes, maps, dtype))
 
 
 def autocast_type(x: Tensor, layers: Sequence[Layer]) -> torch.dtype | None:
@@ -214,7 +221,7 @@ def why_not(
     implementation = backends.implementation(backend)
     maps = [activation.map for _, _, activation in layers]
     for map in maps[1:]:
-        if reason := backends.implementation(backend).serves(map, x.device, x.dtype):
+        if reason := backends.refusal(backend, map.key, x.device, x.dtype):
             return backend, precision, reason
     shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
     learnable = [activation.has_tensors for _, _, activation in layers]
@@ -247,7 +254,8 @@ def _run(name: str, config: Config, head: Sequence[Tensor | None], tensors: Sequ
     """
     weights, biases, params, norms = _split(config, tensors)
     if (
-        torch._C._len_torch_dispatch_stack()
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd._profiler_enabled()
         or not all(t is None or type(t) in _PLAIN for t in (*head, *tensors))
@@ -368,7 +376,8 @@ class Network(torch.autograd.Function):
         present = [True, False, *(t is not None for t in tensors)]
         needs = linear_act._wanted(ctx, present)
         needs = [needs[0], *needs[2:]]
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g)):
             grads = _again(lambda: _through_layers(x, config, tensors), x, tensors, needs, g)
         else:
             rest = (saved, config.backend, config.precision, _groups(config, needs))
@@ -397,7 +406,8 @@ class NetworkLoss(torch.autograd.Function):
     def backward(ctx, g):
         x, target, row_weights, *rest = ctx.saved_tensors
         tensors, grads = rest[: ctx.count], rest[ctx.count :]
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g)):
             needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
 
             def run():
@@ -481,8 +491,12 @@ def network(
     config = _config(decision, layers, constants, save and track, skips, norms)
     backends.record_network(x, layers, bool(norms), config.backend, config.precision)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    run = linear_act._apply if track else _untracked
-    y = linear_act._exactly(x.device, run, Network, rows, config, *tensors)[0]
+    if torch.compiler.is_compiling():
+        run = Network.apply if track else Network.forward
+        y = linear_act._exactly(x.device, run, rows, config, *tensors)[0]
+    else:
+        apply = linear_act._apply if track else _untracked
+        y = linear_act._exactly(x.device, apply, Network, rows, config, *tensors)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -506,4 +520,6 @@ def network_loss(
     config = _config(decision, layers, constants, False, skips, norms)
     backends.record_network(x, layers, bool(norms), config.backend, config.precision, criterion.loss)
     args = (x, target, row_weights, config, criterion, *tensors)
+    if torch.compiler.is_compiling():
+        return linear_act._exactly(x.device, NetworkLoss.apply, *args)
     return linear_act._exactly(x.device, linear_act._apply, NetworkLoss, *args)
