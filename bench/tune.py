@@ -5,7 +5,7 @@ entry: from the configuration in use step by step to better neighbours (one numb
 more or less, a tile reshaped), all valid by the predicates of `kernels/tune.py` and `kernels/mlp_tune.py`. The results
 of a candidate are held to the bounds of `bounds.py` before it is timed; the candidates of a step are timed interleaved,
 as CUDA graphs, at each of the entry's shapes. One replaces the configuration in use where it is faster by more than
-noise in a second measurement as well, and compiles without a spill.
+noise in a second measurement as well, and compiles without spills (networks: without more than `mlp_tune.SPILL`).
 
 Compiling is most of the work. The candidates of several entries are compiled and checked side by side, each in a
 process of its own (`tune_workers.py`), then timed one entry after the other while nothing is compiled.

@@ -534,7 +534,7 @@ def _granted_spill(job: Job) -> float:
     B, C, _ = _shape(job.activation)
     width = mlp_tune.width(job.N, job.arch)
     key = mlp_tune.entry(job.arch, MLP[job.kernel], job.dtype, job.precision, B, C, width)
-    return mlp_tune.granted_spill(key) if key is not None and key[1] == MLP[job.kernel] else 0
+    return mlp_tune.granted_spill(key) if key is not None and key[1] == MLP[job.kernel] else mlp_tune.SPILL
 
 
 def slow(job: Job, row: dict) -> list[str]:

@@ -1,6 +1,6 @@
 """Configurations of the whole-network kernels: one predicate of validity, and `pick`, a look-up in `mlp_tuned.py`.
 
-The table there holds what `fused-inr bench static` has compiled for every architecture without a spill; `fused-inr
+The table there holds what `fused-inr bench static` has compiled for every architecture, without spills that matter; `fused-inr
 bench tune` rewrites it. What is not in it is not served: the layers then run one by one.
 """
 
@@ -25,6 +25,10 @@ CHUNK_BYTES = 32 << 20
 #: Rows whose factors a program keeps in memory for one product: a sum is read and written once for them, not for each
 #: tile, and they take no more than the sums.
 LATER_ROWS = 64
+
+#: Bytes of stack that a configuration may take without a reason of its own: on an H200 the fastest of several networks
+#: take up to 728, a tile without spills is half as large and reads the weights twice as often.
+SPILL = 512
 
 #: Inputs and outputs of a network: beyond, the first or last layer is large enough to run by itself.
 MAX_INPUTS, MAX_OUTPUTS = 512, 64
@@ -126,10 +130,10 @@ def entry(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int
 
 def granted_spill(key: Key) -> float:
     """The bytes of stack that an entry may take: any where times on a device decided it (`fused-inr bench tune` writes
-    which device), those that its reason names ("spills 32 bytes .."), else none."""
+    which device), those that its reason names ("spills 632 bytes .."), else `SPILL`."""
     why = WHY.get(key, "")
     found = re.match(r"spills (\d+) bytes", why)
-    return math.inf if why.startswith("NVIDIA") else int(found[1]) if found else 0
+    return math.inf if why.startswith("NVIDIA") else int(found[1]) if found else SPILL
 
 
 def using(key: Key, value: Numbers) -> contextlib.AbstractContextManager[None]:
@@ -155,4 +159,6 @@ def shipped(arch: str, types, kinds) -> Iterator[Shipped]:
         for dtype, precision in types:
             if a == arch and tune.type_class(dtype, precision) == cls and (B, C) in kinds:
                 for each in besides.get(op, ()):
+                    if each == "save" and entry(arch, "backward", dtype, precision, B, C, WIDTH) is None:
+                        continue  # nothing reads what it would save: such networks train layer by layer
                     yield Shipped(each, dtype, precision, (B, C), WIDTH)

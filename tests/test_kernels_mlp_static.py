@@ -1,4 +1,4 @@
-"""The whole-network kernels compile without a GPU, spill nothing, fit the device, and keep their activations on chip.
+"""The whole-network kernels compile without a GPU, spill little, fit the device, and keep their activations on chip.
 
 As in test_kernels_static.py: compiled in worker processes of the report, the normal run what is most likely to break
 first, --slow all of the table.

@@ -87,7 +87,7 @@ def transposed_weight(patch):
         square = weight.shape[-1] == weight.shape[-2]
         return run(weight=weight.transpose(-1, -2) if square else weight)
 
-    wrapped(patch, REFERENCE, "_preactivation", around)
+    wrapped(patch, backends, "_preactivation", around)
 
 
 def tail_of_k_ignored(patch):
@@ -96,7 +96,7 @@ def tail_of_k_ignored(patch):
         k = k // 16 * 16 or k
         return run(x=a["x"][..., :k], weight=a["weight"][..., :k])
 
-    wrapped(patch, REFERENCE, "_preactivation", around)
+    wrapped(patch, backends, "_preactivation", around)
 
 
 def tail_of_m_not_written(patch):
@@ -105,7 +105,7 @@ def tail_of_m_not_written(patch):
         z[..., z.shape[-2] // 16 * 16 :, :] = 0.5
         return z
 
-    wrapped(patch, REFERENCE, "_preactivation", around)
+    wrapped(patch, backends, "_preactivation", around)
 
 
 def tail_of_m_missing_from_the_sums(patch):
@@ -171,7 +171,7 @@ def one_layer_of_a_batch_for_all(patch):
         weight = a["weight"]
         return run(weight=weight[:1].expand(weight.shape) if weight.dim() == 3 else weight)
 
-    wrapped(patch, REFERENCE, "_preactivation", around)
+    wrapped(patch, backends, "_preactivation", around)
 
 
 def bits_that_change(patch):
@@ -190,7 +190,7 @@ def second_order_bias_forgotten(patch):
 
 def half_precision_inside(patch):
     """bf16 pre-activations where float32 is promised."""
-    wrapped(patch, REFERENCE, "_preactivation", lambda run, a: run().bfloat16().to(run().dtype))
+    wrapped(patch, backends, "_preactivation", lambda run, a: run().bfloat16().to(run().dtype))
 
 
 def draws_reused_by_every_call(patch):

@@ -44,6 +44,44 @@ def _apply(function: type[torch.autograd.Function], *args):
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+#: Whether a tensor is one of `is_grads_batched`: PyTorch's older vmap, which no state tells of.
+_batched_cotangent = torch._C._functorch.is_legacy_batchedtensor
+
+
+def unwatched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing looks at operations (a mode, a subclass, a transform, the profiler, Dynamo): the backend can be
+    called directly then. The dispatcher takes 10 to 20 us to pass operands on to Python."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+    ) and all(t is None or (type(t) in _PLAIN and not _batched_cotangent(t)) for t in tensors)
+
+
+def _run_linear_act(x, weight, bias, params, constants, activation, backend, precision, keep):
+    if unwatched((x, weight, bias, *params)):
+        map = lookup(activation)
+        return backends.TABLE[backend].linear_act(x, weight, bias, params, constants, map, precision, keep)
+    return raw.linear_act(x, weight, bias, params, constants, activation, backend, precision, keep)
+
+
+def _run_linear_act_backward(g, x, weight, bias, params, constants, z, activation, backend, precision, needs):
+    if unwatched((g, x, weight, bias, z, *params)):
+        run = backends.TABLE[backend].linear_act_backward
+        return run(g, x, weight, bias, params, constants, z, lookup(activation), precision, needs)
+    return raw.linear_act_backward(
+        g, x, weight, bias, params, constants, z, activation, backend, precision, needs
+    )
+
+
+def _run_act_map(inputs, params, constants, activation, backend, level, learnable):
+    if inputs[0].dim() == 2 and unwatched((*inputs, *params)):
+        return backends.TABLE[backend].act_map(inputs, params, constants, lookup(activation), level, learnable)
+    return raw.act_map(inputs, params, constants, activation, backend, level, learnable)
+
+
 def _exactly(device: torch.device, function, *args):
     """`function(*args)` with autocast off: it acts on what comes in; our own float32 products stay float32."""
     kind = device.type
@@ -124,17 +162,27 @@ def _transposed(t: Tensor) -> Tensor:
     return t.transpose(-1, -2)
 
 
+def _by_pytorch(config: Config) -> bool:
+    """Whether bare products are PyTorch's, which are differentiable as they are: on a CPU each of ours costs more around
+    it than it saves (`fused-inr bench calls --only maml`)."""
+    return config.backend in ("cpu", "reference")
+
+
 def _linear(config: Config, x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, differentiable, by the backend that runs everything else."""
+    if _by_pytorch(config):
+        return x @ _transposed(weight)
     precision = backends.products_of(config.precision, x.dtype)
     if not torch.is_grad_enabled() and not _forward_mode():
-        return raw.linear_act(x, weight, None, [], [], "identity", config.backend, precision, "")[0]
+        return _run_linear_act(x, weight, None, [], [], "identity", config.backend, precision, "")[0]
     plain = replace(config, activation="identity", constants=(), precision=precision, keep="")
     return _apply(LinearAct, x, weight, None, plain)[0]
 
 
 def _weight_gradient(config: Config, gz: Tensor, x: Tensor) -> Tensor:
     """gz^T x, differentiable: with `_linear` a closed set, each the derivative of the other."""
+    if _by_pytorch(config):
+        return _transposed(gz) @ x
     if not torch.is_grad_enabled() and not _forward_mode():
         return WeightGradient.forward(config, gz, x)
     return _apply(WeightGradient, config, gz, x)
@@ -157,7 +205,7 @@ class WeightGradient(torch.autograd.Function):
         shape = (*x.shape[:-2], gz.shape[-1], x.shape[-1])
         weight = x.new_empty(1).expand(shape)  # only its shape counts
         precision = backends.products_of(config.precision, x.dtype)
-        return raw.linear_act_backward(
+        return _run_linear_act_backward(
             gz, x, weight, None, [], [], gz, "identity", config.backend, precision, [False, True, False, False]
         )[1]
 
@@ -241,7 +289,7 @@ class ActMap(torch.autograd.Function):
     @staticmethod
     def forward(config, level, learnable, count, *tensors):
         inputs, params = tensors[:count], tensors[count:]
-        out = raw.act_map(
+        out = _run_act_map(
             list(inputs), list(params), config.constants, config.activation, config.backend, level, learnable
         )
         return tuple(_like_parameters(out, config, level, learnable, params))
@@ -310,13 +358,13 @@ def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tens
             f"order {level} of {lookup(config.activation).name} on backend {config.backend!r}: "
             "use fused_inr.backends.use('reference') or lower the order"
         )
-    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in (*inputs, *params)):
+    if any(t is not None and _batched_cotangent(t) for t in (*inputs, *params)):
         # is_grads_batched: PyTorch's older vmap, which has no rule for a list of tensors
         return _composite_map(config, level, learnable, inputs, params)
     if level + (2 if _forward_mode() else 1) > top and (torch.is_grad_enabled() or _forward_mode()):
         return _composite_map(config, level, learnable, inputs, params)
     if not torch.is_grad_enabled() and not _forward_mode():
-        out = raw.act_map(
+        out = _run_act_map(
             list(inputs), list(params), config.constants, config.activation, config.backend, level, learnable
         )
         return _like_parameters(out, config, level, learnable, params)
@@ -328,7 +376,7 @@ def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tens
 
 def _bare_preactivation(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with torch.no_grad():
-        _, z = raw.linear_act(x, weight, bias, [], [], "identity", config.backend, config.precision, "preactivations")
+        _, z = _run_linear_act(x, weight, bias, [], [], "identity", config.backend, config.precision, "preactivations")
     return z
 
 
@@ -380,7 +428,7 @@ def _fused_backward(config, needs, g, g_z, x, weight, bias, z, params):
         return _fused_backward_from_z(config, needs, g, g_z, x, weight, bias, z, params)
     if config.activation == "identity" and g.dtype.itemsize >= 4:
         z = g  # the map does not look at z: nothing to recompute
-    gx, gw, gb, gp = raw.linear_act_backward(
+    gx, gw, gb, gp = _run_linear_act_backward(
         g, x, weight, bias, list(params), config.constants, z, config.activation, config.backend, config.precision,
         [*needs[:3], any(needs[3:])],
     )  # fmt: skip
@@ -406,7 +454,7 @@ def _fused_backward_from_z(config, needs, g, g_z, x, weight, bias, z, params):
         grads = [gp[j] if n else None for j, n in enumerate(needs[3:])]
         # gz is ours; under vmap the other may be the larger one
         g_z = gz + g_z if torch._C._are_functorch_transforms_active() else gz.add_(g_z)
-    gx, gw, gb, _ = raw.linear_act_backward(
+    gx, gw, gb, _ = _run_linear_act_backward(
         g_z, x, weight, bias, [], [], z, "identity", config.backend, config.precision, [*needs[:3], False]
     )
     return gx if needs[0] else None, gw if needs[1] else None, gb if needs[2] else None, None, *grads
@@ -438,7 +486,7 @@ class LinearAct(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, config, *params):
-        return raw.linear_act(
+        return _run_linear_act(
             x, weight, bias, list(params), config.constants, config.activation, config.backend, config.precision,
             config.keep
         )  # fmt: skip
@@ -505,7 +553,7 @@ def linear_act(
         tensors = list(params)
         key, constants = activation.map.key, activation.constants
         args = (x, weight, bias, tensors, constants, key, backend, precision, "")
-        return _exactly(x.device, raw.linear_act, *args)[0]
+        return _exactly(x.device, _run_linear_act, *args)[0]
     keep = ""
     if track and activation.map.key != "identity":
         keep = backends.implementation(backend).keeps(x.dtype, activation.has_tensors)

@@ -243,9 +243,6 @@ def _split(config: Config, tensors: Sequence[Tensor | None]):
     )  # fmt: skip
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def _run(name: str, config: Config, head: Sequence[Tensor | None], tensors: Sequence[Tensor | None], *rest):
     """The raw operation `name` of (*head, network, *rest).
 
@@ -253,13 +250,7 @@ def _run(name: str, config: Config, head: Sequence[Tensor | None], tensors: Sequ
     the dispatcher takes 20 us to pass a network's operands on.
     """
     weights, biases, params, norms = _split(config, tensors)
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-        or not all(t is None or type(t) in _PLAIN for t in (*head, *tensors))
-    ):
+    if not linear_act.unwatched((*head, *tensors)):
         words = (config.constants, config.activations, config.skips, norms, config.norm_eps)
         return getattr(raw, name)(*head, weights, biases, params, *words, *rest)
     run = getattr(backends.implementation(config.backend), name)
