@@ -21,6 +21,7 @@ from .activations import Activation, ActivationMap
 from .functional import linear_act
 from .init.network import vi3nr_init_
 from .init.siren import siren_init_
+from .ops import backends
 
 __all__ = ["FusedLayer", "FusedLinear", "GaussianLayer", "SincLayer", "SineLayer", "SplitLayer"]
 
@@ -105,6 +106,10 @@ class FusedLayer(nn.Module):
             return self.activation
         return self.activation.with_params(**{name: getattr(self, name) for name in self._tensor_names})
 
+    def why_called(self) -> str:
+        """Why the layer cannot be an operand of a whole network; empty where it can."""
+        return ""
+
     def operands(self) -> tuple[Tensor, Tensor | None, Activation]:
         """Weight, bias and the activation with its present parameters: what `forward` computes with."""
         weight, bias = cast(Tensor, self.weight), cast(Tensor | None, self.bias)
@@ -153,6 +158,10 @@ class FusedLinear(FusedLayer):
             given the layer, e.g. `functools.partial(fused_inr.init.vi3nr_init_, sigma_p=0.1, is_first=True)`.
         device, dtype: of the parameters.
 
+    It is no subclass of `nn.Linear`: what looks for one (dynamic quantisation, adapters) puts another matrix in its place
+    and would drop the activation. Initialisers and parameter groups that ask `isinstance(m, nn.Linear)` pass it by: ask
+    for `(nn.Linear, fused_inr.FusedLinear)`, or take a `SineLayer` and its kind, whose `linear` is an `nn.Linear`.
+
     State dict: `weight` [B*N, K], `bias` [B*N], then learnable parameters; without those the keys and shapes are those
     of `nn.Linear` (for B = 1, of the layer it replaces). Differentiable in x, weight, bias and learnable parameters.
     Raises TypeError or ValueError for arguments that are not as above.
@@ -191,12 +200,34 @@ class FusedLinear(FusedLayer):
             nn.init.uniform_(self.bias, -bound, bound)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 class _NamedLayer(FusedLayer):
     """A layer around `self.linear`, an `nn.Linear(K, B*N)`: its state_dict keys are `linear.weight`, `linear.bias`.
 
-    `linear` holds the matrix and gives pre-activations (without omega) when called; the layer itself does not call
-    it, so hooks on `linear` do not run.
+    `linear` gives pre-activations (without omega). A plain `nn.Linear`, parametrised or not, is not called: its weight
+    and bias are operands of the fused operation. What stands in its place (an adapter, a quantised layer, a subclass
+    with a forward of its own), or has hooks (`weight_norm`, `spectral_norm`, `prune`, anybody's), is called, and the
+    activation follows in plain PyTorch: slower, and what was meant. `backends.explain` tells.
     """
+
+    def why_called(self) -> str:
+        """Why `linear` has to be called; empty where its weight and bias say all."""
+        linear = self.linear
+        if type(linear).forward is not nn.Linear.forward:
+            return f"its linear is {type(linear).__module__}.{type(linear).__qualname__}"
+        if has_hooks(linear) or nn.modules.module._has_any_global_hook():
+            return "its linear has hooks"
+        return ""
 
     def __init__(self, in_features, out_features, bias, activation, init, device, dtype):
         super().__init__(in_features, out_features, activation, init)
@@ -210,6 +241,9 @@ class _NamedLayer(FusedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in_features] to [.., output_features]."""
         linear = self.linear
+        if reason := self.why_called():
+            backends.record_layers(f"{type(self).__name__} in plain PyTorch: {reason}")
+            return self.activation_with_parameters()(linear(x))
         return linear_act(x, linear.weight, linear.bias, self.activation_with_parameters())
 
     def _initialise(self) -> None:

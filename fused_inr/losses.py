@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import activations
 from ._checks import finite_float, one_of
 from .activations import Activation
-from .models import _has_hooks, _Network
+from .models import _Network
 from .ops import backends
 from .ops import mlp as _op
 
@@ -132,11 +132,13 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
     for name, t in (("x", x), ("target", target), ("weight", weight)):
         if not isinstance(t, Tensor) and not (name == "weight" and t is None):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if x.dim() < 1:
+        raise ValueError("x: expected shape [..., K], got a scalar; reshape it to [1, 1]")
     if target.dim() < 1 or target.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"target: expected {list(x.shape[:-1])} rows as x has, got shape {list(target.shape)}")
     if weight is not None and weight.shape != x.shape[:-1]:
         raise ValueError(f"weight: expected one number a row, shape {list(x.shape[:-1])}, got {list(weight.shape)}")
-    if not isinstance(net, _Network) or net.fusion == "layers" or _has_hooks(net):
+    if not isinstance(net, _Network) or net.fusion == "layers" or not net._own_forward:
         return _composed(form, net(x), target, weight, reduction)
     encoded = x if net.encoding is None else net.encoding(x)
     layers, decision = net._whole(encoded, "loss")
@@ -163,6 +165,8 @@ def _why_composed(form, x, target, weight, reduction, backend, needed, layers) -
         return "no gradient is asked for"
     if reduction == "none":
         return "reduction='none' has no sum to differentiate"
+    if reduction == "mean" and target.numel() == 0:
+        return "the mean of nothing is no number"
     if target.requires_grad or (weight is not None and weight.requires_grad):
         return "target or weight require a gradient"
     if target.device != x.device or not target.is_floating_point():

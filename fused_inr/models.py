@@ -17,7 +17,7 @@ from . import activations
 from ._checks import boolean, finite_float, one_of, positive_int
 from .init.network import vi3nr_init_
 from .init.siren import siren_init_
-from .layers import ActivationLike, FusedLayer, FusedLinear, SineLayer, SplitLayer, alias
+from .layers import ActivationLike, FusedLayer, FusedLinear, SineLayer, SplitLayer, alias, has_hooks
 from .ops import backends
 from .ops import mlp as _op
 
@@ -27,16 +27,6 @@ ModelInit = str | Callable[[nn.Module], object]
 
 
 _OUR_FORWARDS = (FusedLinear.forward, SineLayer.forward)  # of FusedLinear, of the layers that keep an nn.Linear
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 _DERIVED = (
@@ -50,8 +40,11 @@ _SAVES = ("preactivations", "nothing")
 class Chain(nn.Sequential):
     """Layers one after the other: x <- norm(layer(x)), and where `skips` says so x <- (norm(layer(x)) + x) / sqrt(2).
 
-    `norms` belong to the network that holds the chain; the first layers have one each.
+    `norms` belong to the network that holds the chain; the first layers have one each. A layer that is deleted takes its
+    skip connection and its norm with it. After layers were added, `skips` must be set: one bool a layer.
     """
+
+    skips: tuple[bool, ...]
 
     def __init__(self, layers: Iterable[nn.Module], skips: tuple[bool, ...], norms: nn.ModuleList | None):
         super().__init__(*layers)
@@ -61,7 +54,32 @@ class Chain(nn.Sequential):
     def __getitem__(self, index):
         return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
+    def __delitem__(self, index) -> None:
+        places = range(len(self))[index]
+        gone = set(places) if isinstance(index, slice) else {places}
+        super().__delitem__(index)
+        self.skips = tuple(skip for i, skip in enumerate(self.skips) if i not in gone)
+        norms = self._norms[0]
+        for i in sorted(gone, reverse=True):
+            if norms is not None and i < len(norms):
+                del norms[i]
+
+    def set_norms(self, norms: nn.Module | None) -> None:
+        self._norms = (norms,)
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: layers were added or taken out, and nobody said which have a skip connection.
+        """
+        if len(self.skips) != len(self):
+            raise RuntimeError(
+                f"the network has {len(self)} layers, but skips tells of {len(self.skips)}: set net.net.skips to a tuple "
+                "of one bool a layer, True where its input is added to its output"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
+        self.check()
         norms = [] if self._norms[0] is None else list(self._norms[0])
         for i, layer in enumerate(self):
             y = layer(x)
@@ -69,6 +87,9 @@ class Chain(nn.Sequential):
                 y = norms[i](y)
             x = backends.add_skip(y, x) if self.skips[i] else y
         return x
+
+
+_OUR_CONTAINERS = (nn.Sequential.forward, Chain.forward)
 
 
 class _Network(nn.Module):
@@ -143,10 +164,18 @@ class _Network(nn.Module):
         if self._init is not None:
             self._init(self)
 
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        net = self._modules.get("net")
+        if isinstance(net, Chain) and name in ("net", "norms"):
+            net.set_norms(self._modules.get("norms"))
+
     @property
     def _skips(self) -> tuple[bool, ...]:
-        skips = getattr(self.net, "skips", ())
-        return skips if any(skips) else ()
+        if not isinstance(self.net, Chain):
+            return ()
+        self.net.check()
+        return self.net.skips if any(self.net.skips) else ()
 
     def _norm_modules(self) -> list[nn.Module]:
         """What stands behind the first layers."""
@@ -187,16 +216,26 @@ class _Network(nn.Module):
         backends.record_layers(decision.reason)
         return self.net(coordinates)
 
+    @property
+    def _own_forward(self) -> bool:
+        """Whether a call does what `_Network.forward` does: no subclass or instance has a forward of its own."""
+        kind = type(self)
+        return kind.forward is _Network.forward and kind._decode is _Network._decode and not has_hooks(self)
+
     def _operands(self) -> tuple[list[_op.Layer], str]:
         """The layers as operands, and why they cannot be operands of one operation."""
-        if _has_hooks(self.net) or nn.modules.module._has_any_global_hook():
+        if type(self.net).forward not in _OUR_CONTAINERS:
+            return [], f"its net is {type(self.net).__qualname__}, with a forward of its own"
+        if has_hooks(self.net) or nn.modules.module._has_any_global_hook():
             return [], "there are hooks, which a whole network would not call"
         layers: list[_op.Layer] = []
         for module in self.net:
             if not isinstance(module, FusedLayer) or type(module).forward not in _OUR_FORWARDS:
                 return [], f"{type(module).__name__} is not one of the fused layers"
-            if _has_hooks(module):
+            if has_hooks(module):
                 return [], "a layer has hooks, which a whole network would not call"
+            if reason := module.why_called():
+                return [], f"{type(module).__name__}: {reason}"
             layers.append(module.operands())
         for i, module in enumerate(self._norm_modules()):
             if reason := _why_not_norm(module, cast(FusedLayer, self.net[i])):
@@ -237,7 +276,7 @@ def _why_not_norm(module: nn.Module, layer: FusedLayer) -> str:
     """Why what stands behind a layer cannot be part of a whole network."""
     if type(module) is not nn.LayerNorm:
         return f"{type(module).__name__} behind it is no nn.LayerNorm"
-    if _has_hooks(module):
+    if has_hooks(module):
         return "its LayerNorm has hooks, which a whole network would not call"
     if module.normalized_shape != (layer.output_features,):
         return f"its LayerNorm is over {module.normalized_shape}, its output has {layer.output_features} columns"

@@ -202,7 +202,7 @@ def test_formula_language(formula, by_hand):
         (lambda: activations.define("f", lambda z: sympy.gamma(z)), ValueError, "cannot be compiled"),
         (lambda: activations.define("f", lambda omega: omega, omega=1.0), ValueError, "at least one argument"),
         (lambda: activations.define("f", lambda z, a: a * z, a="x"), TypeError, "expected a number"),
-        (lambda: activations.define("f", lambda z: "no"), ValueError, None),
+        (lambda: activations.define("f", lambda z: "no"), TypeError, None),
         (lambda: activations.sine(omega=float("nan")), ValueError, "finite"),
         (lambda: activations.sine(omega="a"), TypeError, "omega"),
         (lambda: activations.sine(omga=1.0), TypeError, "unknown parameter"),

@@ -447,3 +447,80 @@ def test_bad_input_is_explained(i):
     call, error, words = BAD[i]
     with pytest.raises(error, match=words):
         call()
+
+
+# -- what used to be passed by
+
+
+@pytest.mark.parametrize("options", [{"norm": "layer"}, {"residual": True}, {"norm": "layer", "residual": True}])
+@pytest.mark.parametrize("name", ["sine", "gaussian", "sigmoid"])
+def test_norms_and_skips_are_counted(name, options):
+    torch.manual_seed(0)
+    net = fi.MLP(2, 512, 4, 3, name, fusion="layers", **options)
+    for norm in getattr(net, "norms", ()):
+        nn.init.constant_(norm.weight, 2.0)
+    sigma = 0.7
+    vi3nr_init_(net, sigma_p=sigma)
+    x, spreads = torch.rand(4000, 2) * 2 - 1, []
+    with torch.no_grad():
+        for i, layer in enumerate(net.net):
+            z = torch.nn.functional.linear(x, layer.weight, layer.bias)
+            spreads.append(z.square().mean().sqrt().item())
+            y = layer.activation(z)
+            y = net.norms[i](y) if "norm" in options and i < len(net.norms) else y
+            x = (y + x) / 2**0.5 if net._skips and net._skips[i] else y
+    assert spreads[1:-1] == pytest.approx([sigma] * len(spreads[1:-1]), rel=0.2)
+
+
+def test_what_is_not_initialised_is_named():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.body = nn.Conv2d(3, 4, 1), nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+
+        def forward(self, x):
+            return self.body(self.conv(x).flatten(2).mT)
+
+    net = Mixed()
+    before = net.conv.weight.detach().clone()
+    x = torch.rand(2, 3, 5, 5)
+    with pytest.warns(RuntimeWarning, match=r"vi3nr_init_ leaves weights as they are: conv \(Conv2d\)"):
+        vi3nr_init_(net, sample_input=x)
+    with pytest.warns(RuntimeWarning, match=r"lsuv_init_ leaves weights as they are: conv \(Conv2d\)"):
+        fi.init.lsuv_init_(net, x)
+    assert torch.equal(net.conv.weight, before)
+
+
+def test_parametrised_weights_are_assigned():
+    torch.manual_seed(0)
+    for make in (
+        lambda: (net := fi.SIREN(2, 256, 1, 3), net.net[1].linear),
+        lambda: (net := nn.Sequential(nn.Linear(2, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 3)), net[2]),
+    ):  # fmt: skip
+        net, linear = make()
+        nn.utils.parametrizations.weight_norm(linear)
+        before = linear.weight.detach().clone()
+        vi3nr_init_(net, sigma_p=0.5)
+        plain, other = make()
+        vi3nr_init_(plain, sigma_p=0.5)
+        assert not torch.allclose(linear.weight, before)
+        assert linear.weight.std().item() == pytest.approx(other.weight.std().item(), rel=0.03)
+        with pytest.raises(ValueError, match="its weight is parametrised"):
+            fi.init.lsuv_init_(net, torch.rand(100, 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_hooks_compute_are_refused():
+    for initialise in (vi3nr_init_, lambda net: fi.init.lsuv_init_(net, torch.rand(100, 2))):
+        net = fi.SIREN(2, 32, 1, 3)
+        nn.utils.weight_norm(net.net[1].linear)
+        before = net.net[0].linear.weight.detach().clone()
+        with pytest.raises(ValueError, match=r"net\.1.*weight_norm"):
+            initialise(net)
+        assert torch.equal(net.net[0].linear.weight, before)
+
+
+def test_what_stands_between_fused_layers_is_no_secret():
+    net = nn.Sequential(fi.SineLayer(2, 16), nn.Tanh(), fi.FusedLinear(16, 3))
+    with pytest.raises(ValueError, match="something follows the fused layer 0"):
+        vi3nr_init_(net)

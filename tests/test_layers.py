@@ -10,6 +10,7 @@ import pytest
 import torch
 from tolerances import tolerance
 from torch import nn
+from torch.nn.utils import prune
 
 import fused_inr as fi
 from fused_inr.layers import FusedLayer
@@ -401,3 +402,101 @@ def test_bad_arguments_are_explained(i):
     make, error, words = BAD[i]
     with pytest.raises(error, match=words):
         make()
+
+
+# -- what stands in the place of `linear`, or on it
+
+
+class LowRank(nn.Linear):
+    """An adapter: the frozen matrix and a product of two small ones."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__(base.in_features, base.out_features)
+        self.load_state_dict(base.state_dict())
+        self.a, self.b = nn.Parameter(torch.randn(3, K)), nn.Parameter(torch.randn(base.out_features, 3))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.a.T @ self.b.T
+
+
+def replaced(layer):
+    layer.linear = LowRank(layer.linear)
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer.linear, "weight", amount=0.5)
+
+
+def hooked(layer):
+    layer.linear.register_forward_hook(lambda module, args, z: z + 0.25)
+
+
+CHANGES = {
+    "adapter": replaced,
+    "weight_norm": lambda layer: nn.utils.weight_norm(layer.linear),
+    "spectral_norm": lambda layer: nn.utils.spectral_norm(layer.linear, n_power_iterations=10),
+    "prune": pruned,
+    "forward hook": hooked,
+    "forward pre-hook": lambda layer: layer.linear.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "forward of the instance": lambda layer: setattr(layer.linear, "forward", lambda x: x @ torch.ones(K, N)),
+    "quantize_dynamic": lambda layer: torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, inplace=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_done_to_the_linear_counts(change):
+    layer, x = fi.SineLayer(K, N, omega=3.0), torch.randn(11, K)
+    plain = layer(x)
+    CHANGES[change](layer)
+    if change == "weight_norm":
+        with torch.no_grad():
+            layer.linear.weight_g.mul_(0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), torch.sin(3 * layer.linear(x)))
+    assert not torch.allclose(layer(x), plain)
+    assert "SineLayer in plain PyTorch: its linear" in fi.backends.explain(layer, x)
+    net = fi.SIREN(K, N, 1, 2)
+    CHANGES[change](net.net[0])
+    assert fi.backends.explain(net, x).startswith("layer by layer: SineLayer: its linear")
+    with torch.no_grad():
+        h = torch.sin(30 * net.net[0].linear(x))
+        torch.testing.assert_close(net(x), nn.Sequential(*net.net[1:])(h))
+
+
+def test_hooks_that_come_and_go():
+    layer, x = fi.SineLayer(K, N), torch.randn(11, K)
+    before, seen = layer(x), []
+    handle = layer.linear.register_forward_hook(lambda module, args, z: seen.append(z.shape))
+    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-4)
+    assert seen == [(11, N)]
+    handle.remove()
+    assert torch.equal(layer(x), before) and len(seen) == 1
+
+
+def test_weight_norm_trains_through_a_layer_and_a_loss():
+    net, x, target = fi.SIREN(K, N, 1, 2, omega=3.0, first_omega=3.0), torch.randn(11, K), torch.randn(11, 2)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(net.net[0].linear)
+    fi.losses.mse(net, x, target).backward()
+    found = net.net[0].linear.weight_g.grad.clone()
+    net.zero_grad()
+    nn.functional.mse_loss(net(x), target).backward()
+    torch.testing.assert_close(found, net.net[0].linear.weight_g.grad)
+    assert found.abs().max() > 0
+
+
+def test_parametrised_weights_stay_operands():
+    layer, x = fi.SineLayer(K, N, omega=3.0), torch.randn(11, K)
+    nn.utils.parametrizations.weight_norm(layer.linear)
+    assert "plain PyTorch" not in fi.backends.explain(layer, x)
+    torch.testing.assert_close(layer(x), torch.sin(3 * layer.linear(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fused_linear_is_no_nn_linear():
+    """What replaces an nn.Linear by another one (quantisation, adapters) would drop the activation."""
+    layer, x = fi.FusedLinear(K, N, activation="tanh"), torch.randn(11, K)
+    assert not isinstance(layer, nn.Linear)
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear})
+    assert torch.equal(quantised(x), layer(x))

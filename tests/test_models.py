@@ -454,3 +454,115 @@ def test_state_dict_with_norms_and_copies():
 def test_variants_that_cannot_be_are_refused(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         fi.MLP(2, 8, 1, 2, "sine", **arguments)
+
+
+# -- networks that people change
+
+
+class Shifted(fi.SIREN):
+    def forward(self, coordinates):
+        return super().forward(coordinates) + 4
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_loss_takes_the_forward_that_a_call_takes():
+    x, target = torch.rand(20, 2), torch.rand(20, 3)
+
+    def hooked():
+        net = fi.SIREN(2, 32, 2, 3)
+        net.net.register_forward_hook(lambda module, args, y: y + 1)
+        return net
+
+    def replaced():
+        net = fi.SIREN(2, 32, 2, 3)
+        net.net = Doubled(*net.net)
+        return net
+
+    def of_an_instance():
+        net = fi.SIREN(2, 32, 2, 3)
+        net.forward = lambda x: x.sum(-1, keepdim=True) * torch.ones(3)
+        return net
+
+    for make in (lambda: Shifted(2, 32, 2, 3), hooked, replaced, of_an_instance):
+        net = make()
+        expected = nn.functional.mse_loss(net(x), target)
+        torch.testing.assert_close(fi.losses.mse(net, x, target), expected)
+        if any(p.requires_grad for p in net.parameters()) and expected.requires_grad:
+            for fused, plain in zip(
+                torch.autograd.grad(fi.losses.mse(net, x, target), list(net.parameters())),
+                torch.autograd.grad(expected, list(net.parameters())),
+                strict=True,
+            ):
+                torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_container_with_a_forward_of_its_own_is_called():
+    net, x = fi.SIREN(2, 32, 2, 3), torch.rand(20, 2)
+    before = net(x)
+    net.net = Doubled(*net.net)
+    torch.testing.assert_close(net(x), 2 * before)
+    assert "Doubled, with a forward of its own" in backends.explain(net, x)
+    net.fusion = "network"
+    with pytest.raises(RuntimeError, match="a forward of its own"):
+        net(x)
+
+
+@pytest.mark.parametrize("fusion", ["auto", "layers"])
+def test_norms_that_were_replaced_compute(fusion):
+    options = {"norm": "layer", "residual": True, "output_activation": "sigmoid"}
+    net, x = fi.SIREN(2, 32, 2, 3, fusion=fusion, **options), torch.rand(20, 2)
+    norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(3))
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+    net.norms = norms
+    torch.testing.assert_close(net(x), written_by_hand(net, x), rtol=1e-4, atol=1e-5)
+    assert {f"norms.{i}.weight" for i in range(3)} < set(net.state_dict())
+    copied = copy.deepcopy(net)
+    copied.norms = nn.ModuleList(nn.Identity() for _ in range(3))
+    assert not torch.allclose(copied(x), net(x))
+
+
+@pytest.mark.parametrize("fusion", ["auto", "layers"])
+def test_a_layer_taken_out_takes_its_skip_and_its_norm_along(fusion):
+    options = {"norm": "layer", "residual": True, "output_activation": "sigmoid"}
+    net, x = fi.SIREN(2, 32, 3, 3, fusion=fusion, **options), torch.rand(20, 2)
+    for norm in net.norms:
+        nn.init.normal_(norm.weight)
+    kept = [net.norms[i].weight.detach().clone() for i in (0, 2, 3)]
+    del net.net[1]
+    assert net(x).shape == (20, 3) and net.net.skips == (False, True, True, False)
+    for norm, weight in zip(net.norms, kept, strict=True):
+        assert torch.equal(norm.weight, weight)
+    torch.testing.assert_close(net(x), written_by_hand(net, x), rtol=1e-4, atol=1e-5)
+    last = net.net.pop(-1)
+    assert net(x).shape == (20, 32)
+    net.net.append(last)
+    with pytest.raises(RuntimeError, match=r"4 layers, but skips tells of 3: set net\.net\.skips"):
+        net(x)
+    net.net.skips = (False, True, True, False)
+    assert net(x).shape == (20, 3)
+
+
+def test_a_scalar_is_refused_at_the_door():
+    for call in (fi.SIREN(2, 8, 1, 1), fi.SineLayer(2, 8), fi.FusedLinear(2, 8)):
+        with pytest.raises(ValueError, match=r"x: expected shape \[\.\.\., K\], got a scalar"):
+            call(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="scalar"):
+        fi.losses.mse(fi.SIREN(2, 8, 1, 1), torch.tensor(1.0), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", ["mse", "l1", "huber"])
+def test_a_loss_of_nothing_is_pytorchs(name):
+    theirs = {"mse": nn.functional.mse_loss, "l1": nn.functional.l1_loss, "huber": nn.functional.huber_loss}[name]
+    net, x, target = fi.SIREN(2, 8, 1, 3), torch.zeros(0, 2), torch.zeros(0, 3)
+    for reduction in ("mean", "sum", "none"):
+        ours = getattr(fi.losses, name)(net, x, target, reduction=reduction)
+        expected = theirs(net(x), target, reduction=reduction)
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+        wanted = torch.autograd.grad(expected.sum(), list(net.parameters()), allow_unused=True)
+        for a, b in zip(torch.autograd.grad(ours.sum(), list(net.parameters())), wanted, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)

@@ -227,3 +227,117 @@ def test_a_formula_beyond_its_compiled_orders_still_differentiates(exact_backend
             (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     expected = 32 * torch.cos(2 * x)
     torch.testing.assert_close(y, expected, rtol=tolerance("same arithmetic"), atol=tolerance("same arithmetic"))
+
+
+# -- pieces that are not taken
+
+PIECEWISE = {
+    # name -> (formula, parameters, points, values, first, second derivatives)
+    "test_elu": (
+        lambda z: sympy.Piecewise((z, z > 0), (sympy.exp(z) - 1, True)),
+        [1e3, 100.0, 2.0, -1.0, -800.0],
+        lambda z: torch.where(z > 0, z, torch.expm1(z.clamp(max=0))),
+    ),
+    "test_entropy": (
+        lambda z: sympy.Piecewise((z * sympy.log(z), z > 0), (z, True)),
+        [1e3, 3.0, 0.5, -1.0, -3.0, 0.0],
+        lambda z: torch.where(z > 0, z * torch.where(z > 0, z, 1.0).log(), z),
+    ),
+    "test_three_pieces": (
+        lambda z: sympy.Piecewise((sympy.sqrt(-z - 1), z < -1), (1 / (z + 2), z < 1), (sympy.exp(-(z**2)), True)),
+        [-900.0, -5.0, -2.0, -0.5, 0.9, 3.0, 900.0],
+        lambda z: torch.where(
+            z < -1,
+            (-torch.where(z < -1, z, -2.0) - 1).sqrt(),
+            torch.where(z < 1, 1 / (torch.where((z < 1) & (z > -1.5), z, 0.0) + 2), torch.exp(-(z**2))),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_pieces_that_are_not_taken_do_no_harm(name, exact_backend):
+    formula, points, by_hand = PIECEWISE[name]
+    activation = activations.define(name, formula)
+    z = torch.tensor([points], dtype=torch.float64, requires_grad=True)
+    eye = torch.eye(len(points), dtype=torch.float64)
+
+    def derivatives(f):
+        found = [f(z)]
+        for _ in range(3):
+            found.append(torch.autograd.grad(found[-1].sum(), z, create_graph=True)[0])
+            if not found[-1].requires_grad:
+                break
+        return found
+
+    with using(exact_backend):
+        ours = derivatives(lambda z: linear_act(z, eye, None, activation))
+    for found in (ours, derivatives(activation)):
+        for a, b in zip(found, derivatives(by_hand)):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert bool(torch.isnan(activation(torch.tensor([float("nan")]))).all())
+
+
+def test_pieces_with_parameters_and_branches(exact_backend):
+    activation = activations.define(
+        "test_hinge", lambda z, w, a: sympy.Piecewise((sympy.exp(a * z) * w, z < w), (a * z + w, True)), a=1.0
+    ).with_params(a=torch.tensor(1.5, dtype=torch.float64, requires_grad=True))
+    a = activation.params["a"]
+    z = torch.tensor([[900.0, -0.5, -0.5, 0.3]], dtype=torch.float64, requires_grad=True)
+    with using(exact_backend):
+        y = linear_act(z, torch.eye(4, dtype=torch.float64), None, activation)
+        gz, ga = torch.autograd.grad(y.sum(), (z, a))
+    # element 0: z = 900, w = -0.5, not taken exp(1350); element 1: z = -0.5, w = 0.3, taken
+    e = torch.tensor(-0.75, dtype=torch.float64).exp()
+    torch.testing.assert_close(y, torch.stack([torch.tensor(1349.5).double(), 0.3 * e]).unsqueeze(0))
+    torch.testing.assert_close(gz, torch.stack([torch.tensor(1.5).double(), 0.45 * e, torch.tensor(1.0).double(), e])[None])
+    torch.testing.assert_close(ga, 900 + 0.3 * -0.5 * e)
+
+
+# -- names
+
+
+def test_parameters_may_have_any_name(exact_backend):
+    names = ("t0", "t1", "g0", "p", "z0", "new", "V", "out", "double", "tl", "u_z", "lambda_", "param1", "MODE", "torch")
+
+    def formula(z, **values):
+        return sum(sympy.sin((i + 1) * v * z) * v for i, v in enumerate(values.values()))
+
+    def signed(z, t0, t1, g0, p, z0, new, V, out, double, tl, u_z, lambda_, param1, MODE, torch):
+        given = locals()
+        return formula(z, **{n: given[n] for n in names})
+
+    values = {name: 0.5 + 0.05 * i for i, name in enumerate(names)}
+    activation = activations.define("test_names", signed, **values)
+    assert activation.param_names == names
+
+    def plain(z):
+        return sum(torch.sin((i + 1) * v * z) * v for i, v in enumerate(values.values()))
+
+    x, weight, bias = tensors(activation)
+    with using(exact_backend):
+        ours = linear_act(x, weight, bias, activation)
+        expected = plain(torch.nn.functional.linear(x, weight, bias))
+        first = [torch.autograd.grad(y.sum(), x, create_graph=True)[0] for y in (ours, expected)]
+        second = [torch.autograd.grad(g.square().sum(), weight)[0] for g in first]
+    for a, b in ((ours, expected), first, second):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    layer = fi.FusedLinear(3, 2, activation=activation.map(learnable=("t0", "new")), dtype=torch.float64)
+    assert {"t0", "new"} < set(layer.state_dict())
+    with using(exact_backend):
+        assert gradcheck(lambda t0: torch.func.functional_call(layer, {"t0": t0}, (x.detach(),)), (layer.t0,))
+
+
+def test_names_of_arguments_are_refused():
+    with pytest.raises(ValueError, match="'per_feature'"):
+        activations.define("test_taken", lambda z, per_feature: per_feature * z, per_feature=1.0)
+
+
+@pytest.mark.parametrize("result", ["z + 1", b"z", None, True, [["z"]], ("sin(z)",)])
+def test_what_a_formula_returns_is_not_evaluated(result):
+    for make in (
+        lambda: activations.define("test_text", lambda z: result),
+        lambda: fi.losses.define("test_text_loss", lambda p, t: result),
+    ):
+        with pytest.raises(TypeError, match="must return a sympy expression"):
+            make()

@@ -110,9 +110,10 @@ def define(name: str, formula: Callable, **parameters: float) -> Activation:
     Raises:
         ValueError: a name that is taken or no identifier, unknown symbols in the formula, functions that cannot
             be compiled.
-        TypeError: a formula that is not callable.
+        TypeError: a formula that is not callable, or returns something else than expressions (a string, say).
 
-    At a kink the derivative is one-sided: step(0) = 0, sign(0) = 0. Code is generated when it is first needed; on
+    A piece of a `sympy.Piecewise` may overflow, or have no value, where it is not taken: derivatives stay finite. At a
+    kink the derivative is one-sided: step(0) = 0, sign(0) = 0. Code is generated when it is first needed; on
     CPUs it is compiled if there is a C++ compiler, else the PyTorch reference serves.
     """
     check_name(name)
@@ -120,6 +121,8 @@ def define(name: str, formula: Callable, **parameters: float) -> Activation:
         raise ValueError(f"name: {name!r} is a registered activation or loss; choose another name")
     if not callable(formula):
         raise TypeError(f"formula: expected a function of sympy symbols, got {type(formula).__name__}")
+    if taken := {"learnable", "per_feature"} & set(parameters):
+        raise ValueError(f"parameter {min(taken)!r}: every activation has an argument of this name; choose another")
     for parameter, value in parameters.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"parameter {parameter!r}: expected a number as default, got {value!r}")

@@ -88,7 +88,8 @@ class ActivationMap:
     def key(self) -> str:
         """Identifies the generated code: the name, and for a run-time formula a hash of what it compiles to."""
         if self._key is None:
-            digest = hashlib.sha256(repr((self.program(0).tape.nodes, self.program(0).outputs)).encode())
+            described = (self.program(0).tape.nodes, self.program(0).outputs, self.param_names)
+            digest = hashlib.sha256(repr(described).encode())
             self._key = f"{self.name}_{digest.hexdigest()[:12]}"
         return self._key
 
@@ -123,37 +124,55 @@ class ActivationMap:
         import sympy
 
         z_names = tuple(f"z{i}" for i in range(self.branches))
-        symbols = [sympy.Symbol(n, real=True) for n in z_names]
-        parameters = {n: sympy.Symbol(n, real=True) for n in self.param_names}
-        assert self.formula is not None  # a map without one comes with its program
-        try:
-            result = self.formula(*symbols, **parameters)
-        except Exception as error:
-            raise ValueError(
-                f"the formula of {self.name!r} failed on sympy symbols ({type(error).__name__}: {error}); "
-                "build it from sympy's functions, e.g. sympy.sin(omega * z)"
-            ) from error
-        expressions = result if isinstance(result, tuple | list) else (result,)
-        if not expressions or any(e is None for e in expressions):
-            raise ValueError(
-                f"the formula of {self.name!r} must return a sympy expression or a tuple of them, got {result!r}"
-            )
+        # what users call their parameters may be a keyword of C++, or a name in the printed code
+        own_names = self.param_names if self.generated else tuple(f"param{j}" for j in range(self.n_params))
+        symbols = tuple(sympy.Symbol(n, real=True) for n in z_names)
+        parameters = {n: sympy.Symbol(own, real=True) for n, own in zip(self.param_names, own_names)}
+        expressions = self._expressions(symbols, parameters)
+        if not self.generated:
+            from .piecewise import guarded
+
+            values = {symbol: self.defaults[n] for n, symbol in parameters.items()}
+            expressions = [guarded(e, symbols, values) for e in expressions]
         tape = Tape()
-        for name in (*z_names, *self.param_names):
+        for name in (*z_names, *own_names):
             tape.input(name)
-        try:
-            nodes = from_sympy([sympy.sympify(e) for e in expressions], tape)
-        except (sympy.SympifyError, TypeError) as error:
-            raise ValueError(f"the formula of {self.name!r} must return sympy expressions, got {result!r}") from error
+        nodes = from_sympy(expressions, tape)
         used = {n.value for n in tape.nodes if n.op == "input"}
-        unknown = used - set(z_names) - set(self.param_names)
+        unknown = used - set(z_names) - set(own_names)
         if unknown:
             raise ValueError(
                 f"the formula of {self.name!r} contains unknown symbols {sorted(unknown)}; "
                 f"declare them as parameters with a default value, e.g. {sorted(unknown)[0]}=1.0"
             )
-        inputs = [("z", z_names), *((n, (n,)) for n in self.param_names)]
-        return Program(tape, inputs, [("y", tuple(nodes))], self.param_names, frozenset(self.param_names))
+        inputs = [("z", z_names), *((n, (n,)) for n in own_names)]
+        return Program(tape, inputs, [("y", tuple(nodes))], own_names, frozenset(own_names))
+
+    def _expressions(self, symbols, parameters) -> list:
+        """What the formula returns for these symbols, as a list of sympy expressions."""
+        import sympy
+
+        assert self.formula is not None  # a map without one comes with its program
+        advice = getattr(self.formula, "advice", "build it from sympy's functions, e.g. sympy.sin(omega * z)")
+        try:
+            result = self.formula(*symbols, **parameters)
+        except Exception as error:
+            if hasattr(self.formula, "advice"):
+                raise ValueError(f"{error}; {advice}") from error
+            raise ValueError(
+                f"the formula of {self.name!r} failed on sympy symbols ({type(error).__name__}: {error}); {advice}"
+            ) from error
+        found = result if isinstance(result, tuple | list) else (result,)
+        if not found:
+            raise ValueError(f"the formula of {self.name!r} must return an expression or a tuple of them, got {result!r}")
+        for e in found:
+            # never a string: sympy would evaluate it as Python
+            if isinstance(e, bool) or not isinstance(e, sympy.Expr | int | float):
+                raise TypeError(
+                    f"the formula of {self.name!r} must return a sympy expression or a tuple of them, got {e!r} of type "
+                    f"{type(e).__name__}; {advice}"
+                )
+        return [sympy.sympify(e) for e in found]
 
     # -- generated code
 

@@ -383,6 +383,8 @@ def from_sympy(expressions: Sequence, tape: Tape) -> list[Arg]:
             for other in c.args[1:]:
                 result = tape.call("maximum", result, condition(other))
             return result
+        if isinstance(c, sympy.Unequality):
+            return tape.sub(tape.const(1), tape.call("eq", visit(c.args[0]), visit(c.args[1])))
         if isinstance(c, sympy.Not):
             return tape.sub(tape.const(1), condition(c.args[0]))
         if type(c) in relations:

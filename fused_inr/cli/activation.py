@@ -40,6 +40,11 @@ def parse_activation(text: str, option: str = "--activation") -> Activation:
     values, learnable = _parameters(f"{option} {text}", tail)
     try:
         if head.isidentifier() and head != "z":
+            if head not in activations.names():
+                raise ValueError(
+                    f"no activation is called {head!r}; there are {', '.join(activations.names())}, or a formula in z, "
+                    "such as sin(2*z)"
+                )
             base = activations.get(head)
             if set(values) <= set(base.param_names):
                 return base.map(**{**base.params, **values}, learnable=learnable)
@@ -78,8 +83,9 @@ def _formula(text: str, parameters: tuple[str, ...]) -> Callable:
     accepted = ", ".join((*_FUNCTIONS, *_STABLE))
     try:
         tree = ast.parse(text.replace("^", "**"), mode="eval").body
-    except (SyntaxError, ValueError):
-        raise ValueError(f"{text!r} is neither a registered activation nor a formula in z") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = getattr(error, "msg", None) or "it cannot be read"
+        raise ValueError(f"{text!r} is neither a registered activation nor a formula in z: {reason}") from None
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     if "z" not in names:
         raise ValueError(f"{text!r} is neither a registered activation nor a formula in z")
@@ -100,7 +106,10 @@ def _formula(text: str, parameters: tuple[str, ...]) -> Callable:
             value = build(node.operand, known)
             return -value if isinstance(node.op, ast.USub) else value
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](build(node.left, known), build(node.right, known))
+            left, right = build(node.left, known), build(node.right, known)
+            if isinstance(node.op, ast.Pow):
+                _check_power(node, left, right)
+            return _OPERATORS[type(node.op)](left, right)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
             name, arguments = node.func.id, [build(argument, known) for argument in node.args]
             if name in _STABLE:
@@ -116,7 +125,27 @@ def _formula(text: str, parameters: tuple[str, ...]) -> Callable:
 
         return build(tree, {"pi": sympy.pi, **dict(zip(("z", *parameters), arguments)), **keywords})
 
+    formula.advice = f"it takes numbers, z, + - * / **, {accepted}"  # type: ignore[attr-defined]
     # `define` reads the number of branches and the parameters off the signature
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     formula.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in ("z", *parameters)])  # type: ignore
     return formula
+
+
+#: powers of numbers beyond these overflow float64; exponents of z beyond this one are no activation
+_LARGEST_LOG10, _LARGEST_EXPONENT = 308.0, 1000
+
+
+def _check_power(node: ast.AST, base: Any, exponent: Any) -> None:
+    """
+    Raises:
+        ValueError: a power that takes for ever to write out, or is no float64.
+    """
+    if not getattr(exponent, "is_number", False):
+        return
+    size = abs(complex(exponent))
+    if getattr(base, "is_number", False):
+        if base and size * abs(math.log10(abs(complex(base)))) > _LARGEST_LOG10:
+            raise ValueError(f"{ast.unparse(node)} is beyond the numbers of float64")
+    elif size > _LARGEST_EXPONENT:
+        raise ValueError(f"the exponent of {ast.unparse(node)} is larger than {_LARGEST_EXPONENT}")

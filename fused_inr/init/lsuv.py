@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._checks import finite_float, one_of, positive_int
 from .siren import _described
-from .walk import chain, fused_layers, is_fused, watch
+from .walk import chain, fused_layers, is_fused, refuse_computed, warn_of_others, watch
 from .weights import vi3nr_orthogonal_
 
 
@@ -74,7 +74,9 @@ def lsuv_init_(
     one_of("bias", bias, ("zero", "keep"))
     if any(p.is_meta for p in module.parameters()):
         return module
+    covered = _refuse_computed(module)
     products = _products(module, sample_input)
+    warn_of_others(module, covered, "lsuv_init_")
     _set_targets(products, target_std)
     touched = [p for p in products if p.targets is not None]
     before = [(t, t.detach().clone()) for p in touched for t in (p.weight, p.bias) if t is not None]
@@ -92,6 +94,24 @@ def lsuv_init_(
                 tensor.copy_(values)
         raise
     return module
+
+
+def _refuse_computed(module: nn.Module) -> list[nn.Module]:
+    """The modules whose products count.
+
+    Raises:
+        ValueError: a weight that is computed before each call.
+    """
+    covered = [m for m in module.modules() if isinstance(m, nn.Linear) or is_fused(m)]
+    for name, m in module.named_modules():
+        if isinstance(m, nn.Linear) or (is_fused(m) and not hasattr(m, "linear")):
+            if not isinstance(m._parameters.get("weight"), nn.Parameter):
+                refuse_computed(name, m)
+                raise ValueError(
+                    f"{name}: its weight is parametrised, and LSUV scales plain ones; take the parametrisation off "
+                    "(torch.nn.utils.parametrize.remove_parametrizations), initialise, and put it on again"
+                )
+    return covered
 
 
 def _products(module: nn.Module, sample_input: Tensor) -> list[_Product]:

@@ -15,7 +15,7 @@ from .estimates import moments
 from .search import search_sigma_p
 from .siren import _described
 from .vi3nr import default_sigma_p
-from .walk import Chain, Link, chain, is_fused, sees_coordinates
+from .walk import Chain, Link, assign, chain, is_fused, refuse_computed, sees_coordinates, warn_of_others
 from .weights import vi3nr_normal_, vi3nr_orthogonal_, vi3nr_uniform_
 
 #: Rows of the sample of coordinates that stands for a network's input where an encoding comes first.
@@ -70,8 +70,13 @@ def vi3nr_init_(
         samples, seed: of the moments' Monte Carlo estimate. PyTorch's global random state is not touched by it.
         generator: source of the weights; PyTorch's global one if None.
 
-    Returns `module`. Raises TypeError or ValueError for other arguments and modules (skip connections, LayerNorm, ...:
-    the message names the place; `lsuv_init_` needs no formula), leaving the weights as they were.
+    A model's own skip connections and LayerNorms are counted: E[x_i^2] is that behind LayerNorm (its weight and bias),
+    and of (y + x) / sqrt(2) with y and x independent. Parametrised weights (torch.nn.utils.parametrize) are assigned.
+    Modules with other weights (convolutions, embeddings) stay as they are, and a warning names them.
+
+    Returns `module`. Raises TypeError or ValueError for other arguments and modules (other skip connections, weights
+    that a hook computes, ...: the message names the place; `lsuv_init_` needs no formula), leaving the weights as they
+    were.
     """
     one_of("distribution", distribution, DISTRIBUTIONS)
     one_of("bias", bias, ("zero", "keep"))
@@ -86,6 +91,9 @@ def vi3nr_init_(
     first = first or sample_input is not None
     if any(link.weight.is_meta for link in links):
         return module  # shapes only: there is nothing to fill
+    for link in links:
+        refuse_computed(link.name, link.holder)
+    warn_of_others(module, [link.holder or _holder(module, link) for link in links], "vi3nr_init_")
 
     gains: list[list[float]] = []  # all of them before the first weight changes: what is refused changes nothing
     sigmas: list[list[float]] = []
@@ -94,15 +102,20 @@ def vi3nr_init_(
         bare = first and i == 0 and network.enter is None
         sigma = wanted[i] or _chosen(links, i, sigmas, sigma_p == "auto", bare, max(offsets), seed)
         if i == 0 and first:
-            second = _input_second_moment(module, network, sample_input)
+            mean, second = _input_moments(module, network, sample_input)
         else:
             before, there = (links[i - 1], sigmas[i - 1]) if i else (link, sigma)
-            second = _second_moment(before, there, samples, seed)
+            mean, second = _behind(before, _moments(before, there, samples, seed), (mean, second) if i else None)
         gains.append([_gain(link, s, b, second) for s, b in zip(sigma, offsets)])
         sigmas.append(sigma)
     for link, gain in zip(links, gains):
-        for block, g in zip(link.weight.detach().chunk(link.branches), gain):
+        weight = link.weight.detach()
+        computed = link.holder is not None and not isinstance(link.holder._parameters.get("weight"), nn.Parameter)
+        weight = weight.clone() if computed else weight
+        for block, g in zip(weight.chunk(link.branches), gain):
             fill_(block, g, distribution, generator)
+        if computed and link.holder is not None:
+            assign(link.holder, weight)
         if link.bias is not None and bias == "zero":
             nn.init.zeros_(link.bias)
     return module
@@ -207,10 +220,29 @@ def _mean_parameters(activation: Activation) -> Activation:
 # -- moments
 
 
-def _second_moment(link: Link, sigmas: list[float], samples: int, seed: int) -> float:
-    """E[f(z)^2], mean over outputs, z_b ~ N(0, sigma_b^2)."""
+def _behind(link: Link, of: tuple[float, float], before: tuple[float, float] | None) -> tuple[float, float]:
+    """Mean and mean square of what the next product sees, from those of the function's values and of the layer's input.
+
+    LayerNorm leaves 0 and 1, then its weight and bias. A sum with the input counts both as independent.
+    """
+    mean, second = of
+    if link.norm is not None:
+        n: float = len(link.norm.weight) if link.norm.weight is not None else 1
+        weight = 1.0 if link.norm.weight is None else link.norm.weight.detach().double().square().sum().item() / n
+        bias = link.norm.bias
+        mean = 0.0 if bias is None else bias.detach().double().mean().item()
+        second = weight + (0.0 if bias is None else bias.detach().double().square().mean().item())
+    if link.skip and before is not None:
+        second = (second + before[1] + 2 * mean * before[0]) / 2
+        mean = (mean + before[0]) / math.sqrt(2)
+    return mean, second
+
+
+def _moments(link: Link, sigmas: list[float], samples: int, seed: int) -> tuple[float, float]:
+    """E[f(z)] and E[f(z)^2], means over outputs, z_b ~ N(0, sigma_b^2). The first is not asked of foreign functions,
+    behind which no skip connection is counted: NaN."""
     if link.activation is None:
-        return drawn_moments(link, sigmas, positive_int("samples", samples, minimum=2), seed)[0]
+        return math.nan, drawn_moments(link, sigmas, positive_int("samples", samples, minimum=2), seed)[0]
     plain = {}
     for name, value in link.activation.params.items():
         if isinstance(value, Tensor):
@@ -219,17 +251,20 @@ def _second_moment(link: Link, sigmas: list[float], samples: int, seed: int) -> 
                 plain[name] = number
     activation = link.activation.with_params(**plain)
     if activation.has_tensors:
-        return _activation_moment(activation, tuple(sigmas), samples, seed)
-    return _remembered_moment(activation, tuple(sigmas), samples, seed)
+        return _activation_moments(activation, tuple(sigmas), samples, seed)
+    return _remembered_moments(activation, tuple(sigmas), samples, seed)
 
 
-def _activation_moment(activation: Activation, sigmas: tuple[float, ...], samples: int, seed: int) -> float:
+def _activation_moments(
+    activation: Activation, sigmas: tuple[float, ...], samples: int, seed: int
+) -> tuple[float, float]:
     sigma = sigmas if len(sigmas) > 1 else sigmas[0]
-    return moments(activation, sigma, samples=samples, seed=seed).second.mean().item()
+    found = moments(activation, sigma, samples=samples, seed=seed)
+    return found.mean.mean().item(), found.second.mean().item()
 
 
 #: 40 ms a split layer otherwise, where plain numbers describe the activation
-_remembered_moment = lru_cache(maxsize=256)(_activation_moment)
+_remembered_moments = lru_cache(maxsize=256)(_activation_moments)
 
 
 def drawn_moments(link: Link, sigmas: list[float], samples: int, seed: int) -> tuple[float, list[float]]:
@@ -275,10 +310,10 @@ def _holder(module: nn.Module, link: Link):
     return module.get_submodule(link.name)
 
 
-def _input_second_moment(module: nn.Module, network: Chain, sample_input: Tensor | None) -> float:
-    """E[x^2] of what the first layer sees."""
+def _input_moments(module: nn.Module, network: Chain, sample_input: Tensor | None) -> tuple[float, float]:
+    """E[x] and E[x^2] of what the first layer sees."""
     if sample_input is None and network.enter is None:
-        return 1 / 3
+        return 0.0, 1 / 3
     x = first_input(module, network, sample_input).double()
     mean, std = x.mean().item(), x.std(correction=0).item()
     if not math.isfinite(mean + std):
@@ -286,7 +321,7 @@ def _input_second_moment(module: nn.Module, network: Chain, sample_input: Tensor
         raise ValueError(f"{what} must be finite, got NaN or infinity in it")
     if mean == 0 and std == 0:
         raise ValueError("sample_input: mean and std of what the first layer sees must not both be 0")
-    return mean * mean + std * std
+    return mean, mean * mean + std * std
 
 
 def first_input(module: nn.Module, network: Chain, sample_input: Tensor | None) -> Tensor:

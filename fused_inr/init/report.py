@@ -136,6 +136,8 @@ def report(
     samples = positive_int("samples", samples, minimum=2)
     try:
         links, note = chain(model).links, ""
+        if any(link.skip or link.norm is not None for link in links):
+            note = "predicted nothing: slopes through skip connections and LayerNorm are not followed"
     except ValueError as error:
         links, note = [], f"predicted nothing: {error}"
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from .. import activations
@@ -77,6 +79,8 @@ class Link:
         weight: [B*N, K] in B blocks of rows, one a branch; bias: [B*N] or None.
         activation: the function as one of this package's, where it is one.
         function: [.., B*N] to [.., C*N] in any case.
+        holder: the module with the weight; norm: a LayerNorm behind the function; skip: whether the sum of what comes
+            out and what came in, over sqrt(2), is what the next product sees.
     """
 
     name: str
@@ -86,6 +90,9 @@ class Link:
     activation: Activation | None
     branches: int = 1
     outputs: int = 1
+    holder: nn.Module | None = None
+    norm: nn.LayerNorm | None = None
+    skip: bool = False
 
     @property
     def fan_in(self) -> int:
@@ -127,11 +134,8 @@ def chain(module: nn.Module) -> Chain:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a network or a layer, got {type(module).__name__}")
-    inside = {id(child) for m in module.modules() if is_fused(m) for child in m.modules() if child is not m}
-    foreign = [m for m in module.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
-    if not foreign and any(is_fused(m) for m in module.modules()):
-        names = {id(m): name for name, m in module.named_modules()}
-        return Chain([_fused_link(names[id(m)], m) for m in fused_layers(module)], getattr(module, "encoding", None))
+    if is_fused(module) or _is_network(module) or (isinstance(module, nn.Sequential) and all(map(is_fused, module))):
+        return _of_fused_layers(module)
     if not any(p.dim() == 2 for p in module.parameters()):
         raise ValueError(
             f"module contains no fused layer (FusedLinear, SineLayer, ...) and no nn.Linear: {type(module).__name__}"
@@ -144,9 +148,84 @@ def chain(module: nn.Module) -> Chain:
     return _traced(module)
 
 
+def _is_network(module: nn.Module) -> bool:
+    """Whether it is one of our models, unchanged: layers in `net`, one after the other."""
+    net = getattr(module, "net", None)
+    return isinstance(getattr(module, "fusion", None), str) and isinstance(net, nn.Sequential) and all(map(is_fused, net))
+
+
+def _of_fused_layers(module: nn.Module) -> Chain:
+    layers = fused_layers(module)
+    names = {id(m): name for name, m in module.named_modules()}
+    links = [_fused_link(names[id(m)], m) for m in layers]
+    for link, skip in zip(links, getattr(getattr(module, "net", None), "skips", ())):
+        link.skip = skip
+    for i, (link, norm) in enumerate(zip(links, getattr(module, "norms", None) or ())):
+        if type(norm) is not nn.LayerNorm:
+            raise ValueError(f"norms.{i}: {type(norm).__name__} is no nn.LayerNorm; {_OTHERWISE}")
+        link.norm = norm
+    return Chain(links, getattr(module, "encoding", None))
+
+
 def _fused_link(name: str, layer: Any) -> Link:
     activation = layer.activation_with_parameters()
-    return Link(name, layer.weight, layer.bias, activation, activation, activation.branches, activation.outputs)
+    holder = getattr(layer, "linear", layer)
+    if holder is not layer and type(holder).forward is not nn.Linear.forward:
+        raise ValueError(f"{name}: its linear is {type(holder).__qualname__}, not a plain nn.Linear; {_OTHERWISE}")
+    shape = (activation.branches, activation.outputs)
+    return Link(name, layer.weight, layer.bias, activation, activation, *shape, holder)
+
+
+def refuse_computed(name: str, holder: nn.Module | None) -> None:
+    """
+    Raises:
+        ValueError: the module's weight is computed before each call, so that filling it changes nothing.
+    """
+    if holder is None or isinstance(holder._parameters.get("weight"), nn.Parameter):
+        return
+    if parametrize.is_parametrized(holder, "weight"):
+        parts: Any = holder.parametrizations["weight"]  # type: ignore[index,union-attr]
+        if all(hasattr(p, "right_inverse") for p in parts):
+            return
+        how = "its parametrisation has no right_inverse"
+    else:
+        how = "a hook (weight_norm, spectral_norm, prune) computes it before each call"
+    raise ValueError(
+        f"{name}: its weight cannot be filled, {how}; take that off, initialise the module, and put it on again"
+    )
+
+
+def assign(holder: nn.Module, weight: Tensor) -> None:
+    """Give a parametrised module a weight, as far as its parametrisation can have it."""
+    with torch.no_grad():
+        holder.weight = weight
+        found: Any = holder.weight
+        if not torch.allclose(found, weight, rtol=1e-3, atol=1e-3 * float(weight.abs().max())):
+            warnings.warn(
+                f"the parametrisation of {type(holder).__name__} keeps its weight from what it was to be: root mean "
+                f"square {float(found.square().mean().sqrt()):.4g}, wanted {float(weight.square().mean().sqrt()):.4g}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def warn_of_others(module: nn.Module, covered: list[nn.Module], who: str) -> None:
+    """One warning that names the modules whose weights stay as they are: convolutions, embeddings, bare parameters."""
+    known = {id(m) for c in covered for m in c.modules()}
+    encoding = getattr(module, "encoding", None)
+    if isinstance(encoding, nn.Module):
+        known |= {id(m) for m in encoding.modules()}
+    left = []
+    for name, m in module.named_modules():
+        if id(m) not in known and any(p.dim() >= 2 for p in m.parameters(recurse=False)):
+            left.append(f"{name or 'the module itself'} ({type(m).__name__})")
+    if left:
+        warnings.warn(
+            f"{who} leaves weights as they are: {', '.join(left)}; initialise them by themselves, with "
+            "vi3nr_uniform_(weight, gain) for example",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 _OTHERWISE = "use lsuv_init_, which needs no formula, or initialise each weight with vi3nr_uniform_ and its gain"
@@ -155,7 +234,7 @@ _OTHERWISE = "use lsuv_init_, which needs no formula, or initialise each weight 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         plain = not any(p.dim() >= 2 for p in m.parameters())  # activations, encodings: called as they are
-        return is_fused(m) or plain or super().is_leaf_module(m, module_qualified_name)
+        return is_fused(m) or isinstance(m, nn.Linear) or plain or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Graph:
@@ -176,13 +255,13 @@ class _Graph:
         self.nodes = list(self.graph.nodes)
 
     def product(self, node: fx.Node) -> tuple[str, Tensor, Tensor | None, fx.Node, nn.Module | None] | None:
-        """Name, weight, bias, the node of the input, and the fused layer, of a node that is a product."""
+        """Name, weight, bias, the node of the input, and the module if there is one, of a node that is a product."""
         if node.op == "call_module":
             m = self.module.get_submodule(str(node.target))
-            if is_fused(m) or type(m) is nn.Linear:
+            if is_fused(m) or (isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward):
                 given = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
                 layer: Any = m
-                return str(node.target), layer.weight, layer.bias, cast(fx.Node, given), m if is_fused(m) else None
+                return str(node.target), layer.weight, layer.bias, cast(fx.Node, given), m
         if node.op == "call_function" and node.target is nn.functional.linear:
             x, weight, bias = (
                 node.kwargs.get(name, node.args[i] if i < len(node.args) else None)
@@ -251,18 +330,19 @@ def _traced(module: nn.Module) -> Chain:
         pieces.append((nodes, end))
     links = []
     for i, node in enumerate(order):
-        name, weight, bias, _, fused = products[node]
+        name, weight, bias, _, held = products[node]
         nodes, end = pieces[i + 1]
         function = graph.function(node, nodes, end)
-        if fused is None:
+        if held is None or not is_fused(held):
             links.append(_plain_link(name, weight, bias, function))
+            links[-1].holder = held
         elif nodes:
             raise ValueError(
                 f"{type(module).__name__}: something follows the fused layer {name}, whose activation was to be the "
                 f"function between two products; {_OTHERWISE}"
             )
         else:
-            links.append(_fused_link(name, fused))
+            links.append(_fused_link(name, held))
     nodes, end = pieces[0]
     (start,) = [n for n in graph.nodes if n.op == "placeholder"][:1]
     return Chain(links, graph.function(start, nodes, end) if nodes else None)
@@ -382,7 +462,7 @@ def watch(module: nn.Module, visit: Visit) -> Iterator[None]:
             module.eval()
             for name, m in fused:
                 layer: Any = m
-                names[id(layer.weight)] = name or type(m).__name__
+                names[id(getattr(getattr(layer, "linear", layer), "weight", None))] = name or type(m).__name__
                 if "forward" in vars(m):
                     raise ValueError(f"{name}: its forward was replaced, which hides the product; put it back first")
                 m.forward = _plain_forward(layer)
@@ -396,8 +476,12 @@ def watch(module: nn.Module, visit: Visit) -> Iterator[None]:
 
 
 def _plain_forward(layer: Layer) -> Callable[[Tensor], Tensor]:
+    linear = getattr(layer, "linear", None)
+
     def forward(x: Tensor) -> Tensor:
-        return layer.activation_with_parameters()(nn.functional.linear(x, layer.weight, layer.bias))
+        # an adapter, or hooks: what stands in the place of the matrix is called
+        z = nn.functional.linear(x, layer.weight, layer.bias) if linear is None else linear(x)
+        return layer.activation_with_parameters()(z)
 
     return forward
 
