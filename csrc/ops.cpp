@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "held.h"
 #include "memory.h"
 
 #ifndef FUSED_INR_STAMP
@@ -204,6 +205,7 @@ void parallel(int64_t parts, void (*task)(void*, int64_t), void* context) {
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 Storage storage_of(const Tensor& t, const char* name) {
+  held(t, name);
   switch (t.scalar_type()) {
     case at::kFloat: return Storage::float32;
     case at::kDouble: return Storage::float64;
@@ -245,6 +247,7 @@ struct Params {
       if (p && p->defined()) {
         TORCH_CHECK_VALUE(p->dim() <= 1 && (p->numel() == 1 || p->numel() == features), "params[", j,
                           "]: expected one number or ", features, " (one per feature), got shape ", p->sizes());
+        held(*p, "params");
         keep.push_back(p->to(type).contiguous());
         data[j] = keep.back().data_ptr();
         stride[j] = p->numel() == 1 ? 0 : 1;
@@ -350,6 +353,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_backward(
   const bool learnable = needs[3] && o.activation.params > 0;
   const auto expected = o.shape(o.rows, o.activation.outputs * o.features);
   TORCH_CHECK_VALUE(g_.sizes() == at::IntArrayRef(expected), "g: expected ", at::IntArrayRef(expected), ", got ", g_.sizes());
+  held(g_, "g");
   Backward f;
   f.layer = o.layer(p, map_of(o.activation, activation, o.float64(), 1, learnable));
 
@@ -360,6 +364,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_backward(
   if (z_ && z_->defined()) {
     const auto z_shape = o.shape(o.rows, o.columns());
     TORCH_CHECK_VALUE(z_->sizes() == at::IntArrayRef(z_shape), "z: expected ", at::IntArrayRef(z_shape), ", got ", z_->sizes());
+    held(*z_, "z");
     z = with_unit_columns(z_->to(o.compute));
     f.z = rows_of(z, "z");
     // an empty tensor has no address, and none is needed
@@ -705,6 +710,7 @@ std::vector<Tensor> mlp_backward(const Tensor& g_, const Tensor& x, at::TensorLi
   NetworkOperands o(x, weights, biases, params, constants, activations, skips, norms, norm_eps);
   const std::vector<int64_t> expected{o.rows(), o.out_features()};
   TORCH_CHECK_VALUE(g_.sizes() == at::IntArrayRef(expected), "g: expected ", at::IntArrayRef(expected), ", got ", g_.sizes());
+  held(g_, "g");
   o.differentiate(activations, needs[3]);
   NetworkBackward f;
   const NetworkGradients gradients(o, weights, biases, x, norms, needs, &f);
@@ -714,6 +720,7 @@ std::vector<Tensor> mlp_backward(const Tensor& g_, const Tensor& x, at::TensorLi
     const int64_t count = o.engine->network_saved[o.float64()](f.network);
     TORCH_CHECK_VALUE(saved->scalar_type() == o.compute && saved->is_contiguous() && saved->numel() == count,
                       "saved: expected what mlp returned, ", count, " elements of ", o.compute, ", got ", saved->sizes());
+    held(*saved, "saved");
     f.saved = saved->data_ptr();
   }
   const bool any = needs[0] || needs[1] || needs[2] || needs[3] || needs[4];
@@ -736,6 +743,7 @@ std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const Optio
   void* jet = l.map[o.float64()][jet_slot(false)];
   TORCH_CHECK_NOT_IMPLEMENTED(jet != nullptr, "loss '", loss, "': the native engine has no jet");
   const Params p(OptionalTensors(), loss_constants, l, 1, o.compute);
+  held(target_, "target");
 
   NetworkBackward f;
   const NetworkGradients gradients(o, weights, biases, x, norms, needs, &f);
@@ -749,6 +757,7 @@ std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const Optio
   if (row_weights && row_weights->defined()) {
     TORCH_CHECK_VALUE(row_weights->dim() == 1 && row_weights->size(0) == o.rows(), "row_weights: expected [", o.rows(),
                       "], got ", row_weights->sizes());
+    held(*row_weights, "row_weights");
     row_weight = row_weights->to(o.compute).contiguous();
     f.loss.row_weight = row_weight.data_ptr();
   }
@@ -771,6 +780,8 @@ Tensor moments(const Tensor& sigmas_, const Tensor& params_, int64_t start, int6
                     start, ", ", samples);
   void* jet = a.map[0][jet_slot(false)];
   TORCH_CHECK_NOT_IMPLEMENTED(jet != nullptr, "activation '", activation, "': the native engine has no jet");
+  held(sigmas_, "sigmas");
+  held(params_, "params");
   const Tensor sigmas = sigmas_.to(at::kFloat).contiguous(), params = params_.to(at::kFloat).contiguous();
   Tensor sums = at::empty({(samples + 4095) / 4096, sigmas.size(0), a.outputs * (1 + a.branches), 3},
                           at::TensorOptions().dtype(at::kDouble));
@@ -818,6 +829,7 @@ std::vector<Tensor> primitive(c10::string_view name, at::TensorList arguments) {
   for (size_t i = 0; i < arguments.size(); ++i) {
     TORCH_CHECK_VALUE(arguments[i].sizes() == arguments[0].sizes() && arguments[i].scalar_type() == type,
                       "arguments: expected one shape and type");
+    held(arguments[i], "arguments");
     in.push_back(arguments[i].contiguous());
     source[i] = in.back().data_ptr();
   }

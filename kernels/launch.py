@@ -55,7 +55,13 @@ def _kind(argument) -> object:
         return kind
     if isinstance(argument, tuple):
         return tuple([_kind(a) for a in argument])
-    return argument.dtype, argument.data_ptr() & 15 == 0
+    address = argument.data_ptr()
+    if not address and argument.numel():
+        raise RuntimeError(
+            f"a tensor of shape {list(argument.shape)} whose storage was freed (untyped_storage().resize_); gather it "
+            "before it is used"
+        )
+    return argument.dtype, address & 15 == 0
 
 
 class Launcher:

@@ -20,6 +20,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../held.h"
 #include "moments.h"
 #include "rows.h"
 
@@ -158,6 +159,7 @@ std::string refusal([[maybe_unused]] int64_t device) {
 bool is_half(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
 
 Storage storage_of(const Tensor& t, const char* name) {
+  held(t, name);
   switch (t.scalar_type()) {
     case at::kFloat: return Storage::float32;
     case at::kDouble: return Storage::float64;
