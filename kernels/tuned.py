@@ -8,8 +8,10 @@ TUNED: dict[Key, Numbers] = {
     ("sm100", "forward", "dot", "ieee", 2): (64, 32, 16, 4, 2),
     ("sm100", "gz", "dot", "half", 1): (128, 64, 64, 4, 3),
     ("sm80", "forward", "dot", "x3", 4): (64, 16, 32, 8, 2),
+    ("sm80", "gz", "dot", "tf32", 4): (64, 32, 32, 8, 2),
     ("sm80", "weight_grad", "dot", "x3", 1): (32, 64, 64, 4, 2),
     ("sm86", "forward", "dot", "x3", 4): (64, 16, 32, 8, 2),
+    ("sm86", "gz", "dot", "tf32", 4): (64, 32, 32, 8, 2),
     ("sm86", "weight_grad", "dot", "x3", 1): (32, 64, 64, 4, 2),
     ("sm90", "forward", "dot", "half", 1): (64, 128, 64, 4, 3),
 }
@@ -18,8 +20,10 @@ WHY: dict[Key, str] = {
     ("sm100", "forward", "dot", "ieee", 2): "ptxas aims at 128 registers with eight warps and spills 8 bytes for it",
     ("sm100", "gz", "dot", "half", 1): "ptxas aims at 80 registers with eight warps and spills 8 bytes for it",
     ("sm80", "forward", "dot", "x3", 4): "without wgmma the split operands stay in registers: 64 columns spill",
+    ("sm80", "gz", "dot", "tf32", 4): "a third stage spills 40 bytes where operands are not aligned",
     ("sm80", "weight_grad", "dot", "x3", 1): "ptxas aims at 128 registers with eight warps and spills 8 bytes for it",
     ("sm86", "forward", "dot", "x3", 4): "without wgmma the split operands stay in registers: 64 columns spill",
+    ("sm86", "gz", "dot", "tf32", 4): "a third stage spills 40 bytes where operands are not aligned",
     ("sm86", "weight_grad", "dot", "x3", 1): "ptxas aims at 128 registers with eight warps and spills 8 bytes for it",
     ("sm90", "forward", "dot", "half", 1): "NVIDIA H200, 2026-11-26: 0.69 of the time of (128, 128, 64, 8, 3) where derivatives are kept, 0.96 where not",
 }
