@@ -1,11 +1,13 @@
 """Who runs an operation: the choice, its explanation, and what is said when the wanted backend cannot serve."""
 
+import threading
 import warnings
 
 import pytest
 import torch
 
 import fused_inr as fi
+from fused_inr.functional import linear_act
 from fused_inr.ops import backends
 
 
@@ -36,8 +38,90 @@ def test_use_is_nested_and_restored_even_after_an_error():
         assert "reference" in fi.backends.explain(call)
         with pytest.raises(KeyError), fi.backends.use("reference"):
             raise KeyError
-        assert backends._forced == "reference"
-    assert backends._forced is None
+        assert backends.demanded() == "reference"
+    assert backends.demanded() is None
+
+
+def test_use_belongs_to_its_thread():
+    """Two threads whose blocks overlap: each has its own, and nothing is left behind."""
+    inside, leave, seen = threading.Event(), threading.Event(), {}
+
+    def other():
+        seen["before"] = backends.demanded()
+        with fi.backends.use("reference"):
+            seen["explained"] = fi.backends.explain(call)
+            inside.set()
+            leave.wait(60)
+        seen["after"] = backends.demanded()
+
+    thread = threading.Thread(target=other)
+    with fi.backends.use("reference"):
+        thread.start()
+        assert inside.wait(60)
+    assert backends.demanded() is None  # the other one is still within its block
+    leave.set()
+    thread.join()
+    assert seen["before"] is seen["after"] is None and "reference" in seen["explained"]
+    assert backends.demanded() is None and backends._backend.compiled is None
+
+
+def test_a_compiled_function_follows_a_block_and_leaves_it():
+    torch._dynamo.reset()
+    x = torch.randn(5, 3)
+    layer = fi.FusedLinear(3, 4, activation="sine")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    ran = []
+    reference = backends.Reference.linear_act
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends.Reference, "linear_act", lambda self, *a: ran.append(1) or reference(self, *a))
+        with fi.backends.use("reference"):
+            y = compiled(x)
+        assert ran == [1]
+        torch.testing.assert_close(compiled(x), y)
+        if backends.available()["cpu"][0]:
+            assert ran == [1]
+
+
+@pytest.mark.skipif(not backends.available()["cpu"][0], reason="needs the native engine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_freed_storage_is_refused(dtype):
+    """As FSDP frees parameters between their uses: an error, and no access to what is not there."""
+
+    def freed(t):
+        t = t.detach().clone()
+        t.untyped_storage().resize_(0)
+        return t
+
+    act = fi.activations.sine(omega=torch.ones(4, dtype=dtype))
+    x, w, b = torch.randn(6, 3, dtype=dtype), torch.randn(4, 3, dtype=dtype), torch.randn(4, dtype=dtype)
+    short = torch.randn(6, 3, dtype=dtype)
+    short.untyped_storage().resize_(short.untyped_storage().nbytes() - 1)
+    wrong = [(freed(x), w, b), (x, freed(w), b), (x, w, freed(b))]
+    if dtype != torch.float64:  # whose products are PyTorch's, which looks at what is freed, not at what is short
+        wrong.append((short, w, b))
+    for arguments in wrong:
+        with pytest.raises(RuntimeError, match=r"freed|not allocated|out of bounds|storage"):
+            linear_act(*arguments, act)
+    with pytest.raises(RuntimeError, match=r"freed|not allocated|storage"):
+        linear_act(x, w, b, fi.activations.sine(omega=freed(torch.ones(4, dtype=dtype))))
+    net = fi.SIREN(3, 8, 1, 2, norm="layer", dtype=dtype, fusion="network")
+    target, weight = torch.randn(6, 2, dtype=dtype), torch.ones(6, dtype=dtype)
+    for arguments in ((freed(x), target, weight), (x, freed(target), weight), (x, target, freed(weight))):
+        with pytest.raises(RuntimeError, match="freed"):
+            fi.losses.mse(net, *arguments)
+    for parameter in list(net.parameters()):
+        kept = parameter.detach().clone()
+        parameter.untyped_storage().resize_(0)
+        for call in (lambda: net(x), lambda: fi.losses.mse(net, x, target, weight)):
+            with pytest.raises(RuntimeError, match="freed"):
+                call()
+        parameter.untyped_storage().resize_(kept.untyped_storage().nbytes())
+        with torch.no_grad():
+            parameter.copy_(kept)
+    y = net(x)
+    net.net[0].linear.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"freed"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["cuda-graphs", "", None, 3])
@@ -85,7 +169,7 @@ def test_explain_lists_each_call_with_reasons():
 
 def test_explain_leaves_no_recording_behind():
     fi.backends.explain(call)
-    assert backends._records is None
+    assert backends._records() is None
 
 
 def test_memory_of_large_results_is_kept_and_given_back():

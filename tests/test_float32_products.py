@@ -28,7 +28,7 @@ def settings(monkeypatch):
     yield
     torch.backends.cuda.matmul.fp32_precision = before
     assert backends.set_float32_products(None) is None
-    assert not backends._blocks and backends._compiled is None
+    assert not backends._products._blocks and backends._products.compiled is None
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_threads_that_leave_in_another_order_leave_nothing_behind():
     with fi.backends.float32_products("bf16x3"):
         second.set()
         thread.join(60)
-        assert now() == backends._compiled == "bf16x3"
-    assert now() == "ieee" and backends._compiled is None
+        assert now() == backends._products.compiled == "bf16x3"
+    assert now() == "ieee" and backends._products.compiled is None
 
 
 def test_tasks_of_one_thread_have_their_own_blocks():
@@ -145,10 +145,11 @@ def test_explain_tells_what_runs_and_what_was_not_obeyed(on_cuda, monkeypatch):
     torch.backends.cuda.matmul.fp32_precision = "tf32"
 
     def lines(x):
-        monkeypatch.setattr(backends, "_records", [])
+        records = []
+        monkeypatch.setattr(backends, "_records", lambda: records)
         backends.choose(sine, x, SimpleNamespace(shape=(5, 3)))
         backends.record_network(x, [(torch.ones(5, 3), None, sine)], False, *backends.choose(sine, x, x, record=False))
-        return [str(choice) for choice in backends._records]
+        return [str(choice) for choice in records]
 
     reason = "not bf16x3 products: backend '{}' leaves float32 products to PyTorch's settings"
     with fi.backends.float32_products("bf16x3"):

@@ -567,8 +567,9 @@ def test_many_threads_at_once(exact_backend):
 
         def work(i):
             try:
-                for _ in range(5):
-                    results[i] = step(nets[i % 2])
+                with using(exact_backend):  # a thread is outside the blocks of the one that started it
+                    for _ in range(5):
+                        results[i] = step(nets[i % 2])
             except Exception as error:
                 errors.append(error)
 

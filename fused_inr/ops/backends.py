@@ -684,9 +684,63 @@ class Cuda(_Native):
 # -- the table, and the choice
 
 TABLE: dict[str, Backend] = {b.name: b for b in (Triton(), Cuda(), Cpu(), Reference())}
-_forced: str | None = None
-_records: list[Choice] | None = None
 _warned: set[str] = set()
+
+
+class _Setting:
+    """What blocks ask for, each for its own thread (or asyncio task), and the process where no block does.
+
+    Dynamo traces no ContextVar and its guards see no thread: what is compiled goes by `compiled`, which is what the block
+    that was entered last, in any thread, asks for.
+    """
+
+    def __init__(self, name: str):
+        self._block: ContextVar[tuple[str | None] | None] = ContextVar(f"fused_inr.backends.{name}", default=None)
+        self._process: str | None = None
+        self._blocks: list[tuple[object, str | None]] = []  # that some thread is in, the last one last
+        self._lock = threading.Lock()
+        self.compiled: str | None = None
+
+    def _tell_compiled(self) -> None:
+        self.compiled = self._blocks[-1][1] if self._blocks else self._process
+
+    def set(self, value: str | None) -> str | None:
+        """The process's value from now on; returns the former one."""
+        with self._lock:
+            former, self._process = self._process, value
+            self._tell_compiled()
+        return former
+
+    @contextmanager
+    def block(self, value: str | None) -> Iterator[None]:
+        entry = (object(), value)  # its own, though another thread may ask for the same
+        token = self._block.set((value,))
+        with self._lock:
+            self._blocks.append(entry)
+            self._tell_compiled()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks.remove(entry)
+                self._tell_compiled()
+            self._block.reset(token)
+
+    def get(self) -> str | None:
+        if torch.compiler.is_compiling():
+            return self.compiled
+        block = self._block.get()
+        return self._process if block is None else block[0]
+
+
+_backend = _Setting("use")
+_products = _Setting("float32_products")
+_recorded: ContextVar[list[Choice] | None] = ContextVar("fused_inr.backends.explain", default=None)
+
+
+def _records() -> list[Choice] | None:
+    """Where `explain` of this thread writes; None where nobody asks (and in compiled functions)."""
+    return None if torch.compiler.is_compiling() else _recorded.get()
 
 
 @dataclass(frozen=True)
@@ -722,30 +776,21 @@ def check(name: object) -> str:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Within the block every operation runs on the named backend, or raises with the reason why it cannot.
+    """Within the block every operation of this thread (or asyncio task) runs on the named backend, or raises with the
+    reason why it cannot.
 
-    The choice is made when the forward runs, and its backward follows it. The setting belongs to the process.
+    The choice is made when the forward runs, and its backward follows it, wherever it runs. Other threads are not
+    concerned; a thread started within the block is outside it. A function under torch.compile cannot tell threads apart:
+    it follows the block that was entered last in any of them.
     """
-    global _forced
-    previous, _forced = _forced, check(name)
-    try:
+    with _backend.block(check(name)):
         yield
-    finally:
-        _forced = previous
 
 
 # -- float32 products on a GPU
 
 #: What `float32_products` accepts besides None.
 PRODUCTS = ("ieee", "tf32", "tf32x3", "bf16x3")
-_Asked = tuple[str | None]  # what a block asks for; a tuple, as "no block" is another thing than a block with None
-_block: ContextVar[_Asked | None] = ContextVar("fused_inr.backends.float32_products", default=None)
-_process: str | None = None  # what `set_float32_products` asks for
-#: Every block that some thread is in, the last one last, and what functions under torch.compile go by: their guards see
-#: a global, and no thread.
-_blocks: list[tuple[object, _Asked]] = []
-_compiled: str | None = None
-_lock = threading.Lock()
 
 
 def _check_products(precision: object) -> str | None:
@@ -753,11 +798,6 @@ def _check_products(precision: object) -> str | None:
         accepted = ", ".join(map(repr, PRODUCTS))
         raise ValueError(f"precision: {precision!r} is not one of {accepted}, or None (PyTorch's settings)")
     return precision
-
-
-def _tell_compiled() -> None:
-    global _compiled
-    _compiled = _blocks[-1][1][0] if _blocks else _process
 
 
 def set_float32_products(precision: str | None) -> str | None:
@@ -785,12 +825,7 @@ def set_float32_products(precision: str | None) -> str | None:
     Raises:
         ValueError: another precision.
     """
-    global _process
-    precision = _check_products(precision)
-    with _lock:
-        former, _process = _process, precision
-        _tell_compiled()
-    return former
+    return _products.set(_check_products(precision))
 
 
 @contextmanager
@@ -804,26 +839,8 @@ def float32_products(precision: str | None) -> Iterator[None]:
     Raises:
         ValueError: another precision.
     """
-    asked = (_check_products(precision),)
-    entry = (object(), asked)  # its own, though another thread may ask for the same
-    token = _block.set(asked)
-    with _lock:
-        _blocks.append(entry)
-        _tell_compiled()
-    try:
+    with _products.block(_check_products(precision)):
         yield
-    finally:
-        with _lock:
-            _blocks.remove(entry)
-            _tell_compiled()
-        _block.reset(token)
-
-
-def _asked_products() -> str | None:
-    if torch.compiler.is_compiling():
-        return _compiled
-    block = _block.get()
-    return _process if block is None else block[0]
 
 
 def _pytorch_products() -> str:
@@ -844,7 +861,7 @@ def precision_of(device: torch.device, dtype: torch.dtype, backend: str = "trito
         return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "ieee")
     if device.type != "cuda":
         return "ieee"
-    asked = _asked_products() if TABLE[backend].chooses_products else None
+    asked = _products.get() if TABLE[backend].chooses_products else None
     return _pytorch_products() if asked is None else asked
 
 
@@ -859,7 +876,7 @@ def products_of(precision: str, dtype: torch.dtype) -> str:
 
 def _not_obeyed(backend: str, precision: str, x: Tensor) -> tuple[tuple[str, str], ...]:
     """For `explain`: why products are not what was asked for."""
-    asked = _asked_products()
+    asked = _products.get()
     if asked in (None, precision) or x.dtype != torch.float32:
         return ()
     reason = f"float32 products on {x.device} are float32"
@@ -873,7 +890,7 @@ def _not_obeyed(backend: str, precision: str, x: Tensor) -> tuple[tuple[str, str
 
 def state() -> tuple:
     """Everything about this process that a choice of backend and precision depends on."""
-    return (_forced, _asked_products(), torch.backends.cuda.matmul.fp32_precision, *TABLE.values())
+    return (_backend.get(), _products.get(), torch.backends.cuda.matmul.fp32_precision, *TABLE.values())
 
 
 def choose(activation: Activation, x: Tensor, weight: Tensor, *, record: bool = True) -> tuple[str, str]:
@@ -883,13 +900,14 @@ def choose(activation: Activation, x: Tensor, weight: Tensor, *, record: bool = 
         RuntimeError: the backend that `use` asked for cannot serve.
     """
     device, dtype = x.device, x.dtype
-    name, rejected = _serving(_forced, activation.map.key, device, dtype)
+    forced = _backend.get()
+    name, rejected = _serving(forced, activation.map.key, device, dtype)
     if not name:
-        raise RuntimeError(f"backend {_forced!r} cannot run {activation!r} on {device} in {dtype}: {rejected[0][1]}")
+        raise RuntimeError(f"backend {forced!r} cannot run {activation!r} on {device} in {dtype}: {rejected[0][1]}")
     precision = precision_of(device, dtype, name)
-    if _records is not None and record:
+    if record and (records := _records()) is not None:
         rejected += _not_obeyed(name, precision, x)
-        _records.append(Choice(_call(activation, x, weight), name, precision, rejected))
+        records.append(Choice(_call(activation, x, weight), name, precision, rejected))
     return name, precision
 
 
@@ -900,40 +918,41 @@ def _call(activation: Activation, x: Tensor, weight: Tensor) -> str:
 
 def record_plain(activation: Activation, x: Tensor, weight: Tensor, reason: str) -> None:
     """For `explain`: a layer that plain PyTorch's functions compute, and why."""
-    if _records is not None:
+    if (records := _records()) is not None:
         rejected = (("fused", reason),)
-        _records.append(Choice(_call(activation, x, weight), "plain PyTorch", _pytorch_products(), rejected))
+        records.append(Choice(_call(activation, x, weight), "plain PyTorch", _pytorch_products(), rejected))
 
 
 def demanded() -> str | None:
     """The backend that `use` asks for."""
-    return _forced
+    return _backend.get()
 
 
 def choose_moments(map: ActivationMap, device: torch.device) -> str:
     """The backend for `moments` on this device; raises RuntimeError as `choose` does."""
-    name, rejected = _serving(_forced, map.key, device, torch.float32)
+    forced = _backend.get()
+    name, rejected = _serving(forced, map.key, device, torch.float32)
     if not name:
-        raise RuntimeError(f"backend {_forced!r} cannot serve moments of {map.name!r}: {rejected[0][1]}")
+        raise RuntimeError(f"backend {forced!r} cannot serve moments of {map.name!r}: {rejected[0][1]}")
     return name
 
 
 def record_network(x: Tensor, layers, normed: bool, backend: str, precision: str, loss: str = "") -> None:
     """For `explain`: a whole network that runs as one operation, `normed`: with LayerNorm between the layers."""
-    if _records is not None:
+    if (records := _records()) is not None:
         widths = " -> ".join(str(weight.shape[0] // activation.branches) for weight, _, activation in layers)
         names = ", ".join(dict.fromkeys(activation.name for _, _, activation in layers))
         names += ", LayerNorm" if normed else ""
         call = f"whole network [{', '.join(map(str, x.shape))}] -> {widths} {x.dtype} ({names})"
-        _, rejected = _serving(_forced, layers[0][2].map.key, x.device, x.dtype)
+        _, rejected = _serving(_backend.get(), layers[0][2].map.key, x.device, x.dtype)
         rejected += _not_obeyed(backend, precision, x)
-        _records.append(Choice(f"{call}{' with ' + loss if loss else ''}", backend, precision, rejected))
+        records.append(Choice(f"{call}{' with ' + loss if loss else ''}", backend, precision, rejected))
 
 
 def record_layers(reason: str) -> None:
     """For `explain`: why a network runs layer by layer."""
-    if _records is not None:
-        _records.append(Choice(f"layer by layer: {reason}", "", "", ()))
+    if (records := _records()) is not None:
+        records.append(Choice(f"layer by layer: {reason}", "", "", ()))
 
 
 # -- memory of the native engine
@@ -1026,14 +1045,14 @@ def explain(function: Callable, *args, **kwargs) -> str:
     Raises:
         ValueError: no fused operation ran.
     """
-    global _records
-    previous, _records = _records, []
+    records: list[Choice] = []
+    token = _recorded.set(records)
     try:
         with torch.no_grad():
             function(*args, **kwargs)
-        lines = [str(choice) for choice in _records]
     finally:
-        _records = previous
+        _recorded.reset(token)
+    lines = [str(choice) for choice in records]
     if not lines:
         raise ValueError(
             "explain: no fused_inr operation ran in this call; pass a module (and its input) that uses one"
