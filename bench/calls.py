@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
+from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 from ..cli.arguments import Parser, integer
 from . import report

@@ -40,8 +40,8 @@ _SAVES = ("preactivations", "nothing")
 class Chain(nn.Sequential):
     """Layers one after the other: x <- norm(layer(x)), and where `skips` says so x <- (norm(layer(x)) + x) / sqrt(2).
 
-    `norms` belong to the network that holds the chain; the first layers have one each. A layer that is deleted takes its
-    skip connection and its norm with it. After layers were added, `skips` must be set: one bool a layer.
+    `norms` belong to the network that holds the chain; the first layers have one each. A layer that is deleted takes
+    its skip connection and its norm with it. After layers were added, `skips` must be set: one bool a layer.
     """
 
     skips: tuple[bool, ...]
@@ -64,7 +64,7 @@ class Chain(nn.Sequential):
             if norms is not None and i < len(norms):
                 del norms[i]
 
-    def set_norms(self, norms: nn.Module | None) -> None:
+    def set_norms(self, norms: nn.ModuleList | None) -> None:
         self._norms = (norms,)
 
     def check(self) -> None:
@@ -74,8 +74,8 @@ class Chain(nn.Sequential):
         """
         if len(self.skips) != len(self):
             raise RuntimeError(
-                f"the network has {len(self)} layers, but skips tells of {len(self.skips)}: set net.net.skips to a tuple "
-                "of one bool a layer, True where its input is added to its output"
+                f"the network has {len(self)} layers, but skips tells of {len(self.skips)}: set net.net.skips to a "
+                "tuple of one bool a layer, True where its input is added to its output"
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class _Network(nn.Module):
         super().__setattr__(name, value)
         net = self._modules.get("net")
         if isinstance(net, Chain) and name in ("net", "norms"):
-            net.set_norms(self._modules.get("norms"))
+            net.set_norms(cast(nn.ModuleList | None, self._modules.get("norms")))
 
     @property
     def _skips(self) -> tuple[bool, ...]:

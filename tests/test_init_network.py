@@ -491,11 +491,18 @@ def test_what_is_not_initialised_is_named():
     assert torch.equal(net.conv.weight, before)
 
 
+def tanh_layers(*widths: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for n_in, n_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
+    return layers[:-1]
+
+
 def test_parametrised_weights_are_assigned():
     torch.manual_seed(0)
     for make in (
         lambda: (net := fi.SIREN(2, 256, 1, 3), net.net[1].linear),
-        lambda: (net := nn.Sequential(nn.Linear(2, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 3)), net[2]),
+        lambda: (net := nn.Sequential(*tanh_layers(2, 256, 256, 3)), net[2]),
     ):  # fmt: skip
         net, linear = make()
         nn.utils.parametrizations.weight_norm(linear)

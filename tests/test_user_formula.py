@@ -290,7 +290,8 @@ def test_pieces_with_parameters_and_branches(exact_backend):
     # element 0: z = 900, w = -0.5, not taken exp(1350); element 1: z = -0.5, w = 0.3, taken
     e = torch.tensor(-0.75, dtype=torch.float64).exp()
     torch.testing.assert_close(y, torch.stack([torch.tensor(1349.5).double(), 0.3 * e]).unsqueeze(0))
-    torch.testing.assert_close(gz, torch.stack([torch.tensor(1.5).double(), 0.45 * e, torch.tensor(1.0).double(), e])[None])
+    expected = torch.stack([torch.tensor(1.5).double(), 0.45 * e, torch.tensor(1.0).double(), e])
+    torch.testing.assert_close(gz, expected[None])
     torch.testing.assert_close(ga, 900 + 0.3 * -0.5 * e)
 
 
@@ -298,12 +299,12 @@ def test_pieces_with_parameters_and_branches(exact_backend):
 
 
 def test_parameters_may_have_any_name(exact_backend):
-    names = ("t0", "t1", "g0", "p", "z0", "new", "V", "out", "double", "tl", "u_z", "lambda_", "param1", "MODE", "torch")
+    names = ("t0", "t1", "g0", "p", "z0", "new", "V", "out", "double", "tl", "u_z", "lambda_", "param1", "torch")
 
     def formula(z, **values):
         return sum(sympy.sin((i + 1) * v * z) * v for i, v in enumerate(values.values()))
 
-    def signed(z, t0, t1, g0, p, z0, new, V, out, double, tl, u_z, lambda_, param1, MODE, torch):
+    def signed(z, t0, t1, g0, p, z0, new, V, out, double, tl, u_z, lambda_, param1, torch):
         given = locals()
         return formula(z, **{n: given[n] for n in names})
 

@@ -45,9 +45,10 @@ KINDS = (
 )
 #: No faults: reads that a race makes uncertain, but of which nothing comes; lanes of one warp, which run in step here,
 #: ordered by nothing but that; equal values, which lanes that hold copies of one element write to one place; a left
-#: factor in registers that is written between wgmma.fence and its product. PTX asks for the fence between these too, but
-#: LLVM moves conversions past the one fence that Triton puts before several products, and the assembler orders a product
-#: behind what writes its registers by their dependence, or runs the products one by one. Sums have no such order.
+#: factor in registers that is written between wgmma.fence and its product. PTX asks for the fence between these too,
+#: but LLVM moves conversions past the one fence that Triton puts before several products, and the assembler orders a
+#: product behind what writes its registers by their dependence, or runs the products one by one. Sums have no such
+#: order.
 HARMLESS = frozenset(KINDS[-5:])
 _REGION = np.dtype([("address", "u8"), ("bytes", "u8"), ("host", "u8")])
 _REPORT = np.dtype(

@@ -164,13 +164,15 @@ class ActivationMap:
             ) from error
         found = result if isinstance(result, tuple | list) else (result,)
         if not found:
-            raise ValueError(f"the formula of {self.name!r} must return an expression or a tuple of them, got {result!r}")
+            raise ValueError(
+                f"the formula of {self.name!r} must return an expression or a tuple of them, got {result!r}"
+            )
         for e in found:
             # never a string: sympy would evaluate it as Python
             if isinstance(e, bool) or not isinstance(e, sympy.Expr | int | float):
                 raise TypeError(
-                    f"the formula of {self.name!r} must return a sympy expression or a tuple of them, got {e!r} of type "
-                    f"{type(e).__name__}; {advice}"
+                    f"the formula of {self.name!r} must return a sympy expression or a tuple of them, got {e!r} of "
+                    f"type {type(e).__name__}; {advice}"
                 )
         return [sympy.sympify(e) for e in found]
 

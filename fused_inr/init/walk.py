@@ -151,7 +151,9 @@ def chain(module: nn.Module) -> Chain:
 def _is_network(module: nn.Module) -> bool:
     """Whether it is one of our models, unchanged: layers in `net`, one after the other."""
     net = getattr(module, "net", None)
-    return isinstance(getattr(module, "fusion", None), str) and isinstance(net, nn.Sequential) and all(map(is_fused, net))
+    return (
+        isinstance(getattr(module, "fusion", None), str) and isinstance(net, nn.Sequential) and all(map(is_fused, net))
+    )
 
 
 def _of_fused_layers(module: nn.Module) -> Chain:
@@ -184,7 +186,7 @@ def refuse_computed(name: str, holder: nn.Module | None) -> None:
     if holder is None or isinstance(holder._parameters.get("weight"), nn.Parameter):
         return
     if parametrize.is_parametrized(holder, "weight"):
-        parts: Any = holder.parametrizations["weight"]  # type: ignore[index,union-attr]
+        parts: Any = holder.parametrizations["weight"]  # type: ignore[index]
         if all(hasattr(p, "right_inverse") for p in parts):
             return
         how = "its parametrisation has no right_inverse"

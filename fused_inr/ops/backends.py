@@ -235,7 +235,7 @@ def reference_map(
 
 
 #: `act_map` of a backend as a function of (map, inputs, params, constants, level, learnable).
-_RunMap = Callable[..., Sequence[Tensor]]
+_RunMap = Callable[..., list[Tensor]]
 
 
 def _preactivation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -690,8 +690,8 @@ _warned: set[str] = set()
 class _Setting:
     """What blocks ask for, each for its own thread (or asyncio task), and the process where no block does.
 
-    Dynamo traces no ContextVar and its guards see no thread: what is compiled goes by `compiled`, which is what the block
-    that was entered last, in any thread, asks for.
+    Dynamo traces no ContextVar and its guards see no thread: what is compiled goes by `compiled`, which is what the
+    block that was entered last, in any thread, asks for.
     """
 
     def __init__(self, name: str):
@@ -780,8 +780,8 @@ def use(name: str) -> Iterator[None]:
     reason why it cannot.
 
     The choice is made when the forward runs, and its backward follows it, wherever it runs. Other threads are not
-    concerned; a thread started within the block is outside it. A function under torch.compile cannot tell threads apart:
-    it follows the block that was entered last in any of them.
+    concerned; a thread started within the block is outside it. A function under torch.compile cannot tell threads
+    apart: it follows the block that was entered last in any of them.
     """
     with _backend.block(check(name)):
         yield

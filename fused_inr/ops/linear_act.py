@@ -71,9 +71,7 @@ def _run_linear_act_backward(g, x, weight, bias, params, constants, z, activatio
     if unwatched((g, x, weight, bias, z, *params)):
         run = backends.TABLE[backend].linear_act_backward
         return run(g, x, weight, bias, params, constants, z, lookup(activation), precision, needs)
-    return raw.linear_act_backward(
-        g, x, weight, bias, params, constants, z, activation, backend, precision, needs
-    )
+    return raw.linear_act_backward(g, x, weight, bias, params, constants, z, activation, backend, precision, needs)
 
 
 def _run_act_map(inputs, params, constants, activation, backend, level, learnable):
@@ -163,8 +161,8 @@ def _transposed(t: Tensor) -> Tensor:
 
 
 def _by_pytorch(config: Config) -> bool:
-    """Whether bare products are PyTorch's, which are differentiable as they are: on a CPU each of ours costs more around
-    it than it saves (`fused-inr bench calls --only maml`)."""
+    """Whether bare products are PyTorch's, which are differentiable as they are: on a CPU each of ours costs more
+    around it than it saves (`fused-inr bench calls --only maml`)."""
     return config.backend in ("cpu", "reference")
 
 
