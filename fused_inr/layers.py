@@ -160,7 +160,7 @@ class FusedLinear(FusedLayer):
 
     It is no subclass of `nn.Linear`: what looks for one (dynamic quantisation, adapters) puts another matrix in its
     place and would drop the activation. Initialisers and parameter groups that ask `isinstance(m, nn.Linear)` pass it
-    by: ask for `(nn.Linear, fused_inr.FusedLinear)`, or take a `SineLayer` and its kind, whose `linear` is an `nn.Linear`.
+    by: ask for `(nn.Linear, fused_inr.FusedLinear)`, or take a `SineLayer` and its kind, whose `linear` is one.
 
     State dict: `weight` [B*N, K], `bias` [B*N], then learnable parameters; without those the keys and shapes are those
     of `nn.Linear` (for B = 1, of the layer it replaces). Differentiable in x, weight, bias and learnable parameters.

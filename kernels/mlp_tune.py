@@ -1,7 +1,7 @@
 """Configurations of the whole-network kernels: one predicate of validity, and `pick`, a look-up in `mlp_tuned.py`.
 
-The table there holds what `fused-inr bench static` has compiled for every architecture, without spills that matter; `fused-inr
-bench tune` rewrites it. What is not in it is not served: the layers then run one by one.
+The table there holds what `fused-inr bench static` has compiled for every architecture, without spills that matter;
+`fused-inr bench tune` rewrites it. What is not in it is not served: the layers then run one by one.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ LIBRARY: dict[tuple[str, str, str], int] = {
     ("", "forward", "ieee"): 16,
     ("", "input_grad", "ieee"): 16,
     ("", "weight_grad", "ieee"): 16,
-    # measured on an H200 (bench/results/2026-11-26-nvidia-h200): gradients by cuBLAS from width 64 on, 1.1 to 2 times as fast
+    # measured on an H200 (bench/results/2026-11-26-nvidia-h200): cuBLAS from width 64 on, 1.1 to 2 times as fast
     ("sm90", "input_grad", "half"): 64,
     ("sm90", "weight_grad", "half"): 64,
     ("sm90", "forward", "tf32"): 256,

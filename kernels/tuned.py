@@ -1,4 +1,5 @@
-""" """
+"""
+"""
 
 Key = tuple[str, str, str, str, int]
 Numbers = tuple[int, int, int, int, int]
@@ -24,11 +25,5 @@ WHY: dict[Key, str] = {
     ("sm86", "forward", "dot", "x3", 4): "without wgmma the split operands stay in registers: 64 columns spill",
     ("sm86", "gz", "dot", "tf32", 4): "a third stage spills 40 bytes where operands are not aligned",
     ("sm86", "weight_grad", "dot", "x3", 1): "ptxas aims at 128 registers with eight warps and spills 8 bytes for it",
-    (
-        "sm90",
-        "forward",
-        "dot",
-        "half",
-        1,
-    ): "NVIDIA H200, 2026-11-26: 0.69 of the time of (128, 128, 64, 8, 3) where derivatives are kept, 0.96 where not",
+    ("sm90", "forward", "dot", "half", 1): "NVIDIA H200, 2026-11-26: 0.69 of the time of (128, 128, 64, 8, 3) where derivatives are kept, 0.96 where not",
 }

@@ -157,7 +157,7 @@ ACTIVATIONS = [
     (lambda: activations.define("bad", lambda z: sympy.gamma(z)), ValueError, "gamma.*cannot be compiled; known functions"),  # noqa: E501
     (lambda: activations.define("bad", lambda z: sympy.Symbol("q") * z), ValueError, "unknown symbols"),
     (lambda: activations.define("bad", lambda z: torch.sin(z)), (TypeError, ValueError), "sympy|formula"),
-    (lambda: activations.define("bad", lambda z: None), ValueError, "must return a sympy expression"),
+    (lambda: activations.define("bad", lambda z: None), TypeError, "must return a sympy expression"),
     (lambda: activations.define("bad", lambda z: ()), ValueError, "must return|at least one"),
     (lambda: activations.define("bad", lambda z: sympy.I * z), ValueError, "real"),
     (lambda: activations.define("bad", lambda z: z / 0), ValueError, "finite"),

@@ -1,6 +1,7 @@
 """VI3NR over whole networks, ours and others': what torch.fx finds, orthogonal weights, the report, the refusals."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -493,7 +494,7 @@ def test_what_is_not_initialised_is_named():
 
 def tanh_layers(*widths: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(widths, widths[1:]):
+    for n_in, n_out in pairwise(widths):
         layers += [nn.Linear(n_in, n_out), nn.Tanh()]
     return layers[:-1]
 
