@@ -244,6 +244,16 @@ def _preactivation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return library_product(x.to(dtype), weight.to(dtype).transpose(-1, -2), bias)
 
 
+def _refuse_freed(*tensors: Tensor | None) -> None:
+    """
+    Raises:
+        RuntimeError: storage was freed under a tensor, where PyTorch's elementwise operators read what is not there.
+    """
+    for t in tensors:
+        if t is not None and t.numel() and not t.untyped_storage().nbytes():
+            raise RuntimeError(f"a tensor of shape {list(t.shape)} whose storage was freed; gather it first")
+
+
 def product_and_map(run_map: _RunMap, x, weight, bias, params, constants, map: ActivationMap, keep):
     """`linear_act` as a matrix product of PyTorch's and a map of its result."""
     z = _preactivation(x, weight, bias)
@@ -462,19 +472,16 @@ class Cpu(_Native):
             return reason
         return "" if map.generated else self._compile(map)
 
-    def _run_map(self, map, inputs, params, constants, level, learnable):
-        if map.key == "identity" and level <= 1:
-            return [inputs[level]]
-        return self.act_map(inputs, params, constants, map, level, learnable)
-
     def linear_act(self, x, weight, bias, params, constants, map, precision, keep):
-        if x.dtype == torch.float64:  # the library's products are faster than the engine's (bench calls)
-            return product_and_map(self._run_map, x, weight, bias, params, constants, map, keep)
+        if x.dtype == torch.float64:  # PyTorch's products and maps are faster than the engine's (bench calls)
+            _refuse_freed(x, weight, bias, *params)
+            return product_and_map(reference_map, x, weight, bias, params, constants, map, keep)
         return super().linear_act(x, weight, bias, params, constants, map, precision, keep)
 
     def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
         if x.dtype == torch.float64:
-            return product_and_map_backward(self._run_map, g, x, weight, bias, params, constants, z, map, needs)
+            _refuse_freed(g, x, weight, bias, z, *params)
+            return product_and_map_backward(reference_map, g, x, weight, bias, params, constants, z, map, needs)
         return super().linear_act_backward(g, x, weight, bias, params, constants, z, map, precision, needs)
 
     def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms):
