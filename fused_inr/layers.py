@@ -243,7 +243,8 @@ class _NamedLayer(FusedLayer):
         linear = self.linear
         if reason := self.why_called():
             backends.record_layers(f"{type(self).__name__} in plain PyTorch: {reason}")
-            return self.activation_with_parameters()(linear(x))
+            z = linear(x)
+            return self.activation_with_parameters()(z.to(backends.compute_dtype(z.dtype))).to(z.dtype)
         return linear_act(x, linear.weight, linear.bias, self.activation_with_parameters())
 
     def _initialise(self) -> None:
@@ -251,7 +252,13 @@ class _NamedLayer(FusedLayer):
             self._init(self)
 
     def _reset_linear(self) -> None:
-        self.linear.reset_parameters()
+        reset = getattr(self.linear, "reset_parameters", None)
+        if reset is None:
+            raise TypeError(
+                f"reset_parameters: the linear of {type(self).__name__} is {type(self.linear).__qualname__}, which has "
+                "none; put a plain nn.Linear there first"
+            )
+        reset()
 
     @property
     def weight(self) -> Tensor:

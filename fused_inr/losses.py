@@ -138,7 +138,14 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
         raise ValueError(f"target: expected {list(x.shape[:-1])} rows as x has, got shape {list(target.shape)}")
     if weight is not None and weight.shape != x.shape[:-1]:
         raise ValueError(f"weight: expected one number a row, shape {list(x.shape[:-1])}, got {list(weight.shape)}")
-    if not isinstance(net, _Network) or net.fusion == "layers" or not net._own_forward:
+    nothing = reduction == "mean" and target.numel() == 0  # the mean is no number, as PyTorch has it
+    if not isinstance(net, _Network) or net.fusion == "layers" or nothing:
+        return _composed(form, net(x), target, weight, reduction)
+    if not net._own_forward:
+        reason = f"{type(net).__name__} has a forward of its own, or hooks"
+        if net.fusion == "network":
+            raise RuntimeError(f"fusion='network': {reason}; fusion='auto' composes this loss")
+        backends.record_layers(f"{form.name} composed: {reason}")
         return _composed(form, net(x), target, weight, reduction)
     encoded = x if net.encoding is None else net.encoding(x)
     layers, decision = net._whole(encoded, "loss")
@@ -165,8 +172,6 @@ def _why_composed(form, x, target, weight, reduction, backend, needed, layers) -
         return "no gradient is asked for"
     if reduction == "none":
         return "reduction='none' has no sum to differentiate"
-    if reduction == "mean" and target.numel() == 0:
-        return "the mean of nothing is no number"
     if target.requires_grad or (weight is not None and weight.requires_grad):
         return "target or weight require a gradient"
     if target.device != x.device or not target.is_floating_point():

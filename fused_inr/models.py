@@ -41,7 +41,8 @@ class Chain(nn.Sequential):
     """Layers one after the other: x <- norm(layer(x)), and where `skips` says so x <- (norm(layer(x)) + x) / sqrt(2).
 
     `norms` belong to the network that holds the chain; the first layers have one each. A layer that is deleted takes
-    its skip connection and its norm with it. After layers were added, `skips` must be set: one bool a layer.
+    its skip connection and its norm with it, one that is inserted comes without, and a slice keeps both. After layers
+    were appended, `skips` must be set: one bool a layer.
     """
 
     skips: tuple[bool, ...]
@@ -52,7 +53,26 @@ class Chain(nn.Sequential):
         self._norms = (norms,)  # in a tuple: not a child
 
     def __getitem__(self, index):
-        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        norms, places = self._norms[0], range(len(self))[index]
+        if norms is not None:  # a layer without a norm may stand before one with it
+            norms = nn.ModuleList(norms[i] if i < len(norms) else nn.Identity() for i in places)
+        return Chain(list(self)[index], tuple(self.skips[i] for i in places), norms)
+
+    def insert(self, index: int, module: nn.Module) -> Chain:
+        place = index if index >= 0 else len(self) + index
+        super().insert(index, module)
+        self.skips = (*self.skips[:place], False, *self.skips[place:])
+        norms = self._norms[0]
+        if norms is not None and place < len(norms):
+            norms.insert(place, nn.Identity())
+        return self
+
+    def _no_arithmetic(self, other):
+        raise TypeError("a network with skip connections or norms is no list: insert, append or delete its layers")
+
+    __add__ = __iadd__ = __mul__ = __rmul__ = __imul__ = _no_arithmetic
 
     def __delitem__(self, index) -> None:
         places = range(len(self))[index]
@@ -85,6 +105,11 @@ class Chain(nn.Sequential):
             y = layer(x)
             if i < len(norms):
                 y = norms[i](y)
+            if self.skips[i] and y.shape != x.shape:
+                raise ValueError(
+                    f"net.{i}: a skip connection adds its input of shape {list(x.shape)} to an output of shape "
+                    f"{list(y.shape)}; they must be equal"
+                )
             x = backends.add_skip(y, x) if self.skips[i] else y
         return x
 
@@ -170,6 +195,11 @@ class _Network(nn.Module):
         if isinstance(net, Chain) and name in ("net", "norms"):
             net.set_norms(cast(nn.ModuleList | None, self._modules.get("norms")))
 
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name == "norms" and isinstance(self._modules.get("net"), Chain):
+            cast(Chain, self.net).set_norms(None)
+
     @property
     def _skips(self) -> tuple[bool, ...]:
         if not isinstance(self.net, Chain):
@@ -190,7 +220,7 @@ class _Network(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw everything again as at construction (also an encoding that has a `reset_parameters`)."""
-        for module in (self.encoding, *self.net, *getattr(self, "norms", ())):
+        for module in (self.encoding, *self.net.children(), *(getattr(self, "norms", None) or ())):
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
@@ -218,9 +248,11 @@ class _Network(nn.Module):
 
     @property
     def _own_forward(self) -> bool:
-        """Whether a call does what `_Network.forward` does: no subclass or instance has a forward of its own."""
+        """Whether a call does what `_Network.forward` does and no more: no forward of a subclass or of the instance, no
+        hooks."""
         kind = type(self)
-        return kind.forward is _Network.forward and kind._decode is _Network._decode and not has_hooks(self)
+        own = kind.forward is _Network.forward and kind._decode is _Network._decode
+        return own and not has_hooks(self) and not nn.modules.module._has_any_global_hook()
 
     def _operands(self) -> tuple[list[_op.Layer], str]:
         """The layers as operands, and why they cannot be operands of one operation."""

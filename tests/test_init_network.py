@@ -532,3 +532,19 @@ def test_what_stands_between_fused_layers_is_no_secret():
     net = nn.Sequential(fi.SineLayer(2, 16), nn.Tanh(), fi.FusedLinear(16, 3))
     with pytest.raises(ValueError, match="something follows the fused layer 0"):
         vi3nr_init_(net)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_siren_reaches_parametrised_weights_and_names_the_rest():
+    layer = fi.SineLayer(64, 64)
+    nn.utils.parametrizations.weight_norm(layer.linear)
+    with torch.no_grad():
+        layer.linear.weight = torch.ones(64, 64)
+    fi.init.siren_init_(layer)
+    assert 0 < layer.linear.weight.abs().max().item() <= math.sqrt(6 / 64) / 30 * 1.001
+    other = fi.SineLayer(64, 64)
+    nn.utils.weight_norm(other.linear)
+    with pytest.raises(ValueError, match="weight_norm"):
+        fi.init.siren_init_(other)
+    with pytest.warns(RuntimeWarning, match=r"siren_init_ leaves weights as they are: 1 \(Linear\)"):
+        fi.init.siren_init_(nn.Sequential(fi.SineLayer(2, 8), nn.Linear(8, 1)))

@@ -500,3 +500,44 @@ def test_a_fused_linear_is_no_nn_linear():
     assert not isinstance(layer, nn.Linear)
     quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear})
     assert torch.equal(quantised(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_called_linear_is_followed_by_a_map_in_float32(dtype):
+    layer, x = fi.SineLayer(K, N).to(dtype), torch.randn(11, K, dtype=dtype)
+    hooked(layer)
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.sin(30 * layer.linear(x).float()).to(dtype))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x)
+
+
+def test_an_adapter_without_a_weight_says_what_it_lacks():
+    layer = fi.SineLayer(K, N)
+    layer.linear = Wrapped(layer.linear)
+    assert layer(torch.randn(3, K)).shape == (3, N)
+    for call, error in (
+        (layer.reset_parameters, TypeError),
+        (lambda: fi.init.siren_init_(layer), ValueError),
+        (lambda: fi.init.vi3nr_init_(layer), ValueError),
+    ):
+        with pytest.raises(error, match=r"its linear is Wrapped|linear of SineLayer is Wrapped"):
+            call()
+    fi.init.lsuv_init_(layer, torch.randn(500, K), 0.3)
+    with torch.no_grad():
+        assert layer.linear(torch.randn(5000, K)).std().item() == pytest.approx(0.3, rel=0.15)
+
+
+def test_a_scalar_is_no_row_of_preactivations():
+    with pytest.raises(ValueError, match="got a scalar"):
+        fi.activations.sine()(torch.tensor(1.0))
+    for call in (fi.init.lsuv_init_, fi.init.report):
+        with pytest.raises(ValueError, match="got a scalar"):
+            call(fi.SIREN(1, 8, 1, 1), torch.tensor(1.0))

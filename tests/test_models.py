@@ -566,3 +566,57 @@ def test_a_loss_of_nothing_is_pytorchs(name):
         wanted = torch.autograd.grad(expected.sum(), list(net.parameters()), allow_unused=True)
         for a, b in zip(torch.autograd.grad(ours.sum(), list(net.parameters())), wanted, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("fusion", ["auto", "layers"])
+def test_norms_that_were_deleted_compute_nothing(fusion):
+    options = {"residual": True, "output_activation": "sigmoid"}
+    net, x = fi.SIREN(2, 32, 2, 3, norm="layer", fusion=fusion, **options), torch.rand(20, 2)
+    del net.norms
+    net.norm = None
+    torch.testing.assert_close(net(x), written_by_hand(net, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_slice_of_a_chain_is_what_it_does():
+    net, x = fi.SIREN(2, 32, 3, 3, norm="layer", residual=True), torch.rand(20, 2)
+    for norm in net.norms:
+        nn.init.normal_(norm.weight)
+    torch.testing.assert_close(net.net[3:](net.net[:3](x)), net.net(x))
+    for arithmetic in (lambda: net.net + net.net, lambda: net.net * 2, lambda: 2 * net.net):
+        with pytest.raises(TypeError, match="insert, append or delete"):
+            arithmetic()
+
+
+@pytest.mark.parametrize("fusion", ["auto", "layers"])
+def test_an_inserted_layer_has_no_skip_and_no_norm(fusion):
+    net, x = fi.SIREN(2, 32, 2, 3, norm="layer", residual=True, fusion=fusion), torch.rand(20, 2)
+    for norm in net.norms:
+        nn.init.normal_(norm.weight)
+    hidden, rest = net.net[:2], net.net[2:]
+    extra = fi.SineLayer(32, 32, omega=3.0)
+    expected = rest(extra(hidden(x)))
+    net.net.insert(2, extra)
+    assert net.net.skips == (False, True, False, True, False)
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_skip_connection_between_widths_is_refused():
+    net = fi.SIREN(2, 16, 2, 3, residual=True)
+    net.net[1] = fi.FusedLinear(16, 1, activation="sine")
+    with pytest.raises(ValueError, match=r"net\.1: a skip connection adds its input of shape \[4, 16\]"):
+        net(torch.rand(4, 2))
+
+
+def test_a_demanded_network_does_not_pass_a_forward_by():
+    x, target = torch.rand(20, 2), torch.rand(20, 3)
+    net = Shifted(2, 32, 2, 3, fusion="network")
+    with pytest.raises(RuntimeError, match="Shifted has a forward of its own"):
+        fi.losses.mse(net, x, target)
+    assert bool(torch.isnan(fi.losses.mse(fi.SIREN(2, 8, 1, 3, fusion="network"), x[:0], target[:0])))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(type(module)))
+    try:
+        fi.losses.mse(fi.SIREN(2, 32, 2, 3), x, target)
+    finally:
+        handle.remove()
+    assert fi.SIREN in seen

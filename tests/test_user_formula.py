@@ -342,3 +342,14 @@ def test_what_a_formula_returns_is_not_evaluated(result):
     ):
         with pytest.raises(TypeError, match="must return a sympy expression"):
             make()
+
+
+def test_a_learnable_power_of_zero(exact_backend):
+    power = activations.define("test_power", lambda z, a: sympy.Abs(z) ** a, a=2.5)
+    a = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([[0.0, 0.5, -2.0]], dtype=torch.float64)
+    with using(exact_backend):
+        y = linear_act(z, torch.eye(3, dtype=torch.float64), None, power.with_params(a=a))
+        (found,) = torch.autograd.grad(y.sum(), a)
+    (expected,) = torch.autograd.grad((z.abs() ** a).sum(), a)
+    torch.testing.assert_close(found, expected)

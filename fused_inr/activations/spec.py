@@ -341,6 +341,8 @@ class Activation:
         return copy
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        if z.dim() < 1:
+            raise ValueError("z: expected shape [..., N], got a scalar; reshape it to [1]")
         if z.shape[-1] % self.branches:
             raise ValueError(
                 f"z: {self.name} has {self.branches} branches side by side in the last dimension, "

@@ -216,9 +216,11 @@ class Tape:
                 return [self.div(one, self.add(one, self.mul(a, a)))]
             case "pow":
                 b = node.args[1]
+                # 0 to a power does not vary with the power: not 0 times log(0)
+                zero_base = self.call("eq", a, self.const(0))
                 return [
                     self.mul(b, self.call("pow", a, self.sub(b, one))),
-                    self.mul(i, self.call("log", a)),
+                    self.mul(i, self.call("log", self.call("where", zero_base, one, a))),
                 ]
             case "maximum" | "minimum":
                 first = self.call("gt" if node.op == "maximum" else "lt", a, node.args[1])

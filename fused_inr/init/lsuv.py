@@ -66,6 +66,8 @@ def lsuv_init_(
         raise TypeError(f"module must be a network or a layer, got {type(module).__name__}")
     if not isinstance(sample_input, Tensor) or not sample_input.is_floating_point():
         raise TypeError(f"sample_input must be a floating-point tensor, got {_described(sample_input)}")
+    if sample_input.dim() == 0:
+        raise ValueError("sample_input must have shape [.., in_features], got a scalar")
     if sample_input.numel() == 0 or not bool(torch.isfinite(sample_input).all()):
         raise ValueError("sample_input must have rows and be finite")
     tolerance = finite_float("tolerance", tolerance, above=0)
@@ -118,7 +120,8 @@ def _products(module: nn.Module, sample_input: Tensor) -> list[_Product]:
     """The products that `sample_input` passes, in that order."""
     branches: dict[int, int] = {}
     if any(is_fused(m) for m in module.modules()):
-        branches = {id(layer.weight): layer.activation.branches for layer in fused_layers(module)}
+        weights = [getattr(getattr(layer, "linear", layer), "weight", None) for layer in fused_layers(module)]
+        branches = {id(w): m.activation.branches for w, m in zip(weights, fused_layers(module)) if w is not None}
     try:
         branches |= {id(link.weight): link.branches for link in chain(module).links}
     except ValueError:

@@ -72,6 +72,7 @@ def vi3nr_init_(
 
     A model's own skip connections and LayerNorms are counted: E[x_i^2] is that behind LayerNorm (its weight and bias),
     and of (y + x) / sqrt(2) with y and x independent. Parametrised weights (torch.nn.utils.parametrize) are assigned.
+    Of a model its layers in `net` count, whatever a subclass's forward does around them.
     Modules with other weights (convolutions, embeddings) stay as they are, and a warning names them.
 
     Returns `module`. Raises TypeError or ValueError for other arguments and modules (other skip connections, weights

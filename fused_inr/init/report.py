@@ -131,6 +131,8 @@ def report(
         raise TypeError(f"model must be a network or a layer, got {type(model).__name__}")
     if not isinstance(sample_input, Tensor) or not sample_input.is_floating_point():
         raise TypeError(f"sample_input must be a floating-point tensor, got {_described(sample_input)}")
+    if sample_input.dim() == 0:
+        raise ValueError("sample_input must have shape [.., in_features], got a scalar")
     if sample_input.numel() == 0:
         raise ValueError("sample_input must have rows")
     samples = positive_int("samples", samples, minimum=2)

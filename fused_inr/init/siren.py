@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import boolean, finite_float
-from .walk import fused_layers, sees_coordinates
+from .walk import assign, fused_layers, holder_of, refuse_computed, sees_coordinates, warn_of_others
 
 #: The tuned pair as arguments: `siren_init_(net, **TUNED)`, `SIREN(..., **TUNED)`.
 TUNED = {"flic": 2.0, "initc": 40.0}
@@ -90,12 +90,18 @@ def siren_init_(
         flic, initc: the constants of `siren_uniform_`.
         generator: source of random numbers; PyTorch's global one if None.
 
-    Biases stay as they are. Returns `module`. Raises ValueError where a layer has no omega and none is given.
+    Biases stay as they are, and so do weights outside the fused layers, which a warning names; parametrised weights are
+    assigned. Returns `module`. Raises ValueError where a layer has no omega and none is given.
     """
     layers = fused_layers(module)
     is_first = sees_coordinates(module, layers) if is_first is None else boolean("is_first", is_first)
+    names = {id(m): name for name, m in module.named_modules()}
+    holders = [holder_of(names[id(layer)], layer) for layer in layers]
+    for layer, holder in zip(layers, holders):
+        refuse_computed(names[id(layer)], holder)
+    warn_of_others(module, holders, "siren_init_")
     previous = None
-    for layer in layers:
+    for layer, holder in zip(layers, holders):
         own = layer.activation_with_parameters().params.get("omega")
         if own is None and previous is not None:
             own = previous
@@ -109,7 +115,11 @@ def siren_init_(
             chosen = 1.0
         if isinstance(chosen, Tensor) and chosen.dim():
             chosen = chosen.repeat(layer.activation.branches)
-        siren_uniform_(layer.weight, is_first, chosen, flic, initc, generator)
+        plain = isinstance(holder._parameters.get("weight"), nn.Parameter)
+        weight = layer.weight if plain else layer.weight.detach().clone()
+        siren_uniform_(weight, is_first, chosen, flic, initc, generator)
+        if not plain:
+            assign(holder, weight)
         previous = own.detach().mean() if isinstance(own, Tensor) else own
         is_first = False
     return module

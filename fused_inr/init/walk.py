@@ -169,11 +169,22 @@ def _of_fused_layers(module: nn.Module) -> Chain:
     return Chain(links, getattr(module, "encoding", None))
 
 
-def _fused_link(name: str, layer: Any) -> Link:
-    activation = layer.activation_with_parameters()
+def holder_of(name: str, layer: Any) -> nn.Module:
+    """The module that holds a fused layer's weight.
+
+    Raises:
+        ValueError: something else than a matrix stands there.
+    """
     holder = getattr(layer, "linear", layer)
     if holder is not layer and type(holder).forward is not nn.Linear.forward:
-        raise ValueError(f"{name}: its linear is {type(holder).__qualname__}, not a plain nn.Linear; {_OTHERWISE}")
+        own = name or type(layer).__name__
+        raise ValueError(f"{own}: its linear is {type(holder).__qualname__}, not a plain nn.Linear; {_OTHERWISE}")
+    return holder
+
+
+def _fused_link(name: str, layer: Any) -> Link:
+    activation = layer.activation_with_parameters()
+    holder = holder_of(name, layer)
     shape = (activation.branches, activation.outputs)
     return Link(name, layer.weight, layer.bias, activation, activation, *shape, holder)
 

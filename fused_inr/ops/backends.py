@@ -234,10 +234,6 @@ def reference_map(
     return grouped
 
 
-#: `act_map` of a backend as a function of (map, inputs, params, constants, level, learnable).
-_RunMap = Callable[..., list[Tensor]]
-
-
 def _preactivation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = compute_dtype(x.dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -254,10 +250,10 @@ def _refuse_freed(*tensors: Tensor | None) -> None:
             raise RuntimeError(f"a tensor of shape {list(t.shape)} whose storage was freed; gather it first")
 
 
-def product_and_map(run_map: _RunMap, x, weight, bias, params, constants, map: ActivationMap, keep):
-    """`linear_act` as a matrix product of PyTorch's and a map of its result."""
+def product_and_map(x, weight, bias, params, constants, map: ActivationMap, keep):
+    """`linear_act` as a matrix product of PyTorch's and the reference map of its result."""
     z = _preactivation(x, weight, bias)
-    (y,) = run_map(map, [z], params, constants, 0, False)
+    (y,) = reference_map(map, [z], params, constants, 0, False)
     y = y.to(x.dtype)
     if not keep:
         z = z.new_empty(0)
@@ -267,12 +263,12 @@ def product_and_map(run_map: _RunMap, x, weight, bias, params, constants, map: A
 
 
 def product_and_map_backward(
-    run_map: _RunMap, g, x, weight, bias, params, constants, z, map: ActivationMap, needs
+    g, x, weight, bias, params, constants, z, map: ActivationMap, needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`linear_act_backward` as a map of z and g, and matrix products of PyTorch's."""
     if z is None:
         z = _preactivation(x, weight, bias)
-    gz, *gp = run_map(map, [z, g], params, constants, 1, needs[3])
+    gz, *gp = reference_map(map, [z, g], params, constants, 1, needs[3])
     gx = (gz @ weight.to(gz.dtype)).to(x.dtype) if needs[0] else x.new_empty(0)
     gw = (gz.transpose(-1, -2) @ x.to(gz.dtype)).to(weight.dtype) if needs[1] else weight.new_empty(0)
     dtype = (weight if bias is None else bias).dtype
@@ -281,7 +277,7 @@ def product_and_map_backward(
         return gx, gw, gb, z.new_empty(0)
     if z.dim() == 2:
         return gx, gw, gb, torch.stack(gp)
-    batches = [run_map(map, [zi, gi], params, constants, 1, True)[1:] for zi, gi in zip(z, g, strict=True)]
+    batches = [reference_map(map, [zi, gi], params, constants, 1, True)[1:] for zi, gi in zip(z, g, strict=True)]
     return gx, gw, gb, torch.stack([torch.stack(b) for b in batches])
 
 
@@ -297,10 +293,10 @@ class Reference(Backend):
         return "" if dtype in _FLOATS else f"dtype {dtype} is not a floating-point type of {_FLOATS}"
 
     def linear_act(self, x, weight, bias, params, constants, map, precision, keep):
-        return product_and_map(reference_map, x, weight, bias, params, constants, map, keep)
+        return product_and_map(x, weight, bias, params, constants, map, keep)
 
     def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
-        return product_and_map_backward(reference_map, g, x, weight, bias, params, constants, z, map, needs)
+        return product_and_map_backward(g, x, weight, bias, params, constants, z, map, needs)
 
     def act_map(self, inputs, params, constants, map, level, learnable):
         outputs = reference_map(map, inputs, params, constants, level, learnable)
@@ -475,13 +471,13 @@ class Cpu(_Native):
     def linear_act(self, x, weight, bias, params, constants, map, precision, keep):
         if x.dtype == torch.float64:  # PyTorch's products and maps are faster than the engine's (bench calls)
             _refuse_freed(x, weight, bias, *params)
-            return product_and_map(reference_map, x, weight, bias, params, constants, map, keep)
+            return product_and_map(x, weight, bias, params, constants, map, keep)
         return super().linear_act(x, weight, bias, params, constants, map, precision, keep)
 
     def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
         if x.dtype == torch.float64:
             _refuse_freed(g, x, weight, bias, z, *params)
-            return product_and_map_backward(reference_map, g, x, weight, bias, params, constants, z, map, needs)
+            return product_and_map_backward(g, x, weight, bias, params, constants, z, map, needs)
         return super().linear_act_backward(g, x, weight, bias, params, constants, z, map, precision, needs)
 
     def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms):
