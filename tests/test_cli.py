@@ -4,9 +4,11 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -131,21 +133,21 @@ def test_fit_of_the_built_in_picture_reaches_its_psnr(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, picture, number):
-    fit = ["fit", str(picture), *TINY, "--batch", "100", "--seed", "3", "--steps", "1200"]
-    command = [*COMMAND, *fit, "--out", str(tmp_path / "a")]
+    fit = ["fit", str(picture), *TINY, "--batch", "100", "--seed", "3"]
+    command = [*COMMAND, *fit, "--steps", str(10**8), "--out", str(tmp_path / "a")]
     process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()  # said before the first step
-    time.sleep(0.3)
+    time.sleep(0.3)  # some steps, or none where others keep the processor
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert f"fused-inr fit --resume --out {tmp_path / 'a'}" in stderr
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["checkpoint.safetensors"]
     stopped = len(safetensors.load_file(tmp_path / "a" / "checkpoint.safetensors")["mse"])
-    assert 0 < stopped < 1200
+    steps = ["--steps", str(stopped + 200)]
 
-    assert main(["fit", "--resume", "--quiet", "--out", str(tmp_path / "a")]) == 0
-    assert main([*fit, "--out", str(tmp_path / "b")]) == 0
+    assert main(["fit", "--resume", *steps, "--quiet", "--out", str(tmp_path / "a")]) == 0
+    assert main([*fit, *steps, "--out", str(tmp_path / "b")]) == 0
     resumed, whole = (safetensors.load_file(tmp_path / n / "checkpoint.safetensors") for n in "ab")
     assert resumed.keys() == whole.keys()
     for key in whole:
@@ -172,6 +174,102 @@ def test_resume_goes_on_beyond_the_end_but_not_with_another_fit(tmp_path, pictur
     assert "damaged" in fails(capsys, "--resume", "--out", out)
     checkpoint.unlink()
     assert "no checkpoint" in fails(capsys, "--resume", "--out", out)
+
+
+def _option(key, value):
+    return lambda header, tensors: header["options"].__setitem__(key, value)
+
+
+def _tensor(key, change):
+    return lambda header, tensors: tensors.__setitem__(key, change(tensors[key]))
+
+
+_WEIGHT, _MOMENT, _SQUARE, _STEP = (
+    f"{kind}net.0.linear.weight" for kind in ("model.", "adam.exp_avg.", "adam.exp_avg_sq.", "adam.step.")
+)
+#: What can be wrong with a checkpoint of three steps, and the change to its header and tensors that makes it so.
+_TAMPERED = {
+    "weights lost": lambda header, tensors: tensors.pop(_WEIGHT),
+    "weights of another width": _tensor(_WEIGHT, lambda t: t[:-1].clone()),
+    "weights of another type": _tensor(_WEIGHT, lambda t: t.double()),
+    "weights that are no numbers": _tensor(_WEIGHT, lambda t: t * float("nan")),
+    "moments lost": lambda header, tensors: tensors.pop(_MOMENT),
+    "moments of another shape": _tensor(_MOMENT, lambda t: t.flatten()),
+    "negative squares": _tensor(_SQUARE, lambda t: t - 1),
+    "other steps of Adam": _tensor(_STEP, lambda t: t - 1),
+    "a strange tensor": lambda header, tensors: tensors.update({"model.more": torch.zeros(1)}),
+    "moments of a strange parameter": lambda header, tensors: tensors.update({"adam.step.x": torch.zeros(())}),
+    "no generator": lambda header, tensors: tensors.pop("generator"),
+    "a short generator": _tensor("generator", lambda t: t[:-8].clone()),
+    "a false generator": _tensor("generator", lambda t: torch.zeros_like(t)),
+    "no losses": lambda header, tensors: tensors.pop("mse"),
+    "losses of another type": _tensor("mse", lambda t: t.float()),
+    "losses in a table": _tensor("mse", lambda t: t[None].clone()),
+    "losses that are no numbers": _tensor("mse", lambda t: t * float("nan")),
+    "more steps than were asked for": _option("steps", 2),
+    "an unknown precision": _option("precision", "int4"),
+    "an unknown backend": _option("backend", "opencl"),
+    "an unknown initialisation": _option("init", "zeros"),
+    "an unknown norm": _option("norm", "batch"),
+    "another width": _option("width", 32),
+    "a width in words": _option("width", "16"),
+    "a width of nothing": _option("width", 0),
+    "a width beyond all": _option("width", 10**7),
+    "a truth as a number": _option("depth", True),
+    "a seed beyond all": _option("seed", 2**70),
+    "a learning rate that is none": _option("lr", float("nan")),
+    "an option of the future": _option("momentum", 0.9),
+    "an unknown activation": _option("activation", "sinus"),
+    "options in a list": lambda header, tensors: header.__setitem__("options", []),
+    "a state of a scaler": lambda header, tensors: header.__setitem__("scaler", {"scale": 2.0}),
+    "a scaler in a list": lambda header, tensors: header.__setitem__("scaler", []),
+    "another format": lambda header, tensors: header.__setitem__("format", 0),
+    "a picture by number": lambda header, tensors: header.__setitem__("picture", 3),
+    "no picture": lambda header, tensors: header.pop("picture"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped_fit(tmp_path_factory):
+    """A picture, and the checkpoint of a fit of three steps to it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    path = folder / "picture.png"
+    Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)).save(path)
+    assert main(["fit", str(path), *TINY, "--steps", "3", "--backend", "reference", "--out", str(folder / "out")]) == 0
+    return path, folder / "out" / "checkpoint.safetensors"
+
+
+@pytest.mark.parametrize("wrong", _TAMPERED)
+def test_a_checkpoint_that_was_tampered_with_is_refused(stopped_fit, tmp_path, capsys, wrong):
+    with safe_open(stopped_fit[1], "pt") as file:
+        header = json.loads(file.metadata()["fused_inr"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    _TAMPERED[wrong](header, tensors)
+    path = tmp_path / "checkpoint.safetensors"
+    safetensors.save_file(tensors, path, {"fused_inr": json.dumps(header)})
+    before = path.read_bytes()
+    option = "--activation" if wrong == "an unknown activation" else "--resume"
+    steps = [] if wrong == "more steps than were asked for" else ["--steps", 5]
+    assert option in fails(capsys, "--resume", *steps, "--quiet", "--out", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
+
+
+def test_a_checkpoint_is_resumed_where_it_is_whole(stopped_fit, tmp_path, capsys):
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(stopped_fit[1].read_bytes())
+    assert "has taken 3 steps already" in fails(capsys, "--resume", "--steps", 2, "--out", tmp_path)
+    assert main(["fit", "--resume", "--steps", "5", "--quiet", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 5
+
+
+@pytest.mark.parametrize("activation", [m.name for m in activations.registered()])
+def test_every_activation_and_precision_resumes(stopped_fit, tmp_path, activation):
+    precisions = ("float32", "bf16", "fp16", "float64") if activation == "sine" else ("float32",)
+    for precision in precisions:
+        fit = [str(stopped_fit[0]), *TINY, "--steps", "2", "--activation", activation, "--precision", precision]
+        out = tmp_path / precision
+        assert main(["fit", *fit, "--backend", "reference", "--out", str(out)]) == 0
+        assert main(["fit", "--resume", "--steps", "3", "--quiet", "--out", str(out)]) == 0
 
 
 def test_skip_connections_and_norms_are_recorded_resumed_and_checked(tmp_path, picture, capsys):
@@ -260,6 +358,13 @@ def test_fit_with(tmp_path, picture, arguments):
         (["fit", "--norm", "batch"], "layer"),
         (["fit", "--backend", "cuda"], "serves CUDA tensors"),
         (["fit", "--unheard-of"], "--unheard-of"),
+        (["fit", "--width", "10000000"], "at most"),
+        (["fit", "--width", "60000", "--depth", "900"], "GiB"),
+        (["fit", "--seed", str(2**70)], "at most"),
+        (["fit", "--size", "1" + "0" * 400], "at most"),
+        (["gain", "sine", "--seed", str(2**70)], "at most"),
+        (["reproduce", "siren-init", "--widths", "10000000"], "at most"),
+        (["reproduce", "siren-init", "--seeds", "10000000"], "at most"),
         (["fit", "a.png", "b.png"], "b.png"),
         (["bench", "nothing"], "static"),
         (["doctor", "--verbose"], "--verbose"),
@@ -342,6 +447,67 @@ def test_bad_folder(tmp_path, picture, capsys):
 )
 def test_impossible_choice(picture, old_results, capsys, arguments, says):
     assert says in fails(capsys, picture, *TINY, "--out", old_results, *arguments)
+    assert untouched(old_results)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_folder_in_the_place_of_a_result_is_said_before_the_fit(picture, tmp_path, capsys, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    assert "is a folder" in fails(capsys, picture, *TINY, "--out", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("command", ["gain", "reproduce json", "reproduce picture"])
+def test_a_folder_in_the_place_of_another_result(tmp_path, capsys, command):
+    names = {"gain": "a.png", "reproduce json": "vi3nr-toy-quick.json", "reproduce picture": "vi3nr-toy-quick.png"}
+    path = tmp_path / names[command]
+    path.mkdir()
+    arguments = ["gain", "sine", "--figure", str(path)] if command == "gain" else ["reproduce", "vi3nr-toy"]
+    assert main([*arguments, *([] if command == "gain" else ["--out", str(tmp_path)])]) == 2
+    assert "is a folder" in one_error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", [b"from_$5_to_$9.png", b"\xff\xfe$x.png", "a\nb\u30d5.png".encode()], ids=str)
+def test_a_picture_of_any_name_is_fitted_and_drawn(picture, tmp_path, name):
+    path = os.path.join(os.fsencode(tmp_path), name)
+    try:
+        with open(path, "wb") as file:
+            file.write(picture.read_bytes())
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    fit = ["fit", path, *TINY, "--steps", "2", "--backend", "reference", "--out", "out"]
+    done = subprocess.run([*COMMAND, *fit], cwd=tmp_path, env=ONE_THREAD, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(RESULTS)
+    again = ["fit", "--resume", "--steps", "3", "--quiet", "--out", "out"]
+    done = subprocess.run([*COMMAND, *again], cwd=tmp_path, env=ONE_THREAD, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_figure_that_cannot_be_drawn_costs_nothing_else(picture, old_results, capsys, monkeypatch):
+    from fused_inr.cli import fit, gain
+
+    def broken(*arguments):
+        raise ValueError("no such\nglyph")
+
+    monkeypatch.setattr(fit, "draw", broken)
+    assert main(["fit", str(picture), *TINY, "--steps", "2", "--backend", "reference", "--out", str(old_results)]) == 1
+    said = capsys.readouterr()
+    assert "no such glyph" in said.err
+    assert "figure.png" not in said.out.splitlines()[-1]
+    assert json.loads((old_results / "report.json").read_text())["steps"] == 2
+    assert not (old_results / "figure.png").exists()  # the old one showed another fit
+    monkeypatch.setattr(gain, "draw", broken)
+    assert main(["gain", "sine", "--figure", str(old_results / "gain.png")]) == 1
+    assert "sigma_p" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("formula", ["sqrt(z)", "log(z)", "1/(z-z*1.0)", "exp(exp(100*z**2))"])
+def test_a_formula_that_is_no_number_from_the_start_is_not_called_divergence(picture, old_results, capsys, formula):
+    fit = (picture, *TINY, "--activation", formula, "--steps", "50", "--backend", "reference")
+    said = fails(capsys, *fit, "--out", old_results)
+    assert "diverged" not in said
+    assert "--activation" in said
     assert untouched(old_results)
 
 
@@ -456,6 +622,50 @@ def test_every_mode_of_pictures(tmp_path, picture, mode, shape, depth):
     again = read_picture(str(out), 0)
     assert again.depth == depth
     np.testing.assert_allclose(again.pixels, read.pixels, atol=1e-6)
+
+
+def _png_of_16_bits(path, channels):
+    """What Pillow does not write: a PNG of 16 bits a channel, 4 x 3 pixels."""
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + bytes(range(8 * channels)) for _ in range(3))
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 3, 16, kind, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    parts = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_bits_that_are_lost_are_said(tmp_path, recwarn, channels):
+    path = tmp_path / "p.png"
+    _png_of_16_bits(path, channels)
+    read = read_picture(str(path), 0)
+    said = [str(w.message) for w in recwarn if "16 bits" in str(w.message)]
+    assert (read.depth, len(said)) == ((65535, 0) if channels == 1 else (255, 1))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, turned):
+    from fused_inr.cli import pictures
+
+    y, x = np.mgrid[0:1500, 0:2000]
+    stored = [np.sin(x / 200), np.cos(y / 150), np.sin((x + y) / 300)]
+    stored = (np.stack(stored, -1) * 127 + 128).astype(np.uint8)
+    path = tmp_path / "p.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera held upright: to be turned by a quarter
+    Image.fromarray(stored).save(path, quality=95, **({"exif": exif} if turned else {}))
+    with Image.open(path) as image:
+        pictures._decode_smaller(image, 64)
+        assert image.size == (250, 188)
+        pictures._decode_smaller(image, 0)
+    read = read_picture(str(path), 64)
+    assert read.pixels.shape == ((64, 48, 3) if turned else (48, 64, 3))
+    whole = pictures.picture_of("whole", np.ascontiguousarray(np.rot90(stored, -1)) if turned else stored, 64)
+    assert np.abs(read.pixels - whole.pixels).max() < 0.02
+    assert read_picture(str(path), 1000).pixels.shape[:2] in ((1000, 750), (750, 1000))
 
 
 def test_shrinking_and_coordinates(picture):

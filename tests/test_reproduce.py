@@ -311,6 +311,23 @@ def test_bad_arguments_are_one_line(tmp_path, picture, capsys, monkeypatch):
     assert (tmp_path / "audio-quick.json").read_text() == "[1, 2"
 
 
+@pytest.mark.parametrize(
+    "cells", [[], {"seed 0": 3}, {"seed 0": {}}, {"seed 0": {"value": 1}, "seed 1": []}, "all"], ids=repr
+)
+def test_cells_that_were_tampered_with_are_refused(tmp_path, monkeypatch, capsys, cells):
+    tiny(monkeypatch)
+    assert run("--out", tmp_path, "--seeds", 1) == 0
+    path = tmp_path / "audio-quick.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, "cells": cells}))
+    capsys.readouterr()
+    if cells == []:  # nothing is done yet: nothing to believe
+        assert run("--out", tmp_path, "--seeds", 1) == 0
+        return
+    said = refused(capsys, "audio", "--quiet", "--out", tmp_path, "--seeds", 1)
+    assert "audio-quick.json" in said and "--out" in said
+
+
 def test_the_cameraman_needs_scikit_image_or_a_file(monkeypatch, picture):
     import builtins
 

@@ -15,8 +15,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def integer(least: int) -> Callable[[str], int]:
-    """Argument type: an integer of at least `least`."""
+def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """Argument type: an integer from `least` to `most`, by default the largest that PyTorch knows."""
 
     def parse(text: str) -> int:
         try:
@@ -25,6 +25,8 @@ def integer(least: int) -> Callable[[str], int]:
             value = least - 1
         if value < least:
             raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"expected an integer of at most {most}, got {text!r}")
         return value
 
     return parse

@@ -11,6 +11,7 @@ BENCHES = {
     "table": ("table", "layers and networks against eager PyTorch and torch.compile, on this machine"),
     "moments": ("moments", "moments and the search for sigma_p against the expressions of VI3NR's code"),
     "calls": ("calls", "float64, torch.func transforms, MAML, one row: against eager PyTorch"),
+    "pictures": ("pictures", "reading a large picture: seconds and memory against decoding all of it"),
     "static": ("static_report", "every Triton kernel compiled ahead of time: registers, spills, instructions"),
     "tune": ("tune", "configurations of the Triton kernels measured on this GPU, and their table rewritten"),
     "gpu": ("gpu", "a CUDA machine's tests and benches, most important first, under a time budget"),

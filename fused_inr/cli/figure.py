@@ -5,6 +5,7 @@ import io
 import numpy as np
 
 from . import CliError
+from .files import printable
 
 
 def draw(target: np.ndarray, reconstruction: np.ndarray, curve: list[float], title: str) -> bytes:
@@ -16,7 +17,7 @@ def draw(target: np.ndarray, reconstruction: np.ndarray, curve: list[float], tit
 
     height, width = target.shape[:2]
     figure = Figure(figsize=(16, max(3.0, min(3.7 * height / width, 7.0)) + 1.0), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(printable(title), parse_math=False)  # a file's name may have $ in it
     axes = figure.subplots(1, 4)
     for axis, pixels, name in zip(axes, (target, reconstruction), ("target", "reconstruction")):
         axis.imshow(_displayed(pixels), cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -2,10 +2,26 @@
 
 import contextlib
 import os
+import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import CliError
+
+#: Exit code of a command whose results are written, and whose picture of them could not be drawn.
+NO_PICTURE = 1
+
+
+def refuse_folders(paths: Iterable[Path]) -> None:
+    """Make sure, before any work, that no result has the name of a folder.
+
+    Raises:
+        CliError: a folder lies where one of the files is to go.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise CliError(f"{path}: is a folder, and a result is to be written there; move it or choose another name")
 
 
 def prepare_folder(folder: Path, option: str = "--out") -> None:
@@ -47,6 +63,32 @@ def write_all(contents: dict[Path, bytes]) -> None:
         for temporary, _ in staged:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def write_picture(path: Path, draw: Callable[[], bytes]) -> bool:
+    """Draw a picture of results that are already written, and write it; whether that went well.
+
+    Whatever a drawing library objects to becomes a warning: nothing that was computed is lost to it. An older picture
+    under this name is then removed, as it shows other results.
+    """
+    try:
+        write_all({path: draw()})
+        return True
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(
+            f"fused-inr: warning: the results are written, the picture {printable(path)} is not: {reason}",
+            file=sys.stderr,
+        )
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return False
+
+
+def printable(text: object) -> str:
+    """`text` as it can be shown and drawn: bytes of a name that are no UTF-8, and control characters, become U+FFFD."""
+    shown = os.fsencode(str(text)).decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
 def _umask() -> int:

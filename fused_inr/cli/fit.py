@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -21,14 +22,15 @@ from .. import __version__, backends
 from . import CliError
 from .compare import Comparison, Measured, Result, table
 from .figure import draw
-from .files import prepare_folder, write_all
+from .files import NO_PICTURE, prepare_folder, printable, refuse_folders, write_all, write_picture
 from .options import FitOptions
 from .pictures import Picture, read_picture, to_png
-from .training import WARM_UP, Checkpoint, Trainer, build_model, finite
+from .training import WARM_UP, Checkpoint, Trainer, build_model, check_memory, finite
 
 INTERRUPTED = 130
 _CHECKPOINT_SECONDS = 30.0
 _BLOCK = 5  # steps in turn with the other variants
+_RESULTS = ("reconstruction.png", "figure.png", "weights.safetensors", "checkpoint.safetensors", "report.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,16 +45,22 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.compare:
             raise CliError("--compare: starts from the first step, so it does not go with --resume")
         checkpoint = Checkpoint.read(checkpoint_file)
-        options = _continued(checkpoint.options, given, folder)
+        options = _continued(checkpoint.options, given, folder, checkpoint.step)
     else:
         checkpoint = None
         options = FitOptions(**given)
     _check_device(options.device)
+    refuse_folders(folder / name for name in _RESULTS)
     picture = read_picture(options.picture, options.size)
+    check_memory(options, *picture.pixels.shape)
     if checkpoint is not None and picture.digest != checkpoint.picture:
         raise CliError(f"--resume: {picture.name} is not the picture that {checkpoint_file} was fitted to")
     with _Stop() as stop, _chosen(options.backend):
-        trainer = Trainer(build_model(options, picture.pixels.shape[2]), picture, options)
+        try:
+            trainer = Trainer(build_model(options, picture.pixels.shape[2]), picture, options)
+        except RuntimeError as error:
+            _refuse_out_of_memory(error, "--width, --depth or --size")
+            raise
         if checkpoint is not None:
             trainer.restore(checkpoint)
         explanation = _explain(trainer)
@@ -84,14 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
     write_all(
         {
             folder / "reconstruction.png": to_png(pixels, picture.depth),
-            folder / "figure.png": draw(picture.pixels, pixels, curve, title),
             folder / "weights.safetensors": _weights(trainer),
             checkpoint_file: trainer.checkpoint(picture),
             folder / "report.json": json.dumps(report, indent=1).encode() + b"\n",
         }
     )
-    _conclude(folder, own, others, trainer)
-    return 0
+    drawn = write_picture(folder / "figure.png", lambda: draw(picture.pixels, pixels, curve, title))
+    _conclude(folder, own, others, trainer, drawn)
+    return 0 if drawn else NO_PICTURE
 
 
 # -- before
@@ -103,12 +111,14 @@ def _require(*modules: str) -> None:
         raise CliError(f"fit needs {', '.join(missing)}: pip install 'fused_inr[fit]'")
 
 
-def _continued(stored: FitOptions, given: dict[str, Any], folder: Path) -> FitOptions:
-    """The stored options with more steps; anything else that differs would be another fit."""
+def _continued(stored: FitOptions, given: dict[str, Any], folder: Path, done: int) -> FitOptions:
+    """The stored options with more steps than `done`; anything else that differs would be another fit."""
     for name, value in given.items():
         # the picture may have moved; its pixels are compared instead
         if name not in ("steps", "picture") and value != getattr(stored, name):
             raise CliError(f"--resume: the fit in {folder} has --{name} {getattr(stored, name)}, not {value}")
+    if given.get("steps", done) < done:
+        raise CliError(f"--steps {given['steps']}: the fit in {folder} has taken {done} steps already")
     kept = {name: given[name] for name in ("steps", "picture") if name in given}
     return replace(stored, **kept)
 
@@ -154,8 +164,9 @@ def _announce(options: FitOptions, picture: Picture, trainer: Trainer, explanati
     rows = min(trainer.rows, len(trainer.coordinates))
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     print(
-        f"{picture.name} {width}x{height}, {channels} channel{'s' * (channels > 1)}; {options.activation} {layers}, "
-        f"{rows} rows a step, {options.precision} on {options.device}{threads}; backend {_backend_name(explanation)}",
+        f"{printable(picture.name)} {width}x{height}, {channels} channel{'s' * (channels > 1)}; "
+        f"{options.activation} {layers}, {rows} rows a step, "
+        f"{options.precision} on {options.device}{threads}; backend {_backend_name(explanation)}",
         flush=True,
     )
 
@@ -186,11 +197,9 @@ def _train(
             try:
                 measured.train(steps)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU allocator's a plain one
-                if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
-                    raise CliError(f"out of memory (--batch takes fewer rows a step): {_one_line(error)}") from error
+                _refuse_out_of_memory(error, "--batch")
                 raise
-            if trainer.mse[-1] != trainer.mse[-1]:
-                raise CliError(f"the fit diverged: the loss is not a number at step {trainer.step}; try a lower --lr")
+            _check_loss(trainer)
             if comparison is not None and not stop.asked:
                 comparison.train(steps)
             bar.set_postfix_str(f"PSNR {trainer.psnr_curve_last():.2f} dB", refresh=False)
@@ -199,6 +208,31 @@ def _train(
                 write_all({checkpoint_file: trainer.checkpoint(picture)})
                 saved = time.monotonic()
     return trainer.step >= total
+
+
+def _refuse_out_of_memory(error: RuntimeError, options: str) -> None:
+    """
+    Raises:
+        CliError: `error` says that there was no memory left, which smaller `options` may mend.
+    """
+    if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+        raise CliError(f"out of memory (a smaller {options} takes less): {_one_line(error)}") from error
+
+
+def _check_loss(trainer: Trainer) -> None:
+    """
+    Raises:
+        CliError: the loss is not a number, with the initial weights or after steps.
+    """
+    if not math.isfinite(trainer.mse[0]):
+        raise CliError(
+            f"the loss is {trainer.mse[0]} before the first step, so no --lr helps: --activation "
+            f"{trainer.options.activation} is not finite at the values that the layers' products have there "
+            "(a root or logarithm of a negative number, a division by 0, an overflow)"
+        )
+    if math.isnan(trainer.mse[-1]):
+        first = next(step for step, mse in enumerate(trainer.mse) if math.isnan(mse))
+        raise CliError(f"the fit diverged: the loss is not a number at step {first}; try a lower --lr")
 
 
 class _Stop:
@@ -264,7 +298,7 @@ def _report(
     }
 
 
-def _conclude(folder: Path, own: Result, others: list[Result], trainer: Trainer) -> None:
+def _conclude(folder: Path, own: Result, others: list[Result], trainer: Trainer, drawn: bool) -> None:
     if others:
         print(f"\n{table([own, *others])}\n")
         print(
@@ -273,7 +307,8 @@ def _conclude(folder: Path, own: Result, others: list[Result], trainer: Trainer)
         )
     speed = f", {own.ms_per_step:.1f} ms/step" if own.ms_per_step is not None else ""
     print(f"PSNR {_decibel(own)} (data in [0, 1]) after {trainer.step} steps{speed}")
-    print(f"wrote reconstruction.png, figure.png, weights.safetensors, checkpoint.safetensors, report.json to {folder}")
+    names = ", ".join(name for name in _RESULTS if drawn or name != "figure.png")
+    print(f"wrote {names} to {printable(folder)}")
 
 
 def _decibel(result: Result) -> str:

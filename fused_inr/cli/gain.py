@@ -15,7 +15,7 @@ from ..activations import Activation
 from ..init import SigmaSearch, moments, search_sigma_p
 from . import CliError
 from .activation import parse_activation
-from .files import prepare_folder, write_all
+from .files import NO_PICTURE, prepare_folder, refuse_folders, write_picture
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.figure)
     if arguments.figure:
         prepare_folder(path.parent, "--figure")
+        refuse_folders([path])
     answer = examine(arguments)
+    print(json.dumps(answer.as_json(), indent=1) if arguments.json else answer, flush=True)
     if arguments.figure:
-        write_all({path: draw(answer)})
-    print(json.dumps(answer.as_json(), indent=1) if arguments.json else answer)
-    if arguments.figure and not arguments.json:
-        print(f"figure: {arguments.figure}")
+        if not write_picture(path, lambda: draw(answer)):
+            return NO_PICTURE
+        if not arguments.json:
+            print(f"figure: {arguments.figure}")
     return 0
 
 
@@ -139,7 +141,8 @@ def draw(answer: Answer) -> bytes:
     shown = torch.isfinite(condition) & (condition > 0) & (off < 0.2 * condition) & near
     sigma, condition, off, gain = sigma[shown], condition[shown], off[shown], gain[shown]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(f"{answer.activation!r}, fan ratio {answer.fan_ratio:g}: {s.status}, sigma_p = {s.sigma_p:.5g}")
+    title = f"{answer.activation!r}, fan ratio {answer.fan_ratio:g}: {s.status}, sigma_p = {s.sigma_p:.5g}"
+    figure.suptitle(title, parse_math=False)
     left, right = figure.subplots(1, 2)
     left.fill_between(
         sigma, (condition - 2 * off).clamp_min(1e-12), condition + 2 * off, alpha=0.3, label="two standard errors"

@@ -1,11 +1,13 @@
 """`fused-inr`: reads the arguments, and turns whatever goes wrong into one line and an exit code.
 
-Exit codes: 0 done; 2 a bad argument or file, nothing overwritten; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 results written, but no picture of them; 2 a bad argument or file, nothing overwritten; 130
+stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from .. import __version__
 from . import CliError
 from .arguments import Parser, integer, non_negative, positive
 from .bench import BENCHES
-from .options import BACKENDS, INITS, METHODS, NORMS, PRECISIONS
+from .options import BACKENDS, DEEPEST, INITS, METHODS, NORMS, PRECISIONS, WIDEST
 from .reproduce import REPRODUCTIONS
 
 
@@ -38,8 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[:p=v,..]",
         help="registered name or formula in z: sine:omega=20, gaussian:sigma=0.05, 'sin(w*z**2):w=2' (default: sine)",
     )
-    network.add_argument("--width", type=integer(1), metavar="N", help="features of a hidden layer (256)")
-    network.add_argument("--depth", type=integer(0), metavar="N", help="hidden-to-hidden layers (3)")
+    network.add_argument("--width", type=integer(1, WIDEST), metavar="N", help="features of a hidden layer (256)")
+    network.add_argument("--depth", type=integer(0, DEEPEST), metavar="N", help="hidden-to-hidden layers (3)")
     network.add_argument(
         "--init", choices=INITS, help="paper: as the activation's paper says (default); siren-tuned: flic 2, initc 40"
     )
@@ -96,8 +98,10 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=tuple(REPRODUCTIONS), metavar="NAME", help=names)
     parser.add_argument("--full", action="store_true", help="the published size (hours); else one of minutes")
     parser.add_argument("--out", default="fused-inr-reproduce", metavar="DIR", help="folder of results (%(default)s)")
-    parser.add_argument("--seeds", type=integer(1), metavar="N", help="how many seeds, from 0")
-    parser.add_argument("--widths", type=integer(1), nargs="+", metavar="N", help="of networks, where it has several")
+    parser.add_argument("--seeds", type=integer(1, 10_000), metavar="N", help="how many seeds, from 0")
+    parser.add_argument(
+        "--widths", type=integer(1, 1 << 14), nargs="+", metavar="N", help="of networks, where it has several"
+    )
     parser.add_argument("--batch", type=integer(0), metavar="N", help="pixels or samples a step of a fit; 0: all")
     parser.add_argument("--data", metavar="FILE", help="the picture or recording, where one is needed")
     parser.add_argument("--json", metavar="FILE", help="where the JSON goes (default: into DIR)")
@@ -138,6 +142,9 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may have bytes that are no text, and tell them anyway
+            stream.reconfigure(errors="backslashreplace")
     arguments, rest = _arguments(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _show_warning
     try:

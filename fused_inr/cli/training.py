@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,32 @@ from .pictures import Picture, to_decibel
 WARM_UP = 3  # steps left out of ms/step: they pay for compilation and first-touched memory
 _FORMAT = 1
 _CHUNK = 1 << 16  # rows evaluated at once
+_MODEL, _ADAM = "model.", ("step", "exp_avg", "exp_avg_sq")  # names of a checkpoint's tensors
+
+
+def _adam(field: str, name: str) -> str:
+    """What a checkpoint calls a part of Adam's state of the parameter `name`."""
+    return f"adam.{field}.{name}"
+
+
+def check_memory(options: FitOptions, height: int, width: int, channels: int) -> None:
+    """Make sure, before anything is allocated, that the network and Adam's state fit into the device's memory.
+
+    Raises:
+        CliError: weights, gradients and two moments alone are larger than all of it.
+    """
+    branches, n = parse_activation(options.activation).branches, options.width
+    parameters = branches * n * (2 + 1) + options.depth * branches * n * (n + 1) + channels * (n + 1)
+    needed = 4 * parameters * (8 if options.precision == "float64" else 4) + 4 * height * width * (2 + channels)
+    if torch.device(options.device).type == "cuda":
+        present = torch.cuda.mem_get_info(options.device)[1]
+    else:
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
+        raise CliError(
+            f"--width {n}, --depth {options.depth}: {parameters:,} parameters with gradients and Adam's moments take "
+            f"{needed / 2**30:,.0f} GiB, and {options.device} has {present / 2**30:,.0f}"
+        )
 
 
 def build_model(options: FitOptions, channels: int) -> nn.Module:
@@ -158,9 +185,9 @@ class Trainer:
         """Everything that the next step depends on, as one safetensors file."""
         from safetensors.torch import save
 
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors = {_MODEL + k: v for k, v in self.model.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{key}.{self.names[index]}": torch.as_tensor(v) for key, v in values.items()}
+            tensors |= {_adam(key, self.names[index]): torch.as_tensor(v) for key, v in values.items()}
         tensors["generator"] = self.generator.get_state()
         tensors["mse"] = torch.tensor(self.mse, dtype=torch.float64)
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -173,21 +200,70 @@ class Trainer:
         return save(tensors, {"fused_inr": json.dumps(header)})
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where `checkpoint` was taken."""
+        """Go on where `checkpoint` was taken.
+
+        Raises:
+            CliError: its tensors or its scaler are not those of a fit with its options; nothing is taken over then.
+        """
+        try:
+            self._check(checkpoint)
+        except ValueError as error:
+            raise CliError(f"--resume: the checkpoint does not belong to a fit with its options: {error}") from error
         tensors = checkpoint.tensors
-        prefix = "model."
-        self.model.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("adam."):
-                _, field, name = key.split(".", 2)
-                state.setdefault(self.names.index(name), {})[field] = value
+        self.model.load_state_dict({k.removeprefix(_MODEL): v for k, v in tensors.items() if k.startswith(_MODEL)})
+        state = {
+            index: {field: tensors[_adam(field, name)] for field in _ADAM}
+            for index, name in enumerate(self.names)
+            if _adam("step", name) in tensors
+        }
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.generator.set_state(tensors["generator"])
         self.mse = tensors["mse"].tolist()
         if checkpoint.scaler:
             self.scaler.load_state_dict(checkpoint.scaler)
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Whether every tensor that the next step depends on is there, and none beside it.
+
+        Raises:
+            ValueError: what is missing, too much, or not as it was written.
+        """
+        scaled = self.scaler.is_enabled()  # steps whose gradients overflowed were not taken: Adam has seen fewer
+        like = {_MODEL + name: value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            fields = [_adam(field, name) for field in _ADAM]
+            if scaled and not any(key in checkpoint.tensors for key in fields):
+                continue
+            if checkpoint.step:
+                like |= dict(zip(fields, (torch.tensor(0.0), parameter, parameter)))
+        like |= {"generator": self.generator.get_state(), "mse": torch.empty(checkpoint.step, dtype=torch.float64)}
+        if like.keys() != checkpoint.tensors.keys():
+            lost, strange = like.keys() - checkpoint.tensors.keys(), checkpoint.tensors.keys() - like.keys()
+            raise ValueError(f"it lacks {min(lost)}" if lost else f"{min(strange)} is no part of it")
+        for name, value in checkpoint.tensors.items():
+            wanted = like[name]
+            if (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
+                raise ValueError(
+                    f"{name} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {list(wanted.shape)}"
+                )
+            if value.is_floating_point() and name != "mse" and not value.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
+            if name.startswith(_adam("exp_avg_sq", "")) and (value < 0).any():
+                raise ValueError(f"{name} has negative values")
+            if name.startswith(_adam("step", "")):
+                taken = value.item()
+                if not 0 < taken <= checkpoint.step or taken % 1 or (not scaled and taken != checkpoint.step):
+                    raise ValueError(f"{name} is {taken:g}, after {checkpoint.step} steps")
+        try:
+            torch.Generator().set_state(checkpoint.tensors["generator"])
+        except RuntimeError as error:
+            raise ValueError("generator is no state of a generator") from error
+        if checkpoint.scaler.keys() != self.scaler.state_dict().keys():
+            raise ValueError("the state of its GradScaler does not go with its precision")
+        for name, value in checkpoint.scaler.items():
+            if type(value) not in (int, float) or not 0 <= value < math.inf or (value == 0 and name == "scale"):
+                raise ValueError(f"{name} of its GradScaler is {value!r}")
 
 
 @dataclass(frozen=True)
@@ -199,9 +275,15 @@ class Checkpoint:
     scaler: dict[str, Any]
     tensors: dict[str, torch.Tensor]
 
+    @property
+    def step(self) -> int:
+        """How many steps had been taken."""
+        return len(self.tensors["mse"])
+
     @staticmethod
     def read(path) -> Checkpoint:
-        """
+        """Read a checkpoint and check what can be checked without its network; `Trainer.restore` does the rest.
+
         Raises:
             CliError: no file, not one of ours, damaged.
         """
@@ -215,13 +297,26 @@ class Checkpoint:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             if header["format"] != _FORMAT:
                 raise CliError(f"--resume: {path} has format {header['format']}, this version reads {_FORMAT}")
-            known = {f.name for f in fields(FitOptions)}
-            options = FitOptions(**{k: v for k, v in header["options"].items() if k in known})
-            return Checkpoint(options, header["picture"], header["scaler"], tensors)
+            checkpoint = Checkpoint(FitOptions.checked(header["options"]), header["picture"], header["scaler"], tensors)
+            checkpoint._check()
+            return checkpoint
         except CliError:
             raise
         except Exception as error:  # safetensors raises its own type, json and the header's keys theirs
             raise CliError(f"--resume: {path} is no checkpoint of fused-inr fit, or damaged: {error}") from error
+
+    def _check(self) -> None:
+        """
+        Raises:
+            ValueError: the header or the losses are not as `Trainer.checkpoint` writes them.
+        """
+        if not isinstance(self.picture, str) or not isinstance(self.scaler, dict):
+            raise ValueError("its header does not tell the picture or the GradScaler")
+        losses = self.tensors["mse"]
+        if losses.dtype != torch.float64 or losses.ndim != 1 or losses.isnan().any() or (losses < 0).any():
+            raise ValueError("its losses are no list of errors")
+        if self.step > self.options.steps:
+            raise ValueError(f"it has taken {self.step} steps of {self.options.steps}")
 
 
 def finite(value: float | None) -> float | None:

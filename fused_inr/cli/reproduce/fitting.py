@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ... import losses
 from ...init.walk import watch
 from .. import CliError
-from ..pictures import Picture, read_picture
+from ..pictures import Picture, picture_of, read_picture
 
 
 def fit(model: nn.Module, x: Tensor, target: Tensor, steps: int, lr: float, batch: int = 0) -> list[float]:
@@ -94,10 +94,7 @@ def cameraman(data: str | None, size: int) -> Picture:
             "--data: a picture is needed where scikit-image, which brings the cameraman, is not installed: "
             "pip install scikit-image, or name any picture"
         ) from error
-    from ..pictures import _shrink
-
-    whole = pixels.astype(np.float64)[..., None] / 255
-    return Picture("camera", np.ascontiguousarray(_shrink(whole, size), np.float32), 255)
+    return picture_of("camera", pixels, size)
 
 
 def recording(data: str | None, seconds: float) -> tuple[str, int, np.ndarray]:

@@ -19,7 +19,7 @@ import torch
 
 from ... import __version__
 from .. import CliError
-from ..files import prepare_folder, write_all
+from ..files import NO_PICTURE, prepare_folder, refuse_folders, write_all, write_picture
 from . import REPRODUCTIONS
 
 _FORMAT = 1
@@ -79,9 +79,12 @@ def run(arguments: Namespace) -> int:
     path = Path(arguments.json) if arguments.json else folder / f"{stem}.json"
     options = json.loads(json.dumps(work.options))
     done, seconds = _resume(path, name, options)
+    resumed = bool(done)
     prepare_folder(folder)
     if path.parent != folder and not path.parent.is_dir():
         raise CliError(f"--json {path}: the folder {path.parent} does not exist; make it first")
+    picture = folder / f"{stem}.png"
+    refuse_folders([path, picture])
 
     def document() -> bytes:
         content = {
@@ -109,20 +112,26 @@ def run(arguments: Namespace) -> int:
         seconds[cell] = round(time.perf_counter() - start, 2)
         if cell != list(work.cells)[-1]:
             write_all({path: document()})
-    tables.update(work.tables(done))
-    picture = folder / f"{stem}.png"
-    write_all({path: document(), picture: _figure(work, done)})
+    try:
+        tables.update(work.tables(done))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if not resumed:
+            raise
+        message = f"{path}: holds figures that are not those of {name} ({error!r}); remove it or give another --out"
+        raise CliError(message) from error
+    write_all({path: document()})
+    drawn = write_picture(picture, lambda: _figure(work, done))
     for title, rows in tables.items():
         print(f"\n{title}\n{aligned(rows)}")
     for note in work.notes:
         print(f"\n{note}")
-    print(f"\nwrote {path}, {picture}")
-    return 0
+    print(f"\nwrote {path}{f', {picture}' if drawn else ''}")
+    return 0 if drawn else NO_PICTURE
 
 
 def _resume(path: Path, name: str, options: dict) -> tuple[dict[str, Any], dict[str, float]]:
     """Cells that an earlier run with the same options has computed."""
-    if not path.exists():
+    if not path.is_file():
         return {}, {}
     try:
         found = json.loads(path.read_text())
@@ -130,8 +139,10 @@ def _resume(path: Path, name: str, options: dict) -> tuple[dict[str, Any], dict[
         # other seeds are other cells: they stay, and a later run with them need not repeat them
         if not same or {**found["options"], "seeds": 0} != {**options, "seeds": 0}:
             return {}, {}
-        done = dict(found["cells"])
-        return done, {cell: found["seconds"].get(cell, 0.0) for cell in done}
+        done, seconds = dict(found["cells"]), dict(found["seconds"])
+        if not all(isinstance(cell, dict) for cell in done.values()):
+            raise ValueError("its cells are no JSON objects")
+        return done, {cell: float(seconds.get(cell, 0.0)) for cell in done}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{path}: is no result of fused-inr reproduce ({error}); remove it or give another --out"
         raise CliError(message) from error
