@@ -16,16 +16,18 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -150,19 +152,22 @@ def cache_folder(base: Path | None = None) -> Path:
 def one_at_a_time(path: Path, patience: float = 1200.0) -> Iterator[None]:
     """Spares several processes the same work. The kernel frees the lock of a killed process, and nobody waits for ever:
     after `patience` seconds two builds run side by side, which is only slower."""
-    import fcntl
-
     with open(path, "w") as lock:
         until = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.2)
+        while not _try_lock(lock) and time.monotonic() < until:
+            time.sleep(0.2)
         yield
+
+
+def _try_lock(file: IO) -> bool:
+    """Take the lock on an open file, until it is closed or its process ends; False where another holds it."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
 
 
 def digest(*parts: str) -> str:
@@ -170,36 +175,141 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
+def _sum_file(library: Path) -> Path:
+    """Beside a library in the cache: the SHA-256 of its bytes."""
+    return library.with_name(f"{library.name}.sha256")
+
+
+def whole(library: Path) -> bool:
+    """Whether a library in the cache has the bytes that it was built with; a crash or a full disk may have cut it."""
+    try:
+        return _sum_file(library).read_text().strip() == hashlib.sha256(library.read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return False
+
+
 def cached_library(base: Path | None = None, capabilities: Sequence[str] = _SHIPPED) -> Path:
-    """The engine's library in the cache, compiled now if it is not there."""
+    """The engine's library in the cache, compiled now if it is not there as it was built."""
     stamp, (_, version) = _stamp(sources()), compiler()
     name = digest(stamp, version, platform.machine(), *capabilities)
     library = cache_folder(base) / f"engine_{name}.so"
-    if not _usable(library, stamp):
+    if not whole(library):
         with one_at_a_time(library.with_suffix(".lock")):
-            if not _usable(library, stamp):
+            if not whole(library):
                 _logger.warning("fused_inr: compiling the native CPU engine (about a minute, once) into %s", library)
-                build(library, capabilities=capabilities)
+                build(library, capabilities=capabilities, checked=True)
     return library
 
 
 # -- building
 
 
-def run_compiler(command: Sequence[str], verbose: bool = False) -> None:
-    """Run a compiler; raises RuntimeError with its first error."""
-    if verbose:
-        print(shlex.join(command), file=sys.stderr, flush=True)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        raise RuntimeError(f"the compiler could not be started: {error}") from error
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")
-        raise RuntimeError(f"{command[0]} failed with exit code {done.returncode}: {first}")
-    if verbose and done.stderr:
-        print(done.stderr, file=sys.stderr, flush=True)
+class Build:
+    """A temporary folder beside the library `target` in which compilers work, and the way of their result to `target`.
+
+    Two builds at once, or one that ends early, leave a whole library or none. On an error or Ctrl-C the compilers that
+    still run are ended and the folder is removed. A killed process cannot do that: each build holds a lock on its
+    folder, which goes with its process, and the next build beside it removes folders that nobody holds.
+
+    >>> with Build(target) as build:
+    ...     build.run([["g++", "-c", "a.cpp", "-o", str(build.folder / "a.o")]])
+    ...     build.publish(build.folder / "a.so")
+    """
+
+    _PREFIX, _LOCK = ".build_", "lock"
+
+    def __init__(self, target: Path, verbose: bool = False):
+        self.target, self.verbose = Path(target), verbose
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+        self._guard = threading.Lock()
+
+    def __enter__(self) -> Build:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        self.folder = Path(tempfile.mkdtemp(prefix=self._PREFIX, dir=self.target.parent))
+        self._lock = open(self.folder / self._LOCK, "w")
+        _try_lock(self._lock)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._stop()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._lock.close()
+
+    def run(self, commands: Sequence[Sequence[str]]) -> None:
+        """Run compilers, several at a time. Raises RuntimeError with the first error of the first that fails."""
+        with ThreadPoolExecutor(_workers()) as pool:
+            futures = [pool.submit(self._run, command) for command in commands]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                self._stop()
+                for future in futures:
+                    future.cancel()
+                raise
+
+    def publish(self, built: Path, checked: bool = True) -> Path:
+        """Put what was built in the place of `target`; `checked` also writes the sum by which `whole` knows it."""
+        total = _sum_file(self.target)
+        if checked:
+            written = self.folder / total.name
+            written.write_text(hashlib.sha256(built.read_bytes()).hexdigest() + "\n")
+            total.unlink(missing_ok=True)
+        os.replace(built, self.target)
+        if checked:
+            os.replace(written, total)
+        return self.target
+
+    def _run(self, command: Sequence[str]) -> None:
+        if self.verbose:
+            print(shlex.join(command), file=sys.stderr, flush=True)
+        with self._guard:
+            if self._stopped:
+                raise RuntimeError("the build was stopped")
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,  # nvcc has children of its own: they end together
+                )
+            except OSError as error:
+                raise RuntimeError(f"the compiler could not be started: {error}") from error
+            self._running.add(process)
+        output, errors = process.communicate()
+        with self._guard:
+            self._running.discard(process)
+        if process.returncode:
+            lines = (errors or output).strip().splitlines()
+            first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")
+            raise RuntimeError(f"{command[0]} failed with exit code {process.returncode}: {first}")
+        if self.verbose and errors:
+            print(errors, file=sys.stderr, flush=True)
+
+    def _stop(self) -> None:
+        """End the compilers that run, and start no more."""
+        with self._guard:
+            self._stopped = True
+            for process in self._running:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    def _sweep(self) -> None:
+        for folder in self.target.parent.glob(f"{self._PREFIX}*"):
+            try:
+                with open(folder / self._LOCK, "r+") as lock:
+                    abandoned = _try_lock(lock)
+            except OSError:
+                # being made or removed at this moment, or left by a version that held no lock
+                abandoned = folder.is_dir() and time.time() - folder.stat().st_mtime > 86_400
+            if abandoned:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kernel_flags(capability: str) -> list[str]:
@@ -212,11 +322,11 @@ def _workers() -> int:
     return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
 
 
-def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SHIPPED) -> Path:
+def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SHIPPED, checked: bool = False) -> Path:
     """Compile the engine against the installed PyTorch into the library `target`, and return it.
 
-    Everything happens in a temporary folder beside `target`, and the library is then renamed: two builds at once, or a
-    killed one, leave a whole library or none. Raises RuntimeError with the first error of the compiler.
+    `checked` writes the sum by which `whole` knows the library beside it: what lies in the cache has one.
+    Raises RuntimeError with the first error of the compiler.
     """
     target = Path(target)
     folder = sources()
@@ -245,35 +355,43 @@ def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SH
         for source in ("network", "engine", "moments"):
             units.append((f"cpu/{source}.cpp", [*_kernel_flags(name), "-O3"], f"{source}_{name}"))
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build_", dir=target.parent) as temporary:
-
-        def compile_unit(unit: tuple[str, list[str], str]) -> str:
-            source, flags, name = unit
-            output = str(Path(temporary) / f"{name}.o")
-            run_compiler([*command, *flags, "-c", str(folder / source), "-o", output], verbose)
-            return output
-
-        with ThreadPoolExecutor(_workers()) as pool:
-            futures = [pool.submit(compile_unit, unit) for unit in units]
-            try:
-                objects = [future.result() for future in futures]
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                raise
-        library = Path(temporary) / target.name
-        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        search = f"-L{torch_folder / 'lib'}"
-        run_compiler(
-            [*command, "-shared", *objects, "-o", str(library), search, "-ltorch_cpu", "-lc10", *openmp, *undefined],
-            verbose,
+    with Build(target, verbose) as build:
+        objects = [str(build.folder / f"{name}.o") for _, _, name in units]
+        build.run(
+            [
+                [*command, *flags, "-c", str(folder / source), "-o", output]
+                for (source, flags, _), output in zip(units, objects)
+            ]
         )
-        os.replace(library, target)
-    return target
+        library = build.folder / target.name
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *openmp, *undefined]
+        build.run([[*command, "-shared", *objects, "-o", str(library), *libraries]])
+        return build.publish(library, checked)
 
 
 # -- loading
+
+
+def open_library(operators: str, packaged: Path | None, cached: Callable[[], Path]) -> Path:
+    """Load the library that registers `torch.ops.<operators>`: the `packaged` one, or where there is none, or it is
+    damaged, the one that `cached` finds or builds. Returns which. Raises what the last attempt raises."""
+    # one process, one engine: a second registration of its operators would end the process
+    if packaged is not None:
+        try:
+            if not hasattr(getattr(torch.ops, operators), "stamp"):
+                torch.ops.load_library(str(packaged))
+            return packaged
+        except OSError as error:
+            _logger.warning("fused_inr: %s is damaged (%s); one in the cache takes its place", packaged, error)
+    library = cached()
+    if not hasattr(getattr(torch.ops, operators), "stamp"):
+        torch.ops.load_library(str(library))
+    return library
+
+
+def _packaged(cache: Path | None) -> Path | None:
+    return _PACKAGED if cache is None and _usable(_PACKAGED, _stamp(sources())) else None
 
 
 def load(cache: Path | None = None) -> bool:
@@ -287,11 +405,7 @@ def load(cache: Path | None = None) -> bool:
             try:
                 if os.environ.get("FUSED_INR_NATIVE") == "0":
                     raise RuntimeError("FUSED_INR_NATIVE=0 leaves the native engine out")
-                packaged = cache is None and _usable(_PACKAGED, _stamp(sources()))
-                library = _PACKAGED if packaged else cached_library(cache)
-                # one process, one engine: a second registration of its operators would end the process
-                if not hasattr(torch.ops.fused_inr_native, "stamp"):
-                    torch.ops.load_library(str(library))
+                library = open_library("fused_inr_native", _packaged(cache), lambda: cached_library(cache))
                 _state = (library, "")
             except Exception as error:  # whatever it is, the reference serves instead, and says why
                 _state = (None, f"{error}")
@@ -323,13 +437,13 @@ def compile_maps(key: str, source: str, cache: Path | None = None) -> ctypes.Arr
     command, version = compiler()
     name = digest(_source_hash(folder), version, platform.machine(), capability, source)
     library = cache_folder(cache) / f"maps_{name}.so"
-    if not library.is_file():
-        with tempfile.TemporaryDirectory(prefix=".build_", dir=library.parent) as temporary:
-            header, built = Path(temporary) / "maps.h", Path(temporary) / library.name
+    if not whole(library):
+        with Build(library) as build:
+            header, built = build.folder / "maps.h", build.folder / library.name
             header.write_text(source)
             flags = [*_kernel_flags(capability), "-O2", f'-DFUSED_INR_MAPS_HEADER="{header}"', f"-I{folder}"]
-            run_compiler([*command, *flags, "-shared", str(folder / "cpu" / "user_maps.cpp"), "-o", str(built)], False)
-            os.replace(built, library)
+            build.run([[*command, *flags, "-shared", str(folder / "cpu" / "user_maps.cpp"), "-o", str(built)]])
+            build.publish(built)
     loaded = ctypes.CDLL(str(library))
     table = (ctypes.c_int64 * (3 + 2 * _SLOTS))()
     loaded.fused_inr_user_maps.restype = None

@@ -14,10 +14,8 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -132,11 +130,17 @@ def _ops_flags(stamp: str) -> list[str]:
     ]
 
 
-def build(target: Path, verbose: bool = False, archs: Sequence[int] | None = None, on_host: bool = False) -> Path:
+def build(
+    target: Path,
+    verbose: bool = False,
+    archs: Sequence[int] | None = None,
+    on_host: bool = False,
+    checked: bool = False,
+) -> Path:
     """Compile the backend against the installed PyTorch into the library `target`, and return it.
 
-    `on_host` compiles the device's functions for the processor, as `torch.ops.fused_inr_cuda_on_host`: that is for
-    tests. Raises RuntimeError with the first error of a compiler.
+    `checked` as of `native.build`. `on_host` compiles the device's functions for the processor, as
+    `torch.ops.fused_inr_cuda_on_host`: that is for tests. Raises RuntimeError with the first error of a compiler.
     """
     target, folder = Path(target), native.sources()
     cuda = folder / "cuda"
@@ -158,22 +162,15 @@ def build(target: Path, verbose: bool = False, archs: Sequence[int] | None = Non
         (ops, "ops_cuda.cpp", "ops"),
         (kernels, "probe.cu", "probe"),
     ]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build_", dir=target.parent) as temporary:
-
-        def compile_unit(unit: tuple[list[str], str, str]) -> str:
-            flags, source, name = unit
-            output = str(Path(temporary) / f"{name}.o")
-            native.run_compiler([*flags, "-c", str(cuda / source), "-o", output], verbose)
-            return output
-
-        with ThreadPoolExecutor(native._workers()) as pool:
-            objects = list(pool.map(compile_unit, units))
-        library = Path(temporary) / target.name
+    with native.Build(target, verbose) as build:
+        objects = [str(build.folder / f"{name}.o") for _, _, name in units]
+        build.run(
+            [[*flags, "-c", str(cuda / source), "-o", output] for (flags, source, _), output in zip(units, objects)]
+        )
+        library = build.folder / target.name
         torch_libraries = ["-L" + str(Path(torch.__file__).resolve().parent / "lib"), "-ltorch_cpu", "-lc10", "-ldl"]
-        native.run_compiler([*link, *objects, "-o", str(library), *torch_libraries], verbose)
-        os.replace(library, target)
-    return target
+        build.run([[*link, *objects, "-o", str(library), *torch_libraries]])
+        return build.publish(library, checked)
 
 
 def cached_library(base: Path | None = None) -> Path:
@@ -182,11 +179,11 @@ def cached_library(base: Path | None = None) -> Path:
     archs = architectures(command)
     digest = native.digest(stamp, version, host, platform.machine(), *map(str, archs))
     library = native.cache_folder(base) / f"cuda_{digest}.so"
-    if not _usable(library, stamp):
+    if not native.whole(library):
         with native.one_at_a_time(library.with_suffix(".lock"), patience=900.0):
-            if not _usable(library, stamp):
+            if not native.whole(library):
                 native._logger.warning("fused_inr: compiling the CUDA backend (minutes, once) into %s", library)
-                build(library, archs=archs)
+                build(library, archs=archs, checked=True)
     return library
 
 
@@ -214,9 +211,9 @@ def load(cache: Path | None = None) -> bool:
                 if reason := absent():
                     raise RuntimeError(reason)
                 packaged = cache is None and _usable(_PACKAGED, _stamp(native.sources()))
-                library = _PACKAGED if packaged else cached_library(cache)
-                if not hasattr(torch.ops.fused_inr_cuda, "stamp"):
-                    torch.ops.load_library(str(library))
+                library = native.open_library(
+                    "fused_inr_cuda", _PACKAGED if packaged else None, lambda: cached_library(cache)
+                )
                 _state = (library, "")
             except Exception as error:  # whatever it is, another backend serves instead, and says why
                 _state = (None, f"{error}")
@@ -244,7 +241,7 @@ def compile_maps(key: str, source: str, cache: Path | None = None) -> None:
     archs = architectures(command)
     digest = native.digest(_source_hash(folder), version, platform.machine(), *map(str, archs), source)
     library = native.cache_folder(cache) / f"cuda_maps_{digest}.so"
-    if not library.is_file():
+    if not native.whole(library):
         build_maps(library, source, archs)
     loaded = ctypes.CDLL(str(library))
     tables = (ctypes.c_int64 * 3)()
@@ -259,8 +256,8 @@ def build_maps(library: Path, source: str, archs: Sequence[int]) -> Path:
     folder, (host, _) = native.sources(), native.compiler()
     kernels = _nvcc_command(nvcc()[0], archs) if archs else [*host, *_HOST_FLAGS]
     link = [*nvcc()[0], "-ccbin", host[0], "-cudart", "static"] if archs else host
-    with tempfile.TemporaryDirectory(prefix=".build_", dir=library.parent) as temporary:
-        header, built = Path(temporary) / "maps.h", Path(temporary) / library.name
+    with native.Build(library) as build:
+        header, built, table = build.folder / "maps.h", build.folder / library.name, build.folder / "table.o"
         header.write_text(source)
         names = [f'-DFUSED_INR_MAPS_HEADER="{header}"', f"-I{folder}"]
         units = [
@@ -268,11 +265,15 @@ def build_maps(library: Path, source: str, archs: Sequence[int]) -> Path:
             ("maps.cu", ["-DFUSED_INR_SCALAR=double"]),
             ("moments.cu", []),
         ]
-        objects = [str(Path(temporary) / f"{i}.o") for i in range(len(units))]
-        for (unit, scalar), output in zip(units, objects, strict=True):
-            native.run_compiler([*kernels, *names, *scalar, "-c", str(folder / "cuda" / unit), "-o", output], False)
-        table = str(Path(temporary) / "table.o")
-        native.run_compiler([*host, "-O1", "-fPIC", "-c", str(folder / "cuda" / "user_maps.cpp"), "-o", table], False)
-        native.run_compiler([*link, "-shared", *objects, table, "-o", str(built)], False)
-        os.replace(built, library)
-    return library
+        objects = [str(build.folder / f"{i}.o") for i in range(len(units))]
+        build.run(
+            [
+                *(
+                    [*kernels, *names, *scalar, "-c", str(folder / "cuda" / unit), "-o", output]
+                    for (unit, scalar), output in zip(units, objects, strict=True)
+                ),
+                [*host, "-O1", "-fPIC", "-c", str(folder / "cuda" / "user_maps.cpp"), "-o", str(table)],
+            ]
+        )
+        build.run([[*link, "-shared", *objects, str(table), "-o", str(built)]])
+        return build.publish(built)

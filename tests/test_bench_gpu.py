@@ -63,9 +63,22 @@ def test_without_a_cuda_device_it_says_so():
 def test_a_rehearsal_on_a_cpu(tmp_path):
     """From a folder that knows nothing of the package but a path to its checkout."""
     out = tmp_path / "out"
-    arguments = ["--device", "cpu", "--budget", "45", "--jobs", "2", "--out", str(out), "--parts", "deciding,moments"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--budget",
+        "100000",
+        "--jobs",
+        "2",
+        "--out",
+        str(out),
+        "--parts",
+        "deciding,moments",
+    ]
     command = [*process.python("-m", "fused_inr.bench.gpu"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, env=process.environment())
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=1800, cwd=tmp_path, env=process.environment()
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((out / "results.json").read_text())
     assert content["rehearsal"] and content["finished"] and not content["interrupted"]
@@ -74,7 +87,7 @@ def test_a_rehearsal_on_a_cpu(tmp_path):
     assert ceilings["ceilings"].keys() == {"copy", "ieee", "bf16"}
     measured = {r["cell"] for r in rest if r["group"] != "ahead"}
     expected = {cell["cell"] for _, found in listed.parts(CPU, ["deciding", "moments"]) for cell in found}
-    assert measured | {"ceilings"} | set(content["not_reached"]) == expected
+    assert measured | {"ceilings"} == expected and not content["not_reached"]
     assert any("one-pass" in r.get("variants", {}) for r in rest)
     assert all("error" not in result for result in content["results"])
     assert not any(result.get("failed") for result in content["results"])
@@ -764,8 +777,12 @@ def test_a_command_with_a_limit(tmp_path):
     lines, stopped, code = checks._run_with_limit(process.python("-c", "print('said')"), 60.0, log)
     assert (lines, stopped, code) == (["said"], False, 0) and "said" in log.read_text()
     endless = "import time; print('begun', flush=True); time.sleep(600)"
-    lines, stopped, code = checks._run_with_limit(process.python("-c", endless), 3.0, log)
-    assert stopped and code != 0 and "begun" in log.read_text()
+    for limit in (3.0, 30.0, 300.0):  # a busy machine may take longer to begin
+        lines, stopped, code = checks._run_with_limit(process.python("-c", endless), limit, log)
+        assert stopped and code != 0
+        if begun := "begun" in log.read_text():
+            break
+    assert begun
 
 
 # -- the figure

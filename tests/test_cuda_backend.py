@@ -185,8 +185,9 @@ def host_library():
     stamp = native_cuda._stamp(native.sources())
     library = native.cache_folder() / f"cuda_on_host_{native.digest(stamp, native.compiler()[1])}.so"
     with native.one_at_a_time(library.with_suffix(".lock")):
-        if not library.is_file() or native._stamp_of(library) != f"{stamp} for 0":
-            native_cuda.build(library, on_host=True)
+        if not native.whole(library):
+            native_cuda.build(library, on_host=True, checked=True)
+    assert native._stamp_of(library) == f"{stamp} for 0"
     if not hasattr(torch.ops.fused_inr_cuda_on_host, "stamp"):
         torch.ops.load_library(str(library))
     return library

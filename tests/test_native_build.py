@@ -6,9 +6,11 @@ import ctypes
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -225,6 +227,143 @@ def test_two_builds_at_once_wait_for_each_other_and_a_killed_one_holds_nobody(tm
     holder.wait()
     with native.one_at_a_time(path, patience=60):
         pass
+
+
+def test_a_library_in_the_cache_is_whole_or_built_again(tmp_path):
+    library = tmp_path / "x.so"
+    with native.Build(library) as build:
+        (build.folder / "built").write_bytes(b"some bytes" * 1000)
+        build.publish(build.folder / "built")
+    assert native.whole(library)
+    good = library.read_bytes()
+    for bad in (b"", good[:-1], good[:4096], b"X" + good[1:]):
+        library.write_bytes(bad)
+        assert not native.whole(library), len(bad)
+    library.write_bytes(good)
+    assert native.whole(library)
+    native._sum_file(library).write_bytes(b"")
+    assert not native.whole(library)
+    native._sum_file(library).unlink()
+    assert not native.whole(library)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.so"], "the folder of the build was left"
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", [b"", b"\x7fELF" + bytes(60), "cut"], ids=["empty", "head only", "cut"])
+def test_a_damaged_engine_in_the_cache_is_built_again(own_cache, damage):
+    """The stamp alone does not tell: it may be in what a cut library has left."""
+    code = f"""
+        native._PACKAGED = native.Path("/nonexistent/_C.so")
+        library = native.cached_library(capabilities=("generic",))
+        whole, damage = library.read_bytes(), {damage!r}
+        library.write_bytes(whole[:-4096] if damage == "cut" else damage)
+        assert native.cached_library(capabilities=("generic",)) == library
+        assert native.whole(library)
+        print(native._stamp_of(library) == native._stamp(native.sources()), library.stat().st_size == len(whole))
+    """
+    # a compiler that takes no time: what is built is the stamp
+    wrapper = Path(own_cache).parent / "c++"
+    wrapper.write_text(
+        """#!/bin/sh
+[ "$1" = --version ] && { echo "c++ 1.0"; exit 0; }
+for word; do case "$word" in -DFUSED_INR_STAMP=*) stamp=${word#*=};; esac; done
+while [ "$1" != -o ]; do shift; done
+case "$2" in *.so) cat "$(dirname "$2")/ops.o" > "$2"; head -c 65536 /dev/zero >> "$2";;
+*) echo "FUSED_INR_STAMP=$stamp;" | tr -d '"' > "$2";; esac
+"""
+    )
+    wrapper.chmod(0o700)
+    assert _run(code, CXX=str(wrapper), XDG_CACHE_HOME=own_cache) == "True True"
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["empty", "cut", "other bytes"])
+def test_a_damaged_library_of_a_formula_is_built_again(tmp_path, damage):
+    if not native.load():
+        pytest.skip(native.status()[1])
+    native.compile_maps("test_native_build_damaged", SOURCE, cache=tmp_path)
+    (library,) = (tmp_path / "fused_inr").glob("maps_*.so")
+    whole = library.read_bytes()
+    library.unlink()  # the loaded one keeps its file
+    library.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "other bytes": b"\0" * len(whole)}[damage])
+    assert all(native.compile_maps("test_native_build_damaged", SOURCE, cache=tmp_path)[3:])
+    assert native.whole(library) and len(library.read_bytes()) > len(whole) // 2
+
+
+def test_a_damaged_packaged_library_gives_way_to_the_cache(tmp_path, own_cache):
+    packaged = tmp_path / "_C.so"
+    packaged.write_bytes(f"FUSED_INR_STAMP={native._stamp(native.sources())};".encode())
+    code = f"""
+        native._PACKAGED = native.Path({str(packaged)!r})
+        print(native.load(), native.status()[1])
+    """
+    assert _run(code, XDG_CACHE_HOME=own_cache, CXX="/nonexistent/c++").startswith("False the C++ compiler")
+
+
+SLOW_COMPILER = """#!/bin/sh
+[ "$1" = --version ] && { echo "c++ 1.0"; exit 0; }
+sleep 600 &
+echo $! >> "$PIDS"
+wait
+"""
+
+
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGKILL"])
+def test_a_build_that_is_stopped_leaves_nothing_for_long(tmp_path, own_cache, stop):
+    """Ctrl-C ends compilers and their children and removes the folder; what a killed one leaves, the next one does."""
+    wrapper, pids = tmp_path / "c++", tmp_path / "pids"
+    wrapper.write_text(SLOW_COMPILER)
+    wrapper.chmod(0o700)
+    code = """
+        native._PACKAGED = native.Path("/nonexistent/_C.so")
+        native.load()
+    """
+    head = f"""if True:
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("native_alone", {str(NATIVE)!r})
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+    """
+    environment = {**os.environ, "CXX": str(wrapper), "XDG_CACHE_HOME": own_cache, "PIDS": str(pids)}
+    process = subprocess.Popen([sys.executable, "-c", head + code], env=environment, stderr=subprocess.DEVNULL)
+    while not (pids.exists() and pids.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, stop))
+    process.wait(timeout=120)
+    cache = Path(own_cache) / "fused_inr"
+    left = list(cache.glob(".build_*"))
+    children = [int(word) for word in pids.read_text().split()]
+    if stop == "SIGINT":
+        assert not left
+        assert not any(_runs(pid) for pid in children)
+        return
+    assert len(left) == 1
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    with native.Build(cache / "other.so"), native.Build(cache / "another.so") as build:
+        assert len(list(cache.glob(".build_*"))) == 2  # those of the two: what is held stays
+        assert build.folder.exists()
+    assert not list(cache.glob(".build_*"))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_build_that_fails_ends_the_others(tmp_path):
+    script = tmp_path / "c++"
+    script.write_text('#!/bin/sh\n[ "$1" = bad ] && { echo "x.cpp:1: error: no" >&2; exit 3; }\nexec sleep 600\n')
+    script.chmod(0o700)
+    with (
+        pytest.raises(RuntimeError, match=r"exit code 3: x\.cpp:1: error: no"),
+        native.Build(tmp_path / "x.so") as build,
+    ):
+        build.run([[str(script), "bad"], [str(script), "good"], [str(script), "good"]])
+    assert not list(tmp_path.glob(".build_*"))
 
 
 # -- a user's formula

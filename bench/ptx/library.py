@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
 import platform
-import tempfile
 from pathlib import Path
 
 from ... import native
@@ -46,11 +44,10 @@ def unavailable() -> str:
 def build(target: Path) -> Path:
     """Compile the executor into the library `target`; whole or not at all. Raises RuntimeError with the first error."""
     command, _ = native.compiler()
-    with tempfile.TemporaryDirectory(prefix=".build_", dir=target.parent) as temporary:
-        built = Path(temporary) / target.name
-        native.run_compiler([*command, *FLAGS, str(SOURCES / "engine.cpp"), "-o", str(built)])
-        os.replace(built, target)
-    return target
+    with native.Build(target) as build:
+        built = build.folder / target.name
+        build.run([[*command, *FLAGS, str(SOURCES / "engine.cpp"), "-o", str(built)]])
+        return build.publish(built)
 
 
 @functools.cache
@@ -62,9 +59,9 @@ def load() -> ctypes.CDLL:
     _, version = native.compiler()
     name = native.digest(version, *FLAGS, *(f"{p.name}\0{p.read_text()}" for p in sources))
     library = native.cache_folder() / f"ptx_{name}.so"
-    if not library.is_file():
+    if not native.whole(library):
         with native.one_at_a_time(library.with_suffix(".lock"), patience=300.0):
-            if not library.is_file():
+            if not native.whole(library):
                 _logger.info("fused_inr: compiling the executor of PTX (seconds, once) into %s", library)
                 build(library)
     return ctypes.CDLL(str(library))

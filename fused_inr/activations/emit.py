@@ -10,7 +10,6 @@ import argparse
 import linecache
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -282,10 +281,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{'out of date' if check else 'writing'}: {path.relative_to(ROOT)}")
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
-                f.write(source)
-            os.chmod(f.name, 0o644)
-            os.replace(f.name, path)
+            part = path.with_name(f".{path.name}.part")
+            try:
+                part.write_text(source)
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
     return 1 if check and stale else 0
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,13 +64,11 @@ def unavailable() -> str:
 def _cached(name: str, make) -> Path:
     """A file made once, for all processes."""
     path = native.cache_folder() / name
-    if not path.is_file():
-        with (
-            native.one_at_a_time(path.with_suffix(".lock"), patience=300.0),
-            tempfile.TemporaryDirectory(prefix=".build_", dir=path.parent) as folder,
-        ):
-            if not path.is_file():
-                os.replace(make(Path(folder)), path)
+    if not native.whole(path):
+        with native.one_at_a_time(path.with_suffix(".lock"), patience=300.0):
+            if not native.whole(path):
+                with native.Build(path) as build:
+                    build.publish(make(build))
     return path
 
 
@@ -87,10 +83,10 @@ def compiled(source: str, capability: int = 80) -> str:
     headers = sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".cu"))
     name = native.digest(version, *flags, text, *(p.read_text() for p in headers))
 
-    def make(temporary: Path) -> Path:
-        (temporary / "chosen.cu").write_text(text)
-        target = temporary / "kernels.ptx"
-        native.run_compiler([*command, *flags, "-ptx", str(temporary / "chosen.cu"), "-o", str(target)])
+    def make(build: native.Build) -> Path:
+        written, target = build.folder / "chosen.cu", build.folder / "kernels.ptx"
+        written.write_text(text)
+        build.run([[*command, *flags, "-ptx", str(written), "-o", str(target)]])
         return target
 
     return _cached(f"test_{name}.ptx", make).read_text()
@@ -111,10 +107,11 @@ def _shim() -> ctypes.CDLL:
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-DFI_ONE_LANE=1", f"-I{folder / 'cuda'}", "-mf16c", "-mfma"]
     name = native.digest(version, SHIM, *flags, *((folder / "cuda" / f).read_text() for f in ("rows.h", "rows.cuh")))
 
-    def make(temporary: Path) -> Path:
-        (temporary / "shim.cpp").write_text(SHIM)
-        native.run_compiler([*command, *flags, str(temporary / "shim.cpp"), "-o", str(temporary / "shim.so")])
-        return temporary / "shim.so"
+    def make(build: native.Build) -> Path:
+        written, target = build.folder / "shim.cpp", build.folder / "shim.so"
+        written.write_text(SHIM)
+        build.run([[*command, *flags, str(written), "-o", str(target)]])
+        return target
 
     found = ctypes.CDLL(str(_cached(f"test_{name}.so", make)))
     found.map_rows_of.restype = ctypes.c_int64
