@@ -124,7 +124,7 @@ def is_valid(key: Key, numbers: Numbers) -> bool:
         configs = [tune.pick(arch, op, kind, dtype, precision, branches, N, K) for N, K in SHAPES[kind_name]]
     stages = 1 if kind_name != "dot" else numbers[4]
     itemsize = 2 if cls == "half" else 4
-    return all(c.num_stages == stages and tune.valid(c, arch, op, kind, branches, itemsize) for c in configs)
+    return all(c.num_stages == stages and tune.valid(c, arch, op, kind, branches, itemsize, cls) for c in configs)
 
 
 def _type(cls: str) -> tuple[torch.dtype, str]:

@@ -148,12 +148,15 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
         backends.record_layers(f"{form.name} composed: {reason}")
         return _composed(form, net(x), target, weight, reduction)
     encoded = x if net.encoding is None else net.encoding(x)
-    layers, decision = net._whole(encoded, "loss")
+    operands, decision = net._whole(encoded, "loss")
     reason = decision.reason
-    trained = any(p.requires_grad for m in (net.net, *net._norm_modules()) for p in m.parameters())
-    needed = torch.is_grad_enabled() and (encoded.requires_grad or trained)
-    if not reason:
-        reason = _why_composed(form, encoded, target, weight, reduction, decision.backend, needed, layers)
+    if operands is None:
+        trained = any(p.requires_grad for m in (net.net, *net._norm_modules()) for p in m.parameters())
+        needed = torch.is_grad_enabled() and (encoded.requires_grad or trained)
+    else:
+        needed = operands.tracked(encoded)
+    if not reason and operands is not None:
+        reason = _why_composed(form, encoded, target, weight, reduction, decision.backend, needed, operands.layers)
     if reason:
         if net.fusion == "network" and needed:
             raise RuntimeError(f"fusion='network': {reason}; fusion='auto' composes this loss")
@@ -164,7 +167,8 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
     criterion = _op.Criterion(form.map.key, form.constants, scale)
     flat = None if weight is None else weight.detach().reshape(-1)
     target = target.detach().reshape(-1, target.shape[-1])
-    return _op.network_loss(rows, target, flat, layers, criterion, decision, net._skips, net._norms)
+    assert operands is not None
+    return _op.run_loss(rows, target, flat, operands, criterion, decision)
 
 
 def _why_composed(form, x, target, weight, reduction, backend, needed, layers) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,11 @@ from .init.siren import siren_init_
 from .layers import ActivationLike, FusedLayer, FusedLinear, SineLayer, SplitLayer, alias, has_hooks
 from .ops import backends
 from .ops import mlp as _op
+from .structure import Structure, read
 
 __all__ = ["MLP", "SIREN", "SplitNet"]
 
 ModelInit = str | Callable[[nn.Module], object]
-
-
-_OUR_FORWARDS = (FusedLinear.forward, SineLayer.forward)  # of FusedLinear, of the layers that keep an nn.Linear
 
 
 _DERIVED = (
@@ -117,6 +116,18 @@ class Chain(nn.Sequential):
 _OUR_CONTAINERS = (nn.Sequential.forward, Chain.forward)
 
 
+class _Kept(NamedTuple):
+    """A network's structure, and the container that it was read from."""
+
+    net: nn.Module
+    structure: Structure
+
+
+#: Of every network that is alive, what it consisted of when it was last called; no part of it, so that copies and
+#: files of networks know nothing of it.
+_structures: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
 class _Network(nn.Module):
     """Coordinates, encoding, layers. `first` and `hidden` make a layer from (in_features, out_features).
 
@@ -202,6 +213,7 @@ class _Network(nn.Module):
 
     @property
     def _skips(self) -> tuple[bool, ...]:
+        """Of each layer, whether it has a skip connection; empty where none has."""
         if not isinstance(self.net, Chain):
             return ()
         self.net.check()
@@ -211,12 +223,6 @@ class _Network(nn.Module):
         """What stands behind the first layers."""
         norms = getattr(self.net, "_norms", (None,))[0]
         return [] if norms is None else list(norms)[: len(self.net)]
-
-    @property
-    def _norms(self) -> tuple[backends.Norm | None, ...]:
-        """Of each layer, empty where there are none; `_whole` has found that they are LayerNorms."""
-        norms = [(m.weight, m.bias, float(m.eps)) for m in cast(list[nn.LayerNorm], self._norm_modules())]
-        return (*norms, *[None] * (len(self.net) - len(norms))) if norms else ()
 
     def reset_parameters(self) -> None:
         """Draw everything again as at construction (also an encoding that has a `reset_parameters`)."""
@@ -237,12 +243,13 @@ class _Network(nn.Module):
         """What follows the encoding."""
         if self.fusion == "layers":
             return self.net(coordinates)
-        layers, decision = self._whole(coordinates)
-        if not decision.reason:
-            save = self.save == "preactivations"
-            return _op.network(coordinates, layers, decision, save, self._skips, self._norms)
+        operands, decision = self._whole(coordinates)
+        if operands is not None and decision.way == "network":
+            return _op.run_network(coordinates, operands, decision, self.save == "preactivations")
         if self.fusion == "network":
             raise RuntimeError(f"fusion='network': {decision.reason}; fusion='auto' runs this call layer by layer")
+        if operands is not None and decision.way == "plain":
+            return _op.run_plain(coordinates, operands, decision.reason)
         backends.record_layers(decision.reason)
         return self.net(coordinates)
 
@@ -254,42 +261,36 @@ class _Network(nn.Module):
         own = kind.forward is _Network.forward and kind._decode is _Network._decode
         return own and not has_hooks(self) and not nn.modules.module._has_any_global_hook()
 
-    def _operands(self) -> tuple[list[_op.Layer], str]:
-        """The layers as operands, and why they cannot be operands of one operation."""
-        if type(self.net).forward not in _OUR_CONTAINERS:
-            return [], f"its net is {type(self.net).__qualname__}, with a forward of its own"
-        if has_hooks(self.net) or nn.modules.module._has_any_global_hook():
-            return [], "there are hooks, which a whole network would not call"
-        layers: list[_op.Layer] = []
-        for module in self.net:
-            if not isinstance(module, FusedLayer) or type(module).forward not in _OUR_FORWARDS:
-                return [], f"{type(module).__name__} is not one of the fused layers"
-            if has_hooks(module):
-                return [], "a layer has hooks, which a whole network would not call"
-            if reason := module.why_called():
-                return [], f"{type(module).__name__}: {reason}"
-            layers.append(module.operands())
-        for i, module in enumerate(self._norm_modules()):
-            if reason := _why_not_norm(module, cast(FusedLayer, self.net[i])):
-                return [], f"layer {i}: {reason}"
-        return layers, ""
+    def _structure(self) -> Structure:
+        """What the network consists of, as it is now."""
+        compiling = torch.compiler.is_compiling()
+        kept = None if compiling else _structures.get(self)
+        if kept is not None and kept.net is self.net and kept.structure.holds():
+            return kept.structure
+        if isinstance(self.net, Chain):
+            self.net.check()
+        found = read(self.net, self._norm_modules(), _OUR_CONTAINERS)
+        if found.kept and not compiling:
+            _structures[self] = _Kept(self.net, found)
+        return found
 
-    def _whole(self, x: Tensor, direction: str = "forward") -> tuple[list[_op.Layer], _op.Decision]:
-        """The layers as operands, and who runs the whole network or why it is not (to be) one operation."""
+    def _whole(self, x: Tensor, direction: str = "forward") -> tuple[_op.Operands | None, _op.Decision]:
+        """The layers as operands, where they can be, and how this call of them runs, and why."""
         if not isinstance(x, Tensor):
-            return [], _op.Decision("", "", f"an input that is a {type(x).__name__}")
-        layers, reason = self._operands()
-        if not reason and direction == "forward":
-            if self.fusion == "auto" and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
-                reason = _DERIVED
-            elif not _op.tracked(x, layers, self._norms):
-                direction = "inference"
-        if reason:
-            return [], _op.Decision("", "", reason)
-        decision = _op.decide(x, layers, self._skips, self._norms, direction)
-        if self.fusion == "auto" and decision.layers_reason:
-            return layers, _op.Decision("", "", decision.layers_reason)
-        return layers, decision
+            return None, _op.Decision("", "", f"an input that is a {type(x).__name__}", "layers")
+        structure = self._structure()
+        operands = structure.operands
+        if operands is None:
+            return None, _op.Decision("", "", structure.reason, "layers")
+        auto = self.fusion == "auto"
+        derived = False
+        if direction == "forward":
+            derived = auto and x.requires_grad and x.is_leaf and torch.is_grad_enabled()
+            direction = direction if operands.tracked(x) else "inference"
+        decision = _op.decide(x, operands, direction, auto)
+        if derived and decision.way == "network":
+            return operands, _op.Decision("", "", _DERIVED, "layers")
+        return operands, decision
 
     def extra_repr(self) -> str:
         parts = [f"init={self._init_name!r}"]
@@ -302,17 +303,6 @@ class _Network(nn.Module):
         if self.norm is not None:
             parts.append(f"norm={self.norm!r}")
         return ", ".join(parts)
-
-
-def _why_not_norm(module: nn.Module, layer: FusedLayer) -> str:
-    """Why what stands behind a layer cannot be part of a whole network."""
-    if type(module) is not nn.LayerNorm:
-        return f"{type(module).__name__} behind it is no nn.LayerNorm"
-    if has_hooks(module):
-        return "its LayerNorm has hooks, which a whole network would not call"
-    if module.normalized_shape != (layer.output_features,):
-        return f"its LayerNorm is over {module.normalized_shape}, its output has {layer.output_features} columns"
-    return ""
 
 
 def _encoded_features(encoding: nn.Module | None, in_features: int) -> int:

@@ -73,10 +73,17 @@ class SumConfig:
 SUM = SumConfig(block_s=32, block_l=64, chunk=256, num_warps=4)
 
 
-def valid(config: Config, arch: str, op: str, kind: int, branches: int, itemsize: int) -> bool:
+def valid(config: Config, arch: str, op: str, kind: int, branches: int, itemsize: int, cls: str) -> bool:
     """Whether a configuration can be right: powers of two, tensor-core minima, operands within shared memory,
-    accumulators within a thread's registers and (sm_100) a multiprocessor's tensor memory."""
+    accumulators within a thread's registers and (sm_100) a multiprocessor's tensor memory.
+
+    sm_100, several branches, TF32: x is rounded in registers, goes to tensor memory, and all branches' products read it
+    there. With more than one stage Triton (3.7.1) writes the next x as soon as the first branch's product is done, and
+    the others may still read the one before: `bench.ptx` finds it. With one stage it waits for all of them.
+    """
     c = config
+    if arch == "sm100" and op != "weight_grad" and kind == DOT and cls == "tf32" and branches > 1 and c.num_stages > 1:
+        return False
     powers = (c.block_m, c.block_n, c.num_warps) + ((c.block_k,) if kind != NARROW_K or op == "weight_grad" else ())
     if any(v < 1 or v & (v - 1) for v in powers) or c.num_stages < 1 or c.num_warps > 16:
         return False
@@ -251,7 +258,7 @@ def pick(arch: str, op: str, kind: int, dtype: torch.dtype, precision: str, bran
         m = max(16, m // extra)
     config = Config(m, min(n, max(32, width)) if n > 32 else n, k, warps, stages)
     itemsize = 2 if cls == "half" else 4
-    while not valid(config, arch, op, kind, branches, itemsize) and config.num_stages > 1:
+    while not valid(config, arch, op, kind, branches, itemsize, cls) and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
 

@@ -571,7 +571,8 @@ def test_maps():
 def test_table_of_block_sizes():
     for entry in tune.shipped():
         itemsize = entry.dtype.itemsize
-        assert tune.valid(entry.config, entry.arch, entry.op, entry.kind, entry.branches, itemsize), entry
+        cls = tune.type_class(entry.dtype, entry.precision)
+        assert tune.valid(entry.config, entry.arch, entry.op, entry.kind, entry.branches, itemsize, cls), entry
     assert tune.arch_of_capability(8, 0) == "sm80" and tune.arch_of_capability(9, 0) == "sm90"
     assert tune.arch_of_capability(10, 0) == "sm100"
     assert {tune.arch_of_capability(*c) for c in ((8, 6), (8, 9), (12, 0))} == {"sm86"}
@@ -581,7 +582,8 @@ def test_table_of_block_sizes():
             for op in ("forward", "gz"):
                 for branches in (3, 5, 8):
                     config = tune.pick(arch, op, tune.DOT, dtype, precision, branches, 256, 256)
-                    assert tune.valid(config, arch, op, tune.DOT, branches, dtype.itemsize), (config, branches)
+                    cls = tune.type_class(dtype, precision)
+                    assert tune.valid(config, arch, op, tune.DOT, branches, dtype.itemsize, cls), (config, branches)
 
 
 def test_rows_are_no_key():

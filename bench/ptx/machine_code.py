@@ -11,6 +11,7 @@ the order in which they run; `compare` holds them against those that the executo
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ PARAMETERS = {90: 0x210}
 _LINE = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P(?:\d|T))\s+)?([A-Z][A-Zx0-9_.]*[A-Z0-9])\s*(.*?)\s*;\s*(?:/\*.*)?$"
 )
-_LABEL = re.compile(r"^(\.L_x?_?\w+):")
+_LABEL = re.compile(r"^(\.L_x?_?\w+|\$[\w$]+):")
 _CONSTANT = re.compile(r"c\[(0x[0-9a-f]+)\]\[(?:(U?R\w+)\+?)?(0x[0-9a-f]+)?\]$")
 _GROUP = re.compile(r"\[(U?R\w+)\]")
 
@@ -61,6 +62,8 @@ class Product:
 class Code:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    #: address -> index
+    at: dict[int | None, int] = field(default_factory=dict)
 
 
 def read(sass: str) -> Code:
@@ -71,6 +74,7 @@ def read(sass: str) -> Code:
             code.labels[m[1]] = len(code.instructions)
         elif m := _LINE.match(line):
             operands = tuple(x.strip() for x in m[4].split(",")) if m[4] else ()
+            code.at[int(m[1], 16)] = len(code.instructions)
             code.instructions.append(Instruction(int(m[1], 16), m[2] or "", m[3], operands))
     return code
 
@@ -194,10 +198,14 @@ class Warp:
             return None
         if base == "EXIT":
             return -1
-        if base != "BRA":
-            raise Undecided(str(i))
-        label = re.search(r"\.L\w+", i.operands[-1])
-        if not label or label[0] not in self.code.labels:
+        if base == "RET" and i.op == "RET.REL.NODEC":
+            address = self.value(i.operands[0].split()[0], 8)
+            if address not in self.code.at:
+                raise Undecided(str(i))
+            return self.code.at[address]
+        label = re.search(r"\.L\w+|\$[\w$]+", i.operands[-1])
+        # a call keeps its return address in a register, as an ordinary number
+        if not (base == "BRA" or i.op == "CALL.REL.NOINC") or not label or label[0] not in self.code.labels:
             raise Undecided(str(i))
         return self.code.labels[label[0]]
 
@@ -363,6 +371,8 @@ def _iadd3(w: Warp, i: Instruction) -> _Result:
     d, carries, s = _split(i)
     width = 8 if i.op.endswith(".64") else 4
     values = [w.value(x, width) for x in s[:3]]
+    # a negative operand is its complement and 1: -0 carries
+    values = [1 << 8 * width if x[0] == "-" and v == 0 else v for x, v in zip(s[:3], values)]
     extra: list[bool | None] = [w.predicate(x) for x in s[3:]] if ".X" in i.op else []
     if not _known(*values) or None in extra:
         return [(d, None, width), *((p, None, 0) for p in carries)]
@@ -377,6 +387,11 @@ def _iadd3(w: Warp, i: Instruction) -> _Result:
 def _added(w: Warp, i: Instruction) -> _Result:
     a, b = w.value(i.operands[1]), w.value(i.operands[2])
     return [(i.operands[0], None if a is None or b is None else (a + b) & M32, 4)]
+
+
+def _absolute(w: Warp, i: Instruction) -> _Result:
+    v = w.value(i.operands[1])
+    return [(i.operands[0], None if v is None else abs(_signed(v)), 4)]
 
 
 def _lea(w: Warp, i: Instruction) -> _Result:
@@ -630,13 +645,60 @@ def _plop3(w: Warp, i: Instruction) -> _Result:
     return out
 
 
+# -- divisions of integers: an estimate in float32, which integer instructions then correct
+
+
+def _float(bits: int) -> float:
+    return struct.unpack("<f", struct.pack("<I", bits))[0]
+
+
+def _bits(x: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+def _i2f(w: Warp, i: Instruction) -> _Result:
+    """An integer as float32, to the nearest or (.RP) upwards."""
+    parts = i.op.split(".")
+    if not {"F64", "F16"}.isdisjoint(parts):
+        return None
+    wide, unsigned = not {"U64", "S64"}.isdisjoint(parts), not {"U64", "U32"}.isdisjoint(parts)
+    v = w.value(i.operands[1], 8 if wide else 4)
+    if v is None:
+        return [(i.operands[0], None, 4)]
+    v = v if unsigned else _signed(v, 64 if wide else 32)
+    bits = _bits(float(v))
+    if "RP" in parts and _float(bits) < v:
+        bits += 1 if v > 0 else -1
+    return [(i.operands[0], bits, 4)]
+
+
+def _mufu(w: Warp, i: Instruction) -> _Result:
+    """The reciprocal, to the nearest; the hardware's may differ in the last bit, which is corrected afterwards."""
+    v = w.value(i.operands[1]) if i.op == "MUFU.RCP" else None
+    return [(i.operands[0], None if v is None or not _float(v) else _bits(1.0 / _float(v)), 4)]
+
+
+def _f2i(w: Warp, i: Instruction) -> _Result:
+    """Towards zero, within the range of the type; NaN gives 0, with .NTZ too."""
+    parts = i.op.split(".")
+    kind = next((p for p in parts if p in ("U32", "U64", "S64")), "S32")
+    width = 8 if kind.endswith("64") else 4
+    v = w.value(i.operands[1])
+    if "TRUNC" not in parts or not {"F64", "F16"}.isdisjoint(parts) or v is None:
+        return [(i.operands[0], None, width)]
+    x, bits = _float(v), 8 * width
+    low, high = (0, (1 << bits) - 1) if kind[0] == "U" else (-(1 << bits - 1), (1 << bits - 1) - 1)
+    whole = 0 if x != x else low if x <= low else high if x >= high else int(x)
+    return [(i.operands[0], whole & ((1 << bits) - 1), width)]
+
+
 _COMPUTE: dict[str, Callable[[Warp, Instruction], _Result]] = {
     "MOV": _mov, "UMOV": _mov, "IMAD": _imad, "UIMAD": _imad, "IADD3": _iadd3, "UIADD3": _iadd3, "LEA": _lea,
     "ULEA": _lea, "LOP3": _lop3, "ULOP3": _lop3, "SHF": _shf, "USHF": _shf, "SGXT": _sgxt, "USGXT": _sgxt, "SEL": _sel,
     "USEL": _sel, "ISETP": _isetp, "UISETP": _isetp, "VIMNMX": _minmax, "IMNMX": _minmax, "PRMT": _prmt,
     "UPRMT": _prmt, "S2R": _special, "S2UR": _special, "CS2R": _special, "LDC": _load_constant, "ULDC": _load_constant,
     "R2UR": _r2ur, "STL": _spill, "LDL": _spill, "SHFL": _shfl, "P2R": _p2r, "R2P": _r2p, "PLOP3": _plop3,
-    "UPLOP3": _plop3, "VIADD": _added,
+    "UPLOP3": _plop3, "VIADD": _added, "IABS": _absolute, "I2F": _i2f, "MUFU": _mufu, "F2I": _f2i,
 }  # fmt: skip
 
 

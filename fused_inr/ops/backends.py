@@ -33,6 +33,8 @@ from ..activations import Activation, ActivationMap, lookup
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: columns of the widest layer up to which the CPU engine is at its best with a whole network
 _WIDEST_TILE = 1024
+#: rows times columns of the widest layer up to which plain PyTorch takes less time than the CPU engine's call
+_PLAIN_ELEMENTS = 512
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -167,6 +169,14 @@ class Backend:
         """Why layers are the better way for a network that it could run whole; empty when they are not."""
         return ""
 
+    def prefers_plain(self, dtype: torch.dtype) -> str:
+        """Why plain PyTorch is the better way for a network that it could run whole; empty when it is not."""
+        return ""
+
+    def plain_elements(self, dtype: torch.dtype) -> int:
+        """Rows times columns of the widest layer up to which plain PyTorch is faster."""
+        return 0
+
     def mlp(self, x, weights, biases, params, constants, maps, skips, norms, precision, save) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
@@ -240,7 +250,7 @@ def _preactivation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return library_product(x.to(dtype), weight.to(dtype).transpose(-1, -2), bias)
 
 
-def _refuse_freed(*tensors: Tensor | None) -> None:
+def refuse_freed(*tensors: Tensor | None) -> None:
     """
     Raises:
         RuntimeError: storage was freed under a tensor, where PyTorch's elementwise operators read what is not there.
@@ -470,13 +480,13 @@ class Cpu(_Native):
 
     def linear_act(self, x, weight, bias, params, constants, map, precision, keep):
         if x.dtype == torch.float64:  # PyTorch's products and maps are faster than the engine's (bench calls)
-            _refuse_freed(x, weight, bias, *params)
+            refuse_freed(x, weight, bias, *params)
             return product_and_map(x, weight, bias, params, constants, map, keep)
         return super().linear_act(x, weight, bias, params, constants, map, precision, keep)
 
     def linear_act_backward(self, g, x, weight, bias, params, constants, z, map, precision, needs):
         if x.dtype == torch.float64:
-            _refuse_freed(g, x, weight, bias, z, *params)
+            refuse_freed(g, x, weight, bias, z, *params)
             return product_and_map_backward(g, x, weight, bias, params, constants, z, map, needs)
         return super().linear_act_backward(g, x, weight, bias, params, constants, z, map, precision, needs)
 
@@ -489,6 +499,12 @@ class Cpu(_Native):
         # a tile of rows and a layer's weights no longer fit the second-level cache together
         widest = max(rows for rows, _ in shapes)
         return "" if widest <= _WIDEST_TILE else f"layers of {widest} columns: a tile of them would hold few rows"
+
+    def prefers_plain(self, dtype):
+        return "PyTorch's products and maps of float64 are faster" if dtype == torch.float64 else ""
+
+    def plain_elements(self, dtype):
+        return _PLAIN_ELEMENTS
 
     def _network(self, maps: Sequence[ActivationMap]):
         for map in maps:
@@ -891,9 +907,11 @@ def _not_obeyed(backend: str, precision: str, x: Tensor) -> tuple[tuple[str, str
 # -- who runs a call
 
 
-def state() -> tuple:
-    """Everything about this process that a choice of backend and precision depends on."""
-    return (_backend.get(), _products.get(), torch.backends.cuda.matmul.fp32_precision, *TABLE.values())
+def state(device: torch.device) -> tuple:
+    """Everything about this process that a choice of backend and precision for a device depends on; first what `use`
+    asks for."""
+    own = torch.backends.cuda.matmul.fp32_precision if device.type == "cuda" else None
+    return (_backend.get(), _products.get(), own, *TABLE.values())
 
 
 def choose(activation: Activation, x: Tensor, weight: Tensor, *, record: bool = True) -> tuple[str, str]:
@@ -926,6 +944,13 @@ def record_plain(activation: Activation, x: Tensor, weight: Tensor, reason: str)
         records.append(Choice(_call(activation, x, weight), "plain PyTorch", _pytorch_products(), rejected))
 
 
+def record_plain_network(x: Tensor, layers, normed: bool, reason: str) -> None:
+    """For `explain`: a network that plain PyTorch's functions compute, and why."""
+    if (records := _records()) is not None:
+        rejected = (("fused", reason), *_not_obeyed("PyTorch", _pytorch_products(), x))
+        records.append(Choice(_network_call(x, layers, normed), "plain PyTorch", _pytorch_products(), rejected))
+
+
 def demanded() -> str | None:
     """The backend that `use` asks for."""
     return _backend.get()
@@ -943,13 +968,17 @@ def choose_moments(map: ActivationMap, device: torch.device) -> str:
 def record_network(x: Tensor, layers, normed: bool, backend: str, precision: str, loss: str = "") -> None:
     """For `explain`: a whole network that runs as one operation, `normed`: with LayerNorm between the layers."""
     if (records := _records()) is not None:
-        widths = " -> ".join(str(weight.shape[0] // activation.branches) for weight, _, activation in layers)
-        names = ", ".join(dict.fromkeys(activation.name for _, _, activation in layers))
-        names += ", LayerNorm" if normed else ""
-        call = f"whole network [{', '.join(map(str, x.shape))}] -> {widths} {x.dtype} ({names})"
+        call = _network_call(x, layers, normed)
         _, rejected = _serving(_backend.get(), layers[0][2].map.key, x.device, x.dtype)
         rejected += _not_obeyed(backend, precision, x)
         records.append(Choice(f"{call}{' with ' + loss if loss else ''}", backend, precision, rejected))
+
+
+def _network_call(x: Tensor, layers, normed: bool) -> str:
+    widths = " -> ".join(str(weight.shape[0] // activation.branches) for weight, _, activation in layers)
+    names = ", ".join(dict.fromkeys(activation.name for _, _, activation in layers))
+    names += ", LayerNorm" if normed else ""
+    return f"whole network [{', '.join(map(str, x.shape))}] -> {widths} {x.dtype} ({names})"
 
 
 def record_layers(reason: str) -> None:

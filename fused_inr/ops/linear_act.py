@@ -563,6 +563,8 @@ def linear_act(
 
 def _unfused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     dtype = raw.compute_dtype(x.dtype)
+    if x.dtype is dtype and weight.dtype is dtype and weight.dim() == 2:
+        return activation(torch.nn.functional.linear(x, weight, bias))
     x_, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if weight.dim() == 2:

@@ -38,6 +38,8 @@ class Config:
     skips: tuple[bool, ...] = ()
     #: for each layer, eps of its LayerNorm, below 0 where it has none; empty where none has
     norm_eps: tuple[float, ...] = ()
+    #: what became of gradients of such calls
+    history: History | None = field(default=None, compare=False, repr=False)
 
     @functools.cached_property
     def maps(self) -> tuple[ActivationMap, ...]:
@@ -92,80 +94,149 @@ def _why_not_norm(x: Tensor, norm: Norm, columns: int) -> str:
     return ""
 
 
+class Operands:
+    """A network as operands of one operation.
+
+    Attributes:
+        layers, skips, norms: of each layer its tensors and activation, whether it has a skip connection, its LayerNorm;
+            the last two are empty where no layer has one.
+        tensors: all of them, in the order in which the operation takes them and gives their gradients.
+        constants: parameters of the activations that are numbers (0 where a parameter is a tensor).
+        decisions: who runs its calls, by the kind of call.
+    """
+
+    def __init__(self, layers: Sequence[Layer], skips: Sequence[bool] = (), norms: Sequence[Norm | None] = ()):
+        self.layers = layers
+        self.skips = tuple(skips) if any(skips) else ()
+        self.norms = tuple(norms) if any(norm is not None for norm in norms) else ()
+        self.tensors, self.constants = _operands(layers, self.norms)
+        self.present = [t for t in self.tensors if t is not None]
+        self.widest = max(weight.shape[0] for weight, _, _ in layers) if layers else 0
+        self.decisions: dict[tuple, Decision] = {}
+
+    def tracked(self, x: Tensor) -> bool:
+        """Whether the network's output has a derivative."""
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(t.requires_grad for t in self.present)
+
+
+class History:
+    """What became of a network's gradients: to differentiate them again, a whole network is computed a second time."""
+
+    #: calls for which such a backward is remembered
+    LASTS = 64
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def differentiated(self) -> None:
+        """A backward that must itself be differentiated has run."""
+        self.calls = self.LASTS
+
+    def expects(self) -> bool:
+        """Whether the present call's backward will probably be one."""
+        self.calls = max(0, self.calls - 1)
+        return self.calls > 0
+
+
 @dataclass(eq=False)
 class Decision:
-    """Who runs a network's calls of one kind, or why it is not to run as one operation."""
+    """How a network's calls of one kind run, and why not otherwise."""
 
     backend: str
     precision: str
-    #: why the whole network cannot run there ("": it can)
+    #: why the call is not one operation ("": it is)
     reason: str
-    #: why layers are the better way for a network that could ("": they are not)
-    layers_reason: str = ""
+    #: "network": as one operation; "layers": one operation a layer; "plain": by PyTorch's functions
+    way: str = "network"
+    #: rows up to which plain PyTorch is faster
+    plain_rows: int = 0
     #: of calls, by whether they save
     configs: dict[bool, Config] = field(default_factory=dict)
+    #: None where calls are compiled
+    history: History | None = None
 
 
 #: Decisions that were made before, by everything that they depend on.
 _decisions: dict[tuple, Decision] = {}
 _MOST_DECISIONS = 1024
-
-
-def tracked(x: Tensor, layers: Sequence[Layer], norms: Sequence[Norm | None]) -> bool:
-    """Whether the network's output has a derivative."""
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or any(
-        t is not None and t.requires_grad
-        for tensors in (*((weight, bias, *activation.tensors) for weight, bias, activation in layers),
-                        *(norm[:2] for norm in norms if norm is not None))
-        for t in tensors
-    )  # fmt: skip
+_FEW_ROWS = Decision("", "", "so few rows are faster in plain PyTorch", "plain")
+_AGAIN = "its gradients were differentiated lately, for which a whole network is computed twice"
+#: rows times columns of the widest layer up to which derivatives of any order are faster in plain PyTorch
+_SMALL = 1 << 18
 
 
 def _described(tensor: Tensor | None):
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
-def decide(
-    x: Tensor, layers: Sequence[Layer], skips: Sequence[bool], norms: Sequence[Norm | None], direction: str
-) -> Decision:
-    """`why_not`, remembered: a small forward takes no longer than its decision.
+def decide(x: Tensor, operands: Operands, direction: str, auto: bool = True) -> Decision:
+    """How the call runs; remembered, as a small forward takes no longer than its decision.
+
+    `auto`: whether layers and plain PyTorch may be chosen where they are faster.
 
     Raises:
         RuntimeError: a backend demanded with `backends.use` that cannot serve any layer.
     """
     if state := _state():
-        return Decision("", "", state)
-    cast = autocast_type(x, layers)
+        free = auto and backends.demanded() is None and not torch.compiler.is_compiling()
+        return Decision("", "", state, "plain" if free and linear_act._under_vmap() else "layers")
+    cast = autocast_type(x, operands.layers)
     if torch.compiler.is_compiling():  # once a compilation
-        return _decide(x, layers, skips, norms, direction, cast)
+        return _decide(x, operands, direction, auto, cast)
+    settings = backends.state(x.device)
+    kind = (direction, auto, x.shape[-1:], x.dim(), x.dtype, x.device, x.layout, cast, settings)
+    found = operands.decisions.get(kind)
+    if found is None:
+        found = operands.decisions[kind] = _known(x, operands, direction, auto, cast, kind)
+        found.history = found.history or History()
+    if found.way == "network" and auto and settings[0] is None:
+        rows = x.numel() // max(1, x.shape[-1])
+        if rows <= found.plain_rows:
+            return _FEW_ROWS
+        if direction != "inference" and found.history is not None and found.history.expects():
+            way = "plain" if x.device.type == "cpu" and rows * operands.widest <= _SMALL else "layers"
+            return Decision(found.backend, found.precision, _AGAIN, way)
+    return found
+
+
+def _known(x: Tensor, operands: Operands, direction: str, auto: bool, cast, kind: tuple) -> Decision:
+    """The decision for a network that looks like this one: networks come and go with functional calls."""
     key = (
-        direction, x.shape[-1:], x.dim(), x.dtype, x.device, x.layout, cast, backends.state(), skips,
+        kind, operands.skips,
         tuple([
             (weight.shape, weight.dtype, weight.device, _described(bias), activation.map, activation.constants,
              tuple([_described(t) for t in activation.tensors]) if activation.has_tensors else None)
-            for weight, bias, activation in layers
+            for weight, bias, activation in operands.layers
         ]),
-        tuple([norm and (_described(norm[0]), _described(norm[1]), norm[2]) for norm in norms]),
+        tuple([norm and (_described(norm[0]), _described(norm[1]), norm[2]) for norm in operands.norms]),
     )  # fmt: skip
     found = _decisions.get(key)
     if found is None:
-        found = _decide(x, layers, skips, norms, direction, cast)
+        found = _decide(x, operands, direction, auto, cast)
         if len(_decisions) >= _MOST_DECISIONS:
             _decisions.clear()
         _decisions[key] = found
     return found
 
 
-def _decide(x: Tensor, layers, skips, norms, direction: str, cast: torch.dtype | None) -> Decision:
-    backend, precision, reason = why_not(x, layers, skips, norms, direction=direction, cast=cast)
+def _decide(x: Tensor, operands: Operands, direction: str, auto: bool, cast: torch.dtype | None) -> Decision:
+    layers = operands.layers
+    backend, precision, reason = why_not(x, layers, operands.skips, operands.norms, direction=direction, cast=cast)
     if reason:
-        return Decision(backend, precision, reason)
-    shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
-    maps = [activation.map for _, _, activation in layers]
+        return Decision(backend, precision, reason, "layers")
+    if not auto:
+        return Decision(backend, precision, "")
     dtype = x.dtype if cast is None else cast
-    return Decision(backend, precision, "", backends.implementation(backend).prefers_layers(shapes, maps, dtype))
+    implementation = backends.implementation(backend)
+    shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
+    if cast is None and backends.demanded() is None and (reason := implementation.prefers_plain(dtype)):
+        return Decision(backend, precision, reason, "plain")
+    if reason := implementation.prefers_layers(shapes, [activation.map for _, _, activation in layers], dtype):
+        return Decision(backend, precision, reason, "layers")
+    few = implementation.plain_elements(dtype) // operands.widest if cast is None else 0
+    return Decision(backend, precision, "", plain_rows=few)
 
 
 def autocast_type(x: Tensor, layers: Sequence[Layer]) -> torch.dtype | None:
@@ -369,6 +440,8 @@ class Network(torch.autograd.Function):
         needs = [needs[0], *needs[2:]]
         compiling = torch.compiler.is_compiling()
         if not compiling and (torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g)):
+            if config.history is not None:
+                config.history.differentiated()
             grads = _again(lambda: _through_layers(x, config, tensors), x, tensors, needs, g)
         else:
             rest = (saved, config.backend, config.precision, _groups(config, needs))
@@ -400,6 +473,8 @@ class NetworkLoss(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         if not compiling and (torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g)):
             needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+            if ctx.config.history is not None:
+                ctx.config.history.differentiated()
 
             def run():
                 y = _through_layers(x, ctx.config, tensors)
@@ -442,29 +517,32 @@ def _operands(
     return [*tensors, *backends.flat_norms(norms)[0]] if norms else tensors, tuple(constants)
 
 
-def _config(
-    decision: Decision, layers: Sequence[Layer], constants, save: bool, skips: Sequence[bool], norms: Sequence
-) -> Config:
+def _config(decision: Decision, operands: Operands, save: bool) -> Config:
     """The decision's configuration: the same object for all calls of one kind."""
     config = decision.configs.get(save)
     if config is None:
-        keys = tuple(activation.map.key for _, _, activation in layers)
-        counts = tuple(len(activation.tensors) for _, _, activation in layers)
-        skips = tuple(skips) if any(skips) else ()
-        eps = tuple(backends.flat_norms(norms)[1])
-        config = Config(keys, constants, counts, decision.backend, decision.precision, save, skips, eps)
+        keys = tuple(activation.map.key for _, _, activation in operands.layers)
+        counts = tuple(len(activation.tensors) for _, _, activation in operands.layers)
+        eps = tuple(backends.flat_norms(operands.norms)[1])
+        config = Config(
+            keys, operands.constants, counts, decision.backend, decision.precision, save, operands.skips, eps,
+            decision.history,
+        )  # fmt: skip
         decision.configs[save] = config
     return config
 
 
-def _cast(x: Tensor, layers: Sequence[Layer], backend: str) -> tuple[Tensor, Sequence[Layer]]:
+def _cast(x: Tensor, operands: Operands, backend: str) -> tuple[Tensor, Operands]:
     """To autocast's type, as each layer would do it for itself; weights only where the backend does not read any."""
-    dtype = autocast_type(x, layers)
+    dtype = autocast_type(x, operands.layers)
     if dtype is None:
-        return x, layers
+        return x, operands
     if not backends.implementation(backend).reads_any_weights:
-        layers = [(w.to(dtype), None if b is None else b.to(dtype), activation) for w, b, activation in layers]
-    return x.to(dtype), layers
+        layers = [
+            (w.to(dtype), None if b is None else b.to(dtype), activation) for w, b, activation in operands.layers
+        ]
+        operands = Operands(layers, operands.skips, operands.norms)
+    return x.to(dtype), operands
 
 
 def network(
@@ -475,12 +553,17 @@ def network(
     skips: Sequence[bool] = (),
     norms: Sequence[Norm | None] = (),
 ) -> Tensor:
-    """x [.., K] through all layers, where `decide` has found that the backend serves."""
-    x, layers = _cast(x, layers, decision.backend)
-    tensors, constants = _operands(layers, norms)
-    track = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
-    config = _config(decision, layers, constants, save and track, skips, norms)
-    backends.record_network(x, layers, bool(norms), config.backend, config.precision)
+    """`run_network` of layers that are no `Operands` yet."""
+    return run_network(x, Operands(layers, skips, norms), decision, save)
+
+
+def run_network(x: Tensor, operands: Operands, decision: Decision, save: bool) -> Tensor:
+    """x [.., K] through all layers as one operation, where `decide` has found that the backend serves."""
+    x, operands = _cast(x, operands, decision.backend)
+    tensors = operands.tensors
+    track = operands.tracked(x)
+    config = _config(decision, operands, save and track)
+    backends.record_network(x, operands.layers, bool(operands.norms), config.backend, config.precision)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
         run = Network.apply if track else Network.forward
@@ -489,6 +572,43 @@ def network(
         apply = linear_act._apply if track else _untracked
         y = linear_act._exactly(x.device, apply, Network, rows, config, *tensors)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+#: rows that plain PyTorch takes through all layers at a time, a thread: what they are between two layers stays in cache
+_PLAIN_TILE = 1024
+
+
+def run_plain(x: Tensor, operands: Operands, reason: str) -> Tensor:
+    """x [.., K] through all layers by PyTorch's own functions, tile by tile; differentiable any number of times."""
+    backends.record_plain_network(x, operands.layers, bool(operands.norms), reason)
+    return linear_act._exactly(x.device, _run_plain, x, operands)
+
+
+def _run_plain(x: Tensor, operands: Operands) -> Tensor:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _plain(x, operands)
+    backends.refuse_freed(x, *operands.present)
+    rows, tile = x.numel() // max(1, x.shape[-1]), _PLAIN_TILE * torch.get_num_threads()
+    if rows <= tile:
+        return _plain(x, operands)
+    parts = -(-rows // tile)
+    tiles = x.reshape(rows, x.shape[-1]).split(-(-rows // parts))
+    y = torch.cat([_plain(part, operands) for part in tiles])
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _plain(x: Tensor, operands: Operands) -> Tensor:
+    if not operands.skips and not operands.norms:
+        for weight, bias, activation in operands.layers:
+            x = linear_act._unfused(x, weight, bias, activation)
+        return x
+    n = len(operands.layers)
+    skips, norms = operands.skips or [False] * n, operands.norms or [None] * n
+    for (weight, bias, activation), skip, norm in zip(operands.layers, skips, norms, strict=True):
+        y = linear_act._unfused(x, weight, bias, activation)
+        y = y if norm is None else backends.layer_norm(y, norm)
+        x = backends.add_skip(y, x) if skip else y
+    return x
 
 
 def _untracked(function, *args):
@@ -505,12 +625,25 @@ def network_loss(
     skips: Sequence[bool] = (),
     norms: Sequence[Norm | None] = (),
 ) -> Tensor:
+    """`run_loss` of layers that are no `Operands` yet."""
+    return run_loss(x, target, row_weights, Operands(layers, skips, norms), criterion, decision)
+
+
+def run_loss(
+    x: Tensor,
+    target: Tensor,
+    row_weights: Tensor | None,
+    operands: Operands,
+    criterion: Criterion,
+    decision: Decision,
+) -> Tensor:
     """The criterion of the network's output, with all gradients made in the same pass; rows flattened, [M, ..]."""
-    x, layers = _cast(x, layers, decision.backend)
-    tensors, constants = _operands(layers, norms)
-    config = _config(decision, layers, constants, False, skips, norms)
-    backends.record_network(x, layers, bool(norms), config.backend, config.precision, criterion.loss)
-    args = (x, target, row_weights, config, criterion, *tensors)
+    x, operands = _cast(x, operands, decision.backend)
+    config = _config(decision, operands, False)
+    backends.record_network(
+        x, operands.layers, bool(operands.norms), config.backend, config.precision, criterion.loss
+    )
+    args = (x, target, row_weights, config, criterion, *operands.tensors)
     if torch.compiler.is_compiling():
         return linear_act._exactly(x.device, NetworkLoss.apply, *args)
     return linear_act._exactly(x.device, linear_act._apply, NetworkLoss, *args)

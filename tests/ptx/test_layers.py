@@ -117,6 +117,12 @@ def test_layers_elsewhere(gpu, precision):
     assert_within_bounds("sine", precision, TAILS)
 
 
+@pytest.mark.parametrize("gpu", [100], indirect=True)
+def test_branches_that_share_a_rounded_input(gpu):
+    """Several steps of the reduction: the next x must not be written while some branch's product reads the last one."""
+    assert_within_bounds("split", "tf32", (70, 145, 80))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [*TYPES, *SPLIT])
 @pytest.mark.parametrize("name", MAPS)

@@ -1,0 +1,161 @@
+"""What a network consists of: its layers as operands, read once and kept until a module, a parameter or a hook changes.
+
+Reading takes longer than a small network's arithmetic; finding that nothing has changed takes some microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .layers import FusedLayer, FusedLinear, SineLayer, has_hooks
+from .ops import mlp as _op
+
+__all__ = ["Structure", "read"]
+
+_OUR_FORWARDS = (FusedLinear.forward, SineLayer.forward)  # of FusedLinear, of the layers that keep an nn.Linear
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_any_global_hook = nn.modules.module._has_any_global_hook
+
+
+class Structure:
+    """The operands of a network, and everything whose change would change them.
+
+    Attributes:
+        operands: the layers as operands of one operation; None where `reason` says why they cannot be.
+        kept: whether `holds` can tell that they are still right, at a later call.
+    """
+
+    def __init__(self) -> None:
+        self.operands: _op.Operands | None = None
+        self.reason = ""
+        self.kept = True
+        self._same: list[tuple[dict, str, Any]] = []
+        self._children: list[tuple[dict, list]] = []
+        self._without: list[dict] = []
+        self._kinds: list[tuple[nn.Module, type]] = []
+        self._forwards: dict[Any, Callable] = {}
+        self._tensors: list[tuple[Tensor, torch.dtype, torch.device, torch.Size]] = []
+
+    def holds(self) -> bool:
+        """Whether nothing has changed that the operands were read from."""
+        if _any_global_hook():
+            return False
+        for mapping, name, value in self._same:
+            if mapping.get(name) is not value:
+                return False
+        for mapping, children in self._children:
+            if list(mapping.values()) != children:
+                return False
+        for attributes in self._without:
+            if "forward" in attributes:
+                return False
+            for name in _HOOKS:
+                if attributes[name]:
+                    return False
+        for module, kind in self._kinds:
+            if module.__class__ is not kind:
+                return False
+        for kind, forward in self._forwards.items():
+            if kind.forward is not forward:
+                return False
+        for tensor, dtype, device, shape in self._tensors:
+            if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
+                return False
+        return True
+
+    # -- what `holds` looks at
+
+    def watch(self, module: nn.Module, *attributes: str) -> None:
+        """The class of a module, its hooks, and attributes of it that are no parameters."""
+        self._without.append(module.__dict__)
+        self._kinds.append((module, module.__class__))
+        self._forwards[type(module)] = type(module).forward
+        self._same += [(module.__dict__, name, module.__dict__.get(name)) for name in attributes]
+
+    def watch_children(self, module: nn.Module) -> None:
+        """Which modules a container holds."""
+        self._children.append((module._modules, list(module._modules.values())))
+
+    def watch_child(self, module: nn.Module, name: str) -> None:
+        self._same.append((module._modules, name, module._modules.get(name)))
+
+    def watch_tensor(self, module: nn.Module, name: str) -> None:
+        """A parameter (or buffer) of a module; what is computed anew at each call is read anew."""
+        mapping = module._parameters if name in module._parameters else module._buffers
+        value = mapping.get(name)
+        self._same.append((mapping, name, value))
+        if value is None:
+            self.kept &= name in mapping
+        else:
+            # tensors that stand in for parameters during a call (torch.func) are not held beyond it
+            self.kept &= type(value) is nn.Parameter or mapping is module._buffers
+            self._tensors.append((value, value.dtype, value.device, value.shape))
+
+
+def read(net: nn.Module, norms: list[nn.Module], containers: tuple[Callable, ...]) -> Structure:
+    """The structure of `net`, a sequence of layers with a forward of `containers`, and of the `norms` behind the first
+    of them."""
+    found = Structure()
+    layers: list[_op.Layer] = []
+    found.reason = _read_layers(net, containers, found, layers) or _read_norms(net, norms, found)
+    found.kept &= not found.reason
+    if not found.reason:
+        behind = [(m.weight, m.bias, float(m.eps)) for m in cast(list[nn.LayerNorm], norms)]
+        skips = getattr(net, "skips", ())
+        found.operands = _op.Operands(layers, skips, [*behind, *[None] * (len(layers) - len(behind))] if behind else ())
+    return found
+
+
+def _read_layers(net: nn.Module, containers, found: Structure, layers: list[_op.Layer]) -> str:
+    if type(net).forward not in containers:
+        return f"its net is {type(net).__qualname__}, with a forward of its own"
+    if has_hooks(net) or _any_global_hook():
+        return "there are hooks, which a whole network would not call"
+    found.watch(net, "skips", "_norms")
+    found.watch_children(net)
+    for module in net.children():
+        if not isinstance(module, FusedLayer) or type(module).forward not in _OUR_FORWARDS:
+            return f"{type(module).__name__} is not one of the fused layers"
+        if has_hooks(module):
+            return "a layer has hooks, which a whole network would not call"
+        if reason := module.why_called():
+            return f"{type(module).__name__}: {reason}"
+        layers.append(module.operands())
+        found.watch(module, "activation", "_tensor_names")
+        holder: nn.Module = module
+        if not isinstance(module, FusedLinear):
+            found.watch_child(module, "linear")
+            holder = cast(nn.Module, module.linear)
+            found.watch(holder)
+        for name in ("weight", "bias"):
+            found.watch_tensor(holder, name)
+        for name in module._tensor_names:
+            found.watch_tensor(module, name)
+    return ""
+
+
+def _read_norms(net: nn.Module, norms: list[nn.Module], found: Structure) -> str:
+    if (held := getattr(net, "_norms", (None,))[0]) is not None:
+        found.watch_children(held)
+    for i, module in enumerate(norms):
+        if reason := _why_not_norm(module, cast(FusedLayer, net[i])):  # type: ignore[index]
+            return f"layer {i}: {reason}"
+        found.watch(module, "eps", "normalized_shape")
+        for name in ("weight", "bias"):
+            found.watch_tensor(module, name)
+    return ""
+
+
+def _why_not_norm(module: nn.Module, layer: FusedLayer) -> str:
+    """Why what stands behind a layer cannot be part of a whole network."""
+    if type(module) is not nn.LayerNorm:
+        return f"{type(module).__name__} behind it is no nn.LayerNorm"
+    if has_hooks(module):
+        return "its LayerNorm has hooks, which a whole network would not call"
+    if module.normalized_shape != (layer.output_features,):
+        return f"its LayerNorm is over {module.normalized_shape}, its output has {layer.output_features} columns"
+    return ""
