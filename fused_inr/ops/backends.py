@@ -33,8 +33,6 @@ from ..activations import Activation, ActivationMap, lookup
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: columns of the widest layer up to which the CPU engine is at its best with a whole network
 _WIDEST_TILE = 1024
-#: rows times columns of the widest layer up to which plain PyTorch takes less time than the CPU engine's call
-_PLAIN_ELEMENTS = 512
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -172,10 +170,6 @@ class Backend:
     def prefers_plain(self, dtype: torch.dtype) -> str:
         """Why plain PyTorch is the better way for a network that it could run whole; empty when it is not."""
         return ""
-
-    def plain_elements(self, dtype: torch.dtype) -> int:
-        """Rows times columns of the widest layer up to which plain PyTorch is faster."""
-        return 0
 
     def mlp(self, x, weights, biases, params, constants, maps, skips, norms, precision, save) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -502,9 +496,6 @@ class Cpu(_Native):
 
     def prefers_plain(self, dtype):
         return "PyTorch's products and maps of float64 are faster" if dtype == torch.float64 else ""
-
-    def plain_elements(self, dtype):
-        return _PLAIN_ELEMENTS
 
     def _network(self, maps: Sequence[ActivationMap]):
         for map in maps:

@@ -123,19 +123,18 @@ def _inside_transform() -> bool:
 _inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _under_vmap() -> bool:
-    from torch._C._functorch import TransformType
-    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+def _levels(kind) -> int:
+    """How many torch.func transformations of a kind are active."""
+    # not `retrieve_all_functorch_interpreters`, which makes an object for each and takes 50 us
+    return sum(i.key() == kind for i in torch._C._functorch.get_interpreter_stack() or ())
 
-    return any(i.key() == TransformType.Vmap for i in retrieve_all_functorch_interpreters())
+
+def _under_vmap() -> bool:
+    return _levels(torch._C._functorch.TransformType.Vmap) > 0
 
 
 def _forward_levels() -> int:
-    """How many forward-mode transformations are active."""
-    from torch._C._functorch import TransformType
-    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-
-    return sum(i.key() == TransformType.Jvp for i in retrieve_all_functorch_interpreters())
+    return _levels(torch._C._functorch.TransformType.Jvp)
 
 
 def _forward_mode() -> bool:

@@ -113,6 +113,16 @@ class Operands:
         self.present = [t for t in self.tensors if t is not None]
         self.widest = max(weight.shape[0] for weight, _, _ in layers) if layers else 0
         self.decisions: dict[tuple, Decision] = {}
+        self._functions: list[tuple] | None = None
+
+    def functions(self) -> list[tuple]:
+        """Of each layer: weight, bias, its activation as a plain PyTorch function, branches and parameters of that."""
+        if self._functions is None:
+            self._functions = [
+                (weight, bias, activation.map.torch_map(0), activation.branches, tuple(activation.params.values()))
+                for weight, bias, activation in self.layers
+            ]
+        return self._functions
 
     def tracked(self, x: Tensor) -> bool:
         """Whether the network's output has a derivative."""
@@ -125,7 +135,7 @@ class History:
     """What became of a network's gradients: to differentiate them again, a whole network is computed a second time."""
 
     #: calls for which such a backward is remembered
-    LASTS = 64
+    LASTS = 256
 
     def __init__(self) -> None:
         self.calls = 0
@@ -150,8 +160,6 @@ class Decision:
     reason: str
     #: "network": as one operation; "layers": one operation a layer; "plain": by PyTorch's functions
     way: str = "network"
-    #: rows up to which plain PyTorch is faster
-    plain_rows: int = 0
     #: of calls, by whether they save
     configs: dict[bool, Config] = field(default_factory=dict)
     #: None where calls are compiled
@@ -161,7 +169,6 @@ class Decision:
 #: Decisions that were made before, by everything that they depend on.
 _decisions: dict[tuple, Decision] = {}
 _MOST_DECISIONS = 1024
-_FEW_ROWS = Decision("", "", "so few rows are faster in plain PyTorch", "plain")
 _AGAIN = "its gradients were differentiated lately, for which a whole network is computed twice"
 #: rows times columns of the widest layer up to which derivatives of any order are faster in plain PyTorch
 _SMALL = 1 << 18
@@ -180,8 +187,8 @@ def decide(x: Tensor, operands: Operands, direction: str, auto: bool = True) -> 
         RuntimeError: a backend demanded with `backends.use` that cannot serve any layer.
     """
     if state := _state():
-        free = auto and backends.demanded() is None and not torch.compiler.is_compiling()
-        return Decision("", "", state, "plain" if free and linear_act._under_vmap() else "layers")
+        free = auto and not torch.compiler.is_compiling() and linear_act._under_vmap() and backends.demanded() is None
+        return Decision("", "", state, "plain" if free else "layers")
     cast = autocast_type(x, operands.layers)
     if torch.compiler.is_compiling():  # once a compilation
         return _decide(x, operands, direction, auto, cast)
@@ -192,11 +199,9 @@ def decide(x: Tensor, operands: Operands, direction: str, auto: bool = True) -> 
         found = operands.decisions[kind] = _known(x, operands, direction, auto, cast, kind)
         found.history = found.history or History()
     if found.way == "network" and auto and settings[0] is None:
-        rows = x.numel() // max(1, x.shape[-1])
-        if rows <= found.plain_rows:
-            return _FEW_ROWS
         if direction != "inference" and found.history is not None and found.history.expects():
-            way = "plain" if x.device.type == "cpu" and rows * operands.widest <= _SMALL else "layers"
+            elements = x.numel() // max(1, x.shape[-1]) * operands.widest
+            way = "plain" if x.device.type == "cpu" and elements <= _SMALL else "layers"
             return Decision(found.backend, found.precision, _AGAIN, way)
     return found
 
@@ -235,8 +240,7 @@ def _decide(x: Tensor, operands: Operands, direction: str, auto: bool, cast: tor
         return Decision(backend, precision, reason, "plain")
     if reason := implementation.prefers_layers(shapes, [activation.map for _, _, activation in layers], dtype):
         return Decision(backend, precision, reason, "layers")
-    few = implementation.plain_elements(dtype) // operands.widest if cast is None else 0
-    return Decision(backend, precision, "", plain_rows=few)
+    return Decision(backend, precision, "")
 
 
 def autocast_type(x: Tensor, layers: Sequence[Layer]) -> torch.dtype | None:
@@ -598,9 +602,12 @@ def _run_plain(x: Tensor, operands: Operands) -> Tensor:
 
 
 def _plain(x: Tensor, operands: Operands) -> Tensor:
-    if not operands.skips and not operands.norms:
-        for weight, bias, activation in operands.layers:
-            x = linear_act._unfused(x, weight, bias, activation)
+    if not operands.skips and not operands.norms and x.dtype.itemsize >= 4:
+        linear = torch.nn.functional.linear
+        for weight, bias, function, branches, values in operands.functions():
+            z = linear(x, weight, bias)
+            outputs = function(z, *values) if branches == 1 else function(*z.chunk(branches, -1), *values)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return x
     n = len(operands.layers)
     skips, norms = operands.skips or [False] * n, operands.norms or [None] * n
