@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import math
 import pickle
+import weakref
 
 import layer_oracle
 import pytest
@@ -620,3 +622,152 @@ def test_a_demanded_network_does_not_pass_a_forward_by():
     finally:
         handle.remove()
     assert fi.SIREN in seen
+
+
+# -- what is kept between calls
+
+
+def changed(net: fi.SIREN, how: str) -> None:
+    layer = net.net[1]
+    with torch.no_grad():
+        if how == "in place":
+            layer.linear.weight.mul_(2)
+        elif how == "data":
+            layer.linear.weight.data = layer.linear.weight.data * 2
+        elif how == "another parameter":
+            layer.linear.weight = nn.Parameter(layer.linear.weight * 2)
+        elif how == "another matrix":
+            linear = nn.Linear(16, 16)
+            layer.linear = linear
+        elif how == "another layer":
+            net.net[1] = FusedLinear(16, 16, activation="relu")
+        elif how == "another activation":
+            layer.activation = fi.activations.sine(omega=3.0)
+        elif how == "no bias":
+            layer.linear.bias = None
+        elif how == "a hook":
+            layer.register_forward_hook(lambda module, args, y: y + 1)
+        elif how == "a hook on its matrix":
+            layer.linear.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+        elif how == "a hook everywhere":
+            pass
+        elif how == "a forward of its own":
+            layer.forward = lambda x: x * 2
+        elif how == "a parametrisation":
+            nn.utils.parametrize.register_parametrization(layer.linear, "weight", Twice())
+        elif how == "a state":
+            net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}, assign=True)
+        elif how == "a layer less":
+            del net.net[1]
+        elif how == "another container":
+            net.net = nn.Sequential(*list(net.net)[:2], net.net[-1])
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+CHANGES = (
+    "in place", "data", "another parameter", "another matrix", "another layer", "another activation", "no bias",
+    "a hook", "a hook on its matrix", "a forward of its own", "a parametrisation", "a state", "a layer less", "another container",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_network_that_was_changed_between_calls_computes_what_it_is_now(how):
+    torch.manual_seed(0)
+    net, x = fi.SIREN(2, 16, 2, 3), torch.rand(40, 2)
+    before = net(x), fi.losses.mse(net, x, torch.zeros(40, 3))
+    changed(net, how)
+    y = net(x)
+    with torch.no_grad():
+        expected = x
+        for layer in net.net:
+            expected = layer(expected)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(y, before[0], atol=1e-3)
+    torch.testing.assert_close(fi.losses.mse(net, x, torch.zeros(40, 3)), y.square().mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_is_read_once_and_forgotten_with_it():
+    net, x = fi.SIREN(2, 16, 2, 3), torch.rand(40, 2)
+    net(x)
+    structure = net._structure()
+    assert net._structure() is structure
+    handle = net.net[0].register_forward_hook(lambda *_: None)
+    assert net._structure() is not structure
+    handle.remove()
+    assert net._structure().operands is not None
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert twin._structure().operands.tensors[0] is twin.net[0].linear.weight
+    assert net._structure().operands.tensors[0] is net.net[0].linear.weight
+    # tensors that stand in for parameters do not outlive their call
+    values = {name: p.detach() * 2 for name, p in net.named_parameters()}
+    seen = weakref.ref(values["net.0.linear.weight"])
+    torch.func.functional_call(net, values, (x,))
+    del values
+    gc.collect()
+    assert seen() is None
+    alive = weakref.ref(net)
+    del net, twin, structure, handle
+    gc.collect()
+    assert alive() is None
+
+
+def test_float64_goes_by_tiles_of_rows_in_plain_pytorch(monkeypatch):
+    from fused_inr.ops import mlp
+
+    if not backends.available()["cpu"][0]:
+        pytest.skip("needs the native engine")
+    monkeypatch.setattr(mlp, "_PLAIN_TILE", 16)
+    for make in (
+        functools.partial(fi.SIREN, 2, 16, 2, 3),
+        functools.partial(fi.SplitNet, 2, 16, 2, 3, residual=True, norm="layer", learnable=True),
+    ):
+        net = make(dtype=torch.float64)
+        x = torch.rand(3, 71, 2, dtype=torch.float64)
+        assert "plain PyTorch" in backends.explain(net, x)
+        results = []
+        for way in ("auto", "layers"):
+            net.fusion = way
+            leaf = x.clone().requires_grad_()
+            y = net(leaf)
+            (gx,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+            second = torch.autograd.grad(gx.square().sum(), [leaf, *net.parameters()], allow_unused=True)
+            results.append([y, gx, *second])
+        for ours, theirs in zip(*results, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_that_were_differentiated_are_expected_again():
+    from fused_inr.ops import mlp
+
+    if not backends.available()["cpu"][0]:
+        pytest.skip("needs the native engine")
+    net, x = fi.SIREN(2, 16, 2, 3, omega=7.5), torch.rand(40, 2)
+
+    def way():
+        with torch.enable_grad():
+            return net._whole(x)[1].way
+
+    assert way() == "network"
+    grads = torch.autograd.grad(net(x).square().mean(), list(net.parameters()), create_graph=True)
+    sum(g.square().sum() for g in grads).backward()
+    whole = [p.grad.clone() for p in net.parameters()]
+    ways = [way() for _ in range(mlp.History.LASTS + 1)]
+    assert ways[0] == "plain" and ways[-1] == "network"
+    grads = torch.autograd.grad(net(x).square().mean(), list(net.parameters()), create_graph=True)
+    assert way() == "plain"
+    net.zero_grad()
+    again = torch.autograd.grad(net(x).square().mean(), list(net.parameters()), create_graph=True)
+    sum(g.square().sum() for g in again).backward()
+    for p, expected in zip(net.parameters(), whole, strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-5)
+    # many rows: layers, which are fused
+    with torch.enable_grad():
+        assert net._whole(torch.rand(20_000, 2))[1].way == "layers"
+    with torch.no_grad():
+        assert net._whole(x)[1].way == "network"

@@ -672,6 +672,15 @@ def _i2f(w: Warp, i: Instruction) -> _Result:
     return [(i.operands[0], bits, 4)]
 
 
+def _halves(w: Warp, i: Instruction) -> _Result:
+    """The assembler's other way to write a constant: two halves, added to 0 times 0."""
+    d, a, b, *c = i.operands
+    if i.op != "HFMA2.MMA" or (a, b) != ("-RZ", "RZ") or len(c) != 2 or any(re.match("-?[UR]", x) for x in c):
+        return [(d, None, 4)]
+    high, low = (struct.unpack("<H", struct.pack("<e", float(x)))[0] for x in c)
+    return [(d, high << 16 | low, 4)]
+
+
 def _mufu(w: Warp, i: Instruction) -> _Result:
     """The reciprocal, to the nearest; the hardware's may differ in the last bit, which is corrected afterwards."""
     v = w.value(i.operands[1]) if i.op == "MUFU.RCP" else None
@@ -698,7 +707,7 @@ _COMPUTE: dict[str, Callable[[Warp, Instruction], _Result]] = {
     "USEL": _sel, "ISETP": _isetp, "UISETP": _isetp, "VIMNMX": _minmax, "IMNMX": _minmax, "PRMT": _prmt,
     "UPRMT": _prmt, "S2R": _special, "S2UR": _special, "CS2R": _special, "LDC": _load_constant, "ULDC": _load_constant,
     "R2UR": _r2ur, "STL": _spill, "LDL": _spill, "SHFL": _shfl, "P2R": _p2r, "R2P": _r2p, "PLOP3": _plop3,
-    "UPLOP3": _plop3, "VIADD": _added, "IABS": _absolute, "I2F": _i2f, "MUFU": _mufu, "F2I": _f2i,
+    "UPLOP3": _plop3, "VIADD": _added, "IABS": _absolute, "I2F": _i2f, "MUFU": _mufu, "F2I": _f2i, "HFMA2": _halves,
 }  # fmt: skip
 
 

@@ -4,8 +4,10 @@ A device runs machine code, and the assembler between it and the PTX has had fau
 """
 
 import re
+import struct
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -167,3 +169,47 @@ def test_what_was_set_is_set_again_and_others_hooks_are_asked():
     assert knobs.nvidia.ptxas.path == before
     if assembler.for_hopper() != before:  # else Triton's own choice is right, and nothing is changed
         assert assembled == assembler.for_hopper() and "fused_inr" in key
+
+
+DIVISION = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry divide(.param .u64 a, .param .u64 b, .param .u64 c, .param .u32 x, .param .u32 y, .param .u32 z) {
+  .reg .b64 %l<5>;
+  .reg .b32 %r<5>;
+  .reg .pred %p<3>;
+  ld.param.u64 %l0, [a];
+  ld.param.u64 %l1, [b];
+  ld.param.u64 %l2, [c];
+  ld.param.u32 %r0, [x];
+  ld.param.u32 %r1, [y];
+  ld.param.u32 %r2, [z];
+  div.u64 %l3, %l0, %l1;
+  div.s32 %r3, %r0, %r1;
+  setp.ne.u64 %p0, %l3, %l2;
+  setp.ne.or.s32 %p1, %r3, %r2, %p0;
+  @%p1 bra WRONG;
+  ret;
+WRONG:
+  bar.sync 0;
+  bra WRONG;
+}
+"""
+
+
+def test_divisions_and_calls_are_followed():
+    """A kernel that ends where two quotients are what they should be, and never where they are not."""
+    code = machine_code.read(machine_code.assemble(DIVISION, assembler.for_hopper()))
+    assert any(i.op == "CALL.REL.NOINC" for i in code.instructions), "no subroutine divides"
+    random = np.random.default_rng(0)
+    for size in (8, 20, 33, 50, 63):
+        a, b = (int(v) for v in random.integers(1, 1 << size, 2))
+        a = a if size % 2 else a * b % (1 << 64)
+        x, y = int(random.integers(-(1 << 31), 1 << 31)), int(random.choice([-77777, -3, 1, 9, 1 << 20]))
+        quotient = abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
+        parameters = struct.pack("<QQQiii", a, b, a // b, x, y, quotient)
+        assert not machine_code.trace(code, parameters, 0, 0, 1, limit=10_000).hazards
+        for wrong in ((a, b, a // b + 1, x, y, quotient), (a, b, a // b, x, y, quotient - 1)):
+            with pytest.raises(machine_code.Undecided, match="without an end"):
+                machine_code.trace(code, struct.pack("<QQQiii", *wrong), 0, 0, 1, limit=10_000)
