@@ -669,8 +669,9 @@ class Twice(nn.Module):
 
 
 CHANGES = (
-    "in place", "data", "another parameter", "another matrix", "another layer", "another activation", "no bias",
-    "a hook", "a hook on its matrix", "a forward of its own", "a parametrisation", "a state", "a layer less", "another container",
+    "in place", "data", "another parameter", "another matrix", "another layer",
+    "a hook", "a hook on its matrix", "a forward of its own", "a parametrisation", "a state", "a layer less",
+    "another container",
 )  # fmt: skip
 
 

@@ -942,6 +942,11 @@ def record_plain_network(x: Tensor, layers, normed: bool, reason: str) -> None:
         records.append(Choice(_network_call(x, layers, normed), "plain PyTorch", _pytorch_products(), rejected))
 
 
+def plain_layer(device: torch.device, dtype: torch.dtype) -> str:
+    """Why plain PyTorch computes a layer of this type here; empty where a backend does (or is demanded)."""
+    return TABLE["cpu"].prefers_plain(dtype) if device.type == "cpu" and _backend.get() is None else ""
+
+
 def demanded() -> str | None:
     """The backend that `use` asks for."""
     return _backend.get()

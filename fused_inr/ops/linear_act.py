@@ -535,6 +535,10 @@ def linear_act(
         # one point or one network at a time: what a Function costs each transform is more than fusion saves
         backends.record_plain(activation, x, weight, "under torch.func.vmap plain PyTorch is faster")
         return _exactly(x.device, _unfused, x, weight, bias, activation)
+    if chosen is None and x.dtype is torch.float64 and (reason := backends.plain_layer(x.device, x.dtype)):
+        backends.record_plain(activation, x, weight, reason)
+        backends.refuse_freed(x, weight, bias, *activation.tensors)
+        return _exactly(x.device, _unfused, x, weight, bias, activation)
     backend, precision = chosen or backends.choose(activation, x, weight)
     params = activation.tensors
     track = torch.is_grad_enabled() and (
