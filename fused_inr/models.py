@@ -263,15 +263,17 @@ class _Network(nn.Module):
 
     def _structure(self) -> Structure:
         """What the network consists of, as it is now."""
-        compiling = torch.compiler.is_compiling()
+        compiling, net = torch.compiler.is_compiling(), self.net
         kept = None if compiling else _structures.get(self)
-        if kept is not None and kept.net is self.net and kept.structure.holds():
+        if kept is not None and kept.net is net and kept.structure.holds():
             return kept.structure
-        if isinstance(self.net, Chain):
-            self.net.check()
-        found = read(self.net, self._norm_modules(), _OUR_CONTAINERS)
-        if found.kept and not compiling:
-            _structures[self] = _Kept(self.net, found)
+        if isinstance(net, Chain):
+            net.check()
+        # tensors that stand in for parameters (torch.func.functional_call) are those of one call
+        keep = not compiling and type(next(net.parameters(), None)) is nn.Parameter
+        found = read(net, self._norm_modules(), _OUR_CONTAINERS, keep)
+        if found.kept:
+            _structures[self] = _Kept(net, found)
         return found
 
     def _whole(self, x: Tensor, direction: str = "forward") -> tuple[_op.Operands | None, _op.Decision]:

@@ -29,10 +29,10 @@ class Structure:
         kept: whether `holds` can tell that they are still right, at a later call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: bool) -> None:
         self.operands: _op.Operands | None = None
         self.reason = ""
-        self.kept = True
+        self.kept = kept
         self._same: list[tuple[dict, str, Any]] = []
         self._children: list[tuple[dict, list]] = []
         self._without: list[dict] = []
@@ -71,6 +71,8 @@ class Structure:
 
     def watch(self, module: nn.Module, *attributes: str) -> None:
         """The class of a module, its hooks, and attributes of it that are no parameters."""
+        if not self.kept:
+            return
         self._without.append(module.__dict__)
         self._kinds.append((module, module.__class__))
         self._forwards[type(module)] = type(module).forward
@@ -85,6 +87,8 @@ class Structure:
 
     def watch_tensor(self, module: nn.Module, name: str) -> None:
         """A parameter (or buffer) of a module; what is computed anew at each call is read anew."""
+        if not self.kept:
+            return
         mapping = module._parameters if name in module._parameters else module._buffers
         value = mapping.get(name)
         self._same.append((mapping, name, value))
@@ -96,10 +100,10 @@ class Structure:
             self._tensors.append((value, value.dtype, value.device, value.shape))
 
 
-def read(net: nn.Module, norms: list[nn.Module], containers: tuple[Callable, ...]) -> Structure:
+def read(net: nn.Module, norms: list[nn.Module], containers: tuple[Callable, ...], kept: bool) -> Structure:
     """The structure of `net`, a sequence of layers with a forward of `containers`, and of the `norms` behind the first
-    of them."""
-    found = Structure()
+    of them; `kept`: whether it may be wanted at a later call."""
+    found = Structure(kept)
     layers: list[_op.Layer] = []
     found.reason = _read_layers(net, containers, found, layers) or _read_norms(net, norms, found)
     found.kept &= not found.reason

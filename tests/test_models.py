@@ -722,6 +722,7 @@ def test_float64_goes_by_tiles_of_rows_in_plain_pytorch(monkeypatch):
     if not backends.available()["cpu"][0]:
         pytest.skip("needs the native engine")
     monkeypatch.setattr(mlp, "_PLAIN_TILE", 16)
+    monkeypatch.setattr(mlp, "_PLAIN_TILE_OF_A_THREAD", 16)
     for make in (
         functools.partial(fi.SIREN, 2, 16, 2, 3),
         functools.partial(fi.SplitNet, 2, 16, 2, 3, residual=True, norm="layer", learnable=True),

@@ -44,9 +44,22 @@ def _apply(function: type[torch.autograd.Function], *args):
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
+def _apply_plain(function: type[torch.autograd.Function], x: Tensor, *args):
+    """`_apply` where all tensors but x are parameters: only x may come from a transform that has ended."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(x, *args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers((x,)), *args)  # type: ignore[misc]
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_OR_NONE = frozenset((*_PLAIN, type(None)))
 #: Whether a tensor is one of `is_grads_batched`: PyTorch's older vmap, which no state tells of.
 _batched_cotangent = torch._C._functorch.is_legacy_batchedtensor
+
+
+def all_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether no tensor is of a subclass, which would look at operations."""
+    return _PLAIN_OR_NONE.issuperset(map(type, tensors))
 
 
 def unwatched(tensors: Sequence[Tensor | None]) -> bool:

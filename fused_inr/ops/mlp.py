@@ -111,6 +111,8 @@ class Operands:
         self.norms = tuple(norms) if any(norm is not None for norm in norms) else ()
         self.tensors, self.constants = _operands(layers, self.norms)
         self.present = [t for t in self.tensors if t is not None]
+        #: whether all of them are parameters, none a tensor that a transform stands behind
+        self.parameters = all(type(t) is torch.nn.Parameter for t in self.present)
         self.widest = max(weight.shape[0] for weight, _, _ in layers) if layers else 0
         self.decisions: dict[tuple, Decision] = {}
         self._functions: list[tuple] | None = None
@@ -325,7 +327,7 @@ def _run(name: str, config: Config, head: Sequence[Tensor | None], tensors: Sequ
     the dispatcher takes 20 us to pass a network's operands on.
     """
     weights, biases, params, norms = _split(config, tensors)
-    if not linear_act.unwatched((*head, *tensors)):
+    if not (linear_act.unwatched(head) and linear_act.all_plain(tensors)):
         words = (config.constants, config.activations, config.skips, norms, config.norm_eps)
         return getattr(raw, name)(*head, weights, biases, params, *words, *rest)
     run = getattr(backends.implementation(config.backend), name)
@@ -573,13 +575,14 @@ def run_network(x: Tensor, operands: Operands, decision: Decision, save: bool) -
         run = Network.apply if track else Network.forward
         y = linear_act._exactly(x.device, run, rows, config, *tensors)[0]
     else:
-        apply = linear_act._apply if track else _untracked
+        apply = (linear_act._apply_plain if operands.parameters else linear_act._apply) if track else _untracked
         y = linear_act._exactly(x.device, apply, Network, rows, config, *tensors)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-#: rows that plain PyTorch takes through all layers at a time, a thread: what they are between two layers stays in cache
-_PLAIN_TILE = 1024
+#: rows that plain PyTorch takes through all layers at a time, so that what they are between two layers stays in cache:
+#: at least, and for each of many threads
+_PLAIN_TILE, _PLAIN_TILE_OF_A_THREAD = 2048, 512
 
 
 def run_plain(x: Tensor, operands: Operands, reason: str) -> Tensor:
@@ -592,7 +595,7 @@ def _run_plain(x: Tensor, operands: Operands) -> Tensor:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _plain(x, operands)
     backends.refuse_freed(x, *operands.present)
-    rows, tile = x.numel() // max(1, x.shape[-1]), _PLAIN_TILE * torch.get_num_threads()
+    rows, tile = x.numel() // max(1, x.shape[-1]), max(_PLAIN_TILE, _PLAIN_TILE_OF_A_THREAD * torch.get_num_threads())
     if rows <= tile:
         return _plain(x, operands)
     parts = -(-rows // tile)
