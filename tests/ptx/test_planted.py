@@ -1,5 +1,7 @@
 """What the executor is worth: every barrier, wait and fence of a kernel is taken out in turn, and has to be missed.
 
+A missing wgmma.fence of left factors alone is told, though no fault (`engine.HARMLESS`).
+
 Which are not missed, and why: Triton's passes put a barrier wherever memory of one buffer may be used again, each pass
 by itself, and waits for all stores to tensor memory at each of them. Where two stand for one hazard, either may go. So
 a removal that goes unnoticed must be just that: still no fault and the same bits in every order of the warps.
@@ -9,7 +11,7 @@ import pytest
 import torch
 from fused_inr.bench import ptx
 from fused_inr.bench.cases import Case, Work
-from fused_inr.bench.ptx import Options
+from fused_inr.bench.ptx import Options, engine
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +50,11 @@ class Planted:
         return results, launch
 
 
+def left_factors(launch) -> set[int]:
+    """Products whose left factor is not ordered behind what writes it."""
+    return {found.instruction for found in launch.harmless if found.kind == engine.KINDS[-1]}
+
+
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
@@ -69,8 +76,9 @@ def test_what_orders_memory_is_missed(capability, step, way, width, kernel, shar
             results, launch = planted.run(i, order=order)
             faults = [fault for fault in launch.faults if (fault.instruction, fault.other) not in harmless]
             assert not faults and equal(results, expected), (base.program.text[i], order, faults[:1])
-    noticed = 1 - len(silent) / len(candidates)
-    assert noticed >= share, [f"{base.program.text[i]} [{base.program.locations[i]}]" for i in silent]
+    unseen = [i for i in silent if not left_factors(launches[i]) - left_factors(base)]
+    noticed = 1 - len(unseen) / len(candidates)
+    assert noticed >= share, [f"{base.program.text[i]} [{base.program.locations[i]}]" for i in unseen]
 
 
 @pytest.mark.parametrize("name", ["wgmma.wait", "fence.proxy", "bar.sync", "wgmma.fence"])
