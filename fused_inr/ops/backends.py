@@ -249,6 +249,8 @@ def refuse_freed(*tensors: Tensor | None) -> None:
     Raises:
         RuntimeError: storage was freed under a tensor, where PyTorch's elementwise operators read what is not there.
     """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return  # what a transform wraps does not show its storage
     for t in tensors:
         if t is not None and t.numel() and not t.untyped_storage().nbytes():
             raise RuntimeError(f"a tensor of shape {list(t.shape)} whose storage was freed; gather it first")

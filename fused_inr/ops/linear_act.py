@@ -105,10 +105,12 @@ def _exactly(device: torch.device, function, *args):
 # -- what the running transformation wants
 
 
-def _wanted(ctx, is_tensor: Sequence[bool]) -> list[bool]:
+def _wanted(ctx, is_tensor: Sequence[bool], group_of: Sequence[int] | None = None) -> list[bool]:
     """Which of the inputs the running backward needs a gradient of.
 
     `ctx.needs_input_grad` says what requires one; an Eikonal step's first backward asks for the coordinates' alone.
+    `group_of` numbers inputs whose gradients come together: where the engine wants one of them, it is not asked for the
+    others, which takes a microsecond each.
     """
     needs = list(ctx.needs_input_grad)
     if torch.compiler.is_compiling():  # first: Dynamo's context of torch 2.11 has no next_functions to ask for
@@ -117,15 +119,18 @@ def _wanted(ctx, is_tensor: Sequence[bool]) -> list[bool]:
     if nodes is None:
         return needs
     position = 0  # next_functions counts tensors only
+    wanted = -1  # a group of which one is
     for i, tensor in enumerate(is_tensor):
         if tensor:
             node = nodes[position][0]
             position += 1
-            if needs[i] and node is not None:
+            if needs[i] and node is not None and (group_of is None or group_of[i] != wanted):
                 try:
                     needs[i] = torch._C._will_engine_execute_node(node)
                 except RuntimeError:  # a leaf of torch.autograd.grad: the engine does not say, so it is wanted
                     needs[i] = True
+                if needs[i] and group_of is not None:
+                    wanted = group_of[i]
     return needs
 
 

@@ -45,6 +45,13 @@ class Config:
     def maps(self) -> tuple[ActivationMap, ...]:
         return tuple(lookup(key) for key in self.activations)
 
+    @functools.cached_property
+    def group_of(self) -> tuple[int, ...]:
+        """Of each argument of `Network`, x and this configuration first, which group of operands it belongs to."""
+        sizes = [end - begin for begin, end in pairwise((0, *self.ends))]
+        groups = [group for group, size in enumerate(sizes) for _ in range(size)]
+        return (groups[0], -2, *groups[1:])
+
     @property
     def ends(self) -> tuple[int, ...]:
         """Where x, weights, biases, parameters and norms end among x and the operands."""
@@ -442,7 +449,7 @@ class Network(torch.autograd.Function):
         config = ctx.config
         x, saved, *tensors = ctx.saved_tensors
         present = [True, False, *(t is not None for t in tensors)]
-        needs = linear_act._wanted(ctx, present)
+        needs = linear_act._wanted(ctx, present, config.group_of)
         needs = [needs[0], *needs[2:]]
         compiling = torch.compiler.is_compiling()
         if not compiling and (torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g)):
@@ -592,9 +599,9 @@ def run_plain(x: Tensor, operands: Operands, reason: str) -> Tensor:
 
 
 def _run_plain(x: Tensor, operands: Operands) -> Tensor:
+    backends.refuse_freed(x, *operands.present)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _plain(x, operands)
-    backends.refuse_freed(x, *operands.present)
     rows, tile = x.numel() // max(1, x.shape[-1]), max(_PLAIN_TILE, _PLAIN_TILE_OF_A_THREAD * torch.get_num_threads())
     if rows <= tile:
         return _plain(x, operands)
