@@ -168,7 +168,7 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
     flat = None if weight is None else weight.detach().reshape(-1)
     target = target.detach().reshape(-1, target.shape[-1])
     assert operands is not None
-    return _op.run_loss(rows, target, flat, operands, criterion, decision)
+    return _op.network_loss(rows, target, flat, operands, criterion, decision)
 
 
 def _why_composed(form, x, target, weight, reduction, backend, needed, layers) -> str:

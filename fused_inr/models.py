@@ -245,11 +245,11 @@ class _Network(nn.Module):
             return self.net(coordinates)
         operands, decision = self._whole(coordinates)
         if operands is not None and decision.way == "network":
-            return _op.run_network(coordinates, operands, decision, self.save == "preactivations")
+            return _op.network(coordinates, operands, decision, self.save == "preactivations")
         if self.fusion == "network":
             raise RuntimeError(f"fusion='network': {decision.reason}; fusion='auto' runs this call layer by layer")
         if operands is not None and decision.way == "plain":
-            return _op.run_plain(coordinates, operands, decision.reason)
+            return _op.plain(coordinates, operands, decision.reason)
         backends.record_layers(decision.reason)
         return self.net(coordinates)
 

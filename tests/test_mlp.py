@@ -75,8 +75,16 @@ def gradients(function, x, layers, *args):
     return y.detach(), torch.autograd.grad(y, wanted, torch.cos(y.detach()), allow_unused=True)
 
 
+def run_whole(x, layers, decision, save, skips=(), norms=()):
+    return op.network(x, op.Operands(layers, skips, norms), decision, save)
+
+
+def one_pass_of(x, target, row_weights, layers, criterion, decision, skips=(), norms=()):
+    return op.network_loss(x, target, row_weights, op.Operands(layers, skips, norms), criterion, decision)
+
+
 def whole(x, layers, save=True, backend=None):
-    return op.network(x, layers, op.Decision(backend or engine(), "ieee", ""), save)
+    return run_whole(x, layers, op.Decision(backend or engine(), "ieee", ""), save)
 
 
 def no_worse(ours, theirs, truth, dtype):
@@ -600,7 +608,7 @@ def plain_with_skips(x, layers, skips):
 
 
 def whole_with_skips(x, layers, skips, save):
-    return op.network(x, layers, op.Decision(engine(), "ieee", ""), save, skips)
+    return run_whole(x, layers, op.Decision(engine(), "ieee", ""), save, skips)
 
 
 def square(name: str, dtype=torch.float64, columns: int = 21, depth: int = 4):
@@ -652,10 +660,8 @@ def test_a_last_layer_with_a_skip_connection_and_one_pass():
     results = []
     for run in (
         lambda x, layers: (plain_with_skips(x, layers, skips) - target).square().sum() / 2,
-        lambda x, layers: op.network_loss(x, target, None, layers, criterion, op.Decision(engine(), "ieee", ""), skips),
-        lambda x, layers: op.network_loss(
-            x, target, None, layers, criterion, op.Decision("reference", "ieee", ""), skips
-        ),
+        lambda x, layers: one_pass_of(x, target, None, layers, criterion, op.Decision(engine(), "ieee", ""), skips),
+        lambda x, layers: one_pass_of(x, target, None, layers, criterion, op.Decision("reference", "ieee", ""), skips),
     ):
         results.append(gradients(run, x, layers))
     for value, grads in results[1:]:
@@ -672,7 +678,7 @@ def test_second_derivatives_with_skip_connections():
     def run(*tensors):
         n = len(layers)
         again = [(w, b, a) for w, b, (_, _, a) in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=True)]
-        return op.network(tensors[0], again, op.Decision(engine(), "ieee", ""), True, skips)
+        return run_whole(tensors[0], again, op.Decision(engine(), "ieee", ""), True, skips)
 
     assert torch.autograd.gradcheck(run, wanted)
     assert torch.autograd.gradgradcheck(run, wanted)
@@ -697,7 +703,7 @@ def test_skip_connections_that_cannot_be_are_refused():
     assert "needs an activation" in op.why_not(x, layers, (True, False, False, False))[2]
     if engine() == "cpu":
         with pytest.raises(ValueError, match="as many columns"):
-            op.network(x, layers, op.Decision("cpu", "ieee", ""), True, (True, False, False, False))
+            run_whole(x, layers, op.Decision("cpu", "ieee", ""), True, (True, False, False, False))
 
 
 # -- LayerNorm
@@ -748,7 +754,7 @@ def plain_with_norms(x, layers, norms, skips, normalised=by_hand):
 
 def whole_with_norms(save=True, backend=None):
     def run(x, layers, norms, skips):
-        return op.network(x, layers, op.Decision(backend or engine(), "ieee", ""), save, skips, norms)
+        return run_whole(x, layers, op.Decision(backend or engine(), "ieee", ""), save, skips, norms)
 
     return run
 
@@ -756,7 +762,7 @@ def whole_with_norms(save=True, backend=None):
 def one_pass_with_norms(target, row_weights=None, backend=None):
     def run(x, layers, norms, skips):
         criterion = op.Criterion("squared_error", (), 0.5)
-        return op.network_loss(
+        return one_pass_of(
             x, target, row_weights, layers, criterion, op.Decision(backend or engine(), "ieee", ""), skips, norms
         )
 
@@ -936,7 +942,7 @@ def test_a_loss_scaler_finds_the_gradients_of_float16(normed, scaler):
 
         def one_pass(x, layers, norms, skips, backend=backend):
             decision = op.Decision(backend, "fp16", "")
-            return op.network_loss(x, target, None, layers, criterion, decision, (), norms) * scaler
+            return one_pass_of(x, target, None, layers, criterion, decision, (), norms) * scaler
 
         _, grads = gradients_with_norms(one_pass, x, layers, norms)
         for got, want in zip(grads, expected, strict=True):
@@ -992,7 +998,7 @@ def test_second_derivatives_with_layer_norm(name, affine):
         again = [(w, b, a) for w, b, (_, _, a) in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=False)]
         rest = list(tensors[1 + 2 * n :]) or [None] * 4
         given = [(rest[2 * i], rest[2 * i + 1], 1e-1) for i in range(2)]
-        return op.network(tensors[0], again, op.Decision(engine(), "ieee", ""), True, skips, [*given, None])
+        return run_whole(tensors[0], again, op.Decision(engine(), "ieee", ""), True, skips, [*given, None])
 
     assert torch.autograd.gradcheck(run, [*wanted, *own])
     assert torch.autograd.gradgradcheck(run, [*wanted, *own])
@@ -1145,7 +1151,7 @@ def test_norms_of_wrong_sizes_are_refused_by_the_operation():
     assert "layer 1: its LayerNorm has [3] elements, its output 16 columns" in op.why_not(x, layers, (), norms)[2]
     if engine() == "cpu":
         with pytest.raises(ValueError, match=r"norms\[2\]: expected \[16\]"):
-            op.network(x, layers, op.Decision("cpu", "ieee", ""), True, (), norms)
+            run_whole(x, layers, op.Decision("cpu", "ieee", ""), True, (), norms)
         tensors, constants = op._operands(layers)
         keys = [a.map.key for _, _, a in layers]
         with pytest.raises(ValueError, match="norms, norm_eps: expected none, or two and one for each layer"):

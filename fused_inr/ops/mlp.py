@@ -558,19 +558,7 @@ def _cast(x: Tensor, operands: Operands, backend: str) -> tuple[Tensor, Operands
     return x.to(dtype), operands
 
 
-def network(
-    x: Tensor,
-    layers: Sequence[Layer],
-    decision: Decision,
-    save: bool,
-    skips: Sequence[bool] = (),
-    norms: Sequence[Norm | None] = (),
-) -> Tensor:
-    """`run_network` of layers that are no `Operands` yet."""
-    return run_network(x, Operands(layers, skips, norms), decision, save)
-
-
-def run_network(x: Tensor, operands: Operands, decision: Decision, save: bool) -> Tensor:
+def network(x: Tensor, operands: Operands, decision: Decision, save: bool) -> Tensor:
     """x [.., K] through all layers as one operation, where `decide` has found that the backend serves."""
     x, operands = _cast(x, operands, decision.backend)
     tensors = operands.tensors
@@ -592,13 +580,13 @@ def run_network(x: Tensor, operands: Operands, decision: Decision, save: bool) -
 _PLAIN_TILE, _PLAIN_TILE_OF_A_THREAD = 2048, 512
 
 
-def run_plain(x: Tensor, operands: Operands, reason: str) -> Tensor:
+def plain(x: Tensor, operands: Operands, reason: str) -> Tensor:
     """x [.., K] through all layers by PyTorch's own functions, tile by tile; differentiable any number of times."""
     backends.record_plain_network(x, operands.layers, bool(operands.norms), reason)
-    return linear_act._exactly(x.device, _run_plain, x, operands)
+    return linear_act._exactly(x.device, _in_tiles, x, operands)
 
 
-def _run_plain(x: Tensor, operands: Operands) -> Tensor:
+def _in_tiles(x: Tensor, operands: Operands) -> Tensor:
     backends.refuse_freed(x, *operands.present)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _plain(x, operands)
@@ -633,20 +621,6 @@ def _untracked(function, *args):
 
 
 def network_loss(
-    x: Tensor,
-    target: Tensor,
-    row_weights: Tensor | None,
-    layers: Sequence[Layer],
-    criterion: Criterion,
-    decision: Decision,
-    skips: Sequence[bool] = (),
-    norms: Sequence[Norm | None] = (),
-) -> Tensor:
-    """`run_loss` of layers that are no `Operands` yet."""
-    return run_loss(x, target, row_weights, Operands(layers, skips, norms), criterion, decision)
-
-
-def run_loss(
     x: Tensor,
     target: Tensor,
     row_weights: Tensor | None,
