@@ -21,7 +21,7 @@ INGREDIENTS := pyproject.toml constraints.txt $(wildcard setup.py) \
 INTERPRETER_TESTS = $(wildcard tests/test_*interpreter*.py)
 DEMO = fit --compare --size 144 --steps 120 --lr 2e-4 --out demo
 
-.PHONY: demo test bench gpu compat lint clean check-tools
+.PHONY: demo test bench gpu compat compat-torch lint clean check-tools
 
 demo: $(STAMP)
 	@$(BIN)/fused-inr $(DEMO)
@@ -76,7 +76,20 @@ compat: $(COMPAT)/triton-3.6.0/.installed $(COMPAT)/triton-3.9.0/.installed
 	    $(PYTEST_PTX) -q $(COMPAT_PTX) || status=1; \
 	    $(BIN)/fused-inr bench static $(STATIC) || status=1; \
 	done; \
+	$(MAKE) --no-print-directory compat-torch || status=1; \
 	exit $$status
+
+# Tests that need neither Triton's compiler nor an installation, from the checkout; the native engine is compiled anew.
+COMPAT_PYTHON = $(COMPAT)/torch-$(COMPAT_TORCH)/bin/python
+COMPAT_TESTS = $(addprefix tests/test_, activations.py backends.py float32_products.py init.py init_network.py layers.py \
+    linear_act.py mlp.py models.py moments.py special_values.py torch_integration.py user_formula.py)
+compat-torch:
+	@echo "== torch $(COMPAT_TORCH)"; \
+	if $(MAKE) --no-print-directory $(COMPAT)/torch-$(COMPAT_TORCH)/.installed; then \
+	    PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(COMPAT_PYTHON) -m pytest -n $(WORKERS) --dist loadfile -q $(COMPAT_TESTS); \
+	else \
+	    echo "make compat: torch $(COMPAT_TORCH) cannot be installed here (see above), and is left out"; \
+	fi
 
 $(COMPAT)/triton-%/.installed: $(STAMP)
 	rm -rf $(@D)

@@ -319,7 +319,8 @@ def test_a_build_that_is_stopped_leaves_nothing_for_long(tmp_path, own_cache, st
         native.load()
     """
     head = f"""if True:
-        import importlib.util
+        import importlib.util, signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs tests in parallel may ignore it
         spec = importlib.util.spec_from_file_location("native_alone", {str(NATIVE)!r})
         native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(native)
