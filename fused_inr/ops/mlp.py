@@ -449,9 +449,9 @@ class Network(torch.autograd.Function):
         config = ctx.config
         x, saved, *tensors = ctx.saved_tensors
         present = [True, False, *(t is not None for t in tensors)]
-        needs = linear_act._wanted(ctx, present, config.group_of)
-        needs = [needs[0], *needs[2:]]
         compiling = torch.compiler.is_compiling()
+        needs = linear_act._wanted(ctx, present, None if compiling else config.group_of)
+        needs = [needs[0], *needs[2:]]
         if not compiling and (torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g)):
             if config.history is not None:
                 config.history.differentiated()
