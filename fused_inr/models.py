@@ -265,8 +265,11 @@ class _Network(nn.Module):
         """What the network consists of, as it is now."""
         compiling, net = torch.compiler.is_compiling(), self.net
         kept = None if compiling else _structures.get(self)
-        if kept is not None and kept.net is net and kept.structure.holds():
-            return kept.structure
+        if kept is not None and kept.net is net:
+            if kept.structure.holds():
+                return kept.structure
+            if (operands := kept.structure.substituted()) is not None:
+                return Structure.of(operands)
         if isinstance(net, Chain):
             net.check()
         # tensors that stand in for parameters (torch.func.functional_call) are those of one call

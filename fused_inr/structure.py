@@ -34,14 +34,52 @@ class Structure:
         self.reason = ""
         self.kept = kept
         self._same: list[tuple[dict, str, Any]] = []
+        self._slots: list[tuple[dict, str, Any]] = []  # of tensors: of each layer weight, bias, parameters
         self._children: list[tuple[dict, list]] = []
         self._without: list[dict] = []
         self._kinds: list[tuple[nn.Module, type]] = []
         self._forwards: dict[Any, Callable] = {}
         self._tensors: list[tuple[Tensor, torch.dtype, torch.device, torch.Size]] = []
 
+    @staticmethod
+    def of(operands: _op.Operands) -> Structure:
+        """Of operands for one call."""
+        found = Structure(False)
+        found.operands = operands
+        return found
+
     def holds(self) -> bool:
         """Whether nothing has changed that the operands were read from."""
+        for mapping, name, value in self._slots:
+            if mapping.get(name) is not value:
+                return False
+        for tensor, dtype, device, shape in self._tensors:
+            if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
+                return False
+        return self._modules_hold()
+
+    def substituted(self) -> _op.Operands | None:
+        """The operands with the tensors that stand in for parameters now (`torch.func.functional_call`); None where
+        they do not look like those, or where something else has changed."""
+        kept = self.operands
+        if kept is None or kept.norms or len(self._slots) != 2 * len(kept.layers) or not self._modules_hold():
+            return None
+        values = [mapping.get(name) for mapping, name, _ in self._slots]
+        for value, (_, _, like) in zip(values, self._slots):
+            if value is None or like is None:
+                if value is not like:
+                    return None
+            elif value.dtype is not like.dtype or value.shape != like.shape or value.device != like.device:
+                return None
+        layers = [
+            (cast(Tensor, weight), bias, activation)
+            for weight, bias, (_, _, activation) in zip(values[::2], values[1::2], kept.layers)
+        ]
+        operands = _op.Operands(layers, kept.skips)
+        operands.decisions = kept.decisions
+        return operands
+
+    def _modules_hold(self) -> bool:
         if _any_global_hook():
             return False
         for mapping, name, value in self._same:
@@ -61,9 +99,6 @@ class Structure:
                 return False
         for kind, forward in self._forwards.items():
             if kind.forward is not forward:
-                return False
-        for tensor, dtype, device, shape in self._tensors:
-            if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
                 return False
         return True
 
@@ -91,7 +126,7 @@ class Structure:
             return
         mapping = module._parameters if name in module._parameters else module._buffers
         value = mapping.get(name)
-        self._same.append((mapping, name, value))
+        self._slots.append((mapping, name, value))
         if value is None:
             self.kept &= name in mapping
         else:

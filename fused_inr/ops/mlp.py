@@ -120,6 +120,9 @@ class Operands:
         self.present = [t for t in self.tensors if t is not None]
         #: whether all of them are parameters, none a tensor that a transform stands behind
         self.parameters = all(type(t) is torch.nn.Parameter for t in self.present)
+        #: those that are factors of no matrix product
+        self.elementwise = [t for _, _, activation in layers if activation.has_tensors for t in activation.tensors]
+        self.elementwise += [t for norm in self.norms if norm is not None for t in norm[:2]]
         self.widest = max(weight.shape[0] for weight, _, _ in layers) if layers else 0
         self.decisions: dict[tuple, Decision] = {}
         self._functions: list[tuple] | None = None
@@ -179,8 +182,10 @@ class Decision:
 _decisions: dict[tuple, Decision] = {}
 _MOST_DECISIONS = 1024
 _AGAIN = "its gradients were differentiated lately, for which a whole network is computed twice"
-#: rows times columns of the widest layer up to which derivatives of any order are faster in plain PyTorch
-_SMALL = 1 << 18
+#: rows times columns of the widest layer up to which plain PyTorch is faster on a CPU: derivatives of any order, and a
+#: forward with its backward, which a Function of Python's has to pass on
+_SMALL, _TINY = 1 << 18, 1 << 8
+_FEW_ROWS = Decision("", "", "the gradients of so few rows are faster", "plain")
 
 
 def _described(tensor: Tensor | None):
@@ -208,9 +213,11 @@ def decide(x: Tensor, operands: Operands, direction: str, auto: bool = True) -> 
         found = operands.decisions[kind] = _known(x, operands, direction, auto, cast, kind)
         found.history = found.history or History()
     if found.way == "network" and auto and settings[0] is None:
+        elements = x.numel() // max(1, x.shape[-1]) * operands.widest if x.device.type == "cpu" else _SMALL + 1
+        if direction == "forward" and elements <= _TINY and cast is None:
+            return _FEW_ROWS
         if direction != "inference" and found.history is not None and found.history.expects():
-            elements = x.numel() // max(1, x.shape[-1]) * operands.widest
-            way = "plain" if x.device.type == "cpu" and elements <= _SMALL else "layers"
+            way = "plain" if elements <= _SMALL else "layers"
             return Decision(found.backend, found.precision, _AGAIN, way)
     return found
 
@@ -587,11 +594,11 @@ def plain(x: Tensor, operands: Operands, reason: str) -> Tensor:
 
 
 def _in_tiles(x: Tensor, operands: Operands) -> Tensor:
-    backends.refuse_freed(x, *operands.present)
+    backends.refuse_freed(*operands.elementwise)  # matrix products refuse theirs
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _plain(x, operands)
     rows, tile = x.numel() // max(1, x.shape[-1]), max(_PLAIN_TILE, _PLAIN_TILE_OF_A_THREAD * torch.get_num_threads())
-    if rows <= tile:
+    if rows <= tile or operands.tracked(x):  # gradients of tiles would have to be added
         return _plain(x, operands)
     parts = -(-rows // tile)
     tiles = x.reshape(rows, x.shape[-1]).split(-(-rows // parts))
