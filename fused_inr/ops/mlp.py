@@ -115,7 +115,8 @@ class Operands:
     def __init__(self, layers: Sequence[Layer], skips: Sequence[bool] = (), norms: Sequence[Norm | None] = ()):
         self.layers = layers
         self.skips = tuple(skips) if any(skips) else ()
-        self.norms = tuple(norms) if any(norm is not None for norm in norms) else ()
+        self.normed = any(norm is not None for norm in norms)  # `bool` of a tuple is beyond Dynamo in torch 2.11
+        self.norms = tuple(norms) if self.normed else ()
         self.tensors, self.constants = _operands(layers, self.norms)
         self.present = [t for t in self.tensors if t is not None]
         #: whether all of them are parameters, none a tensor that a transform stands behind
@@ -571,7 +572,7 @@ def network(x: Tensor, operands: Operands, decision: Decision, save: bool) -> Te
     tensors = operands.tensors
     track = operands.tracked(x)
     config = _config(decision, operands, save and track)
-    backends.record_network(x, operands.layers, bool(operands.norms), config.backend, config.precision)
+    backends.record_network(x, operands.layers, operands.normed, config.backend, config.precision)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
         run = Network.apply if track else Network.forward
@@ -589,7 +590,7 @@ _PLAIN_TILE, _PLAIN_TILE_OF_A_THREAD = 2048, 512
 
 def plain(x: Tensor, operands: Operands, reason: str) -> Tensor:
     """x [.., K] through all layers by PyTorch's own functions, tile by tile; differentiable any number of times."""
-    backends.record_plain_network(x, operands.layers, bool(operands.norms), reason)
+    backends.record_plain_network(x, operands.layers, operands.normed, reason)
     return linear_act._exactly(x.device, _in_tiles, x, operands)
 
 
@@ -639,7 +640,7 @@ def network_loss(
     x, operands = _cast(x, operands, decision.backend)
     config = _config(decision, operands, False)
     backends.record_network(
-        x, operands.layers, bool(operands.norms), config.backend, config.precision, criterion.loss
+        x, operands.layers, operands.normed, config.backend, config.precision, criterion.loss
     )
     args = (x, target, row_weights, config, criterion, *operands.tensors)
     if torch.compiler.is_compiling():
