@@ -716,6 +716,14 @@ def test_a_network_is_read_once_and_forgotten_with_it():
     assert alive() is None
 
 
+def test_what_does_not_fit_is_said_under_vmap_too():
+    net = fi.SIREN(2, 16, 1, 3)
+    with pytest.raises(ValueError, match="takes 2 input features"):
+        torch.func.vmap(net)(torch.rand(4, 3))
+    with pytest.raises(TypeError, match="differs from x's"):
+        torch.func.vmap(net)(torch.rand(4, 2).double())
+
+
 def test_float64_goes_by_tiles_of_rows_in_plain_pytorch(monkeypatch):
     from fused_inr.ops import mlp
 

@@ -203,6 +203,8 @@ def decide(x: Tensor, operands: Operands, direction: str, auto: bool = True) -> 
     """
     if state := _state():
         free = auto and not torch.compiler.is_compiling() and linear_act._under_vmap() and backends.demanded() is None
+        for first, _, _ in operands.layers[:1]:  # what does not fit goes to the layers, which say what is wrong
+            free = free and x.dim() > 0 and x.shape[-1] == first.shape[-1] and x.dtype == first.dtype
         return Decision("", "", state, "plain" if free else "layers")
     cast = autocast_type(x, operands.layers)
     if torch.compiler.is_compiling():  # once a compilation
