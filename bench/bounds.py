@@ -133,7 +133,7 @@ def simulate_factors(module: nn.Module, seed: int) -> nn.Module:
 
 def keeps(x: Tensor, activation: Activation) -> bool:
     """Whether the Triton kernels' forward keeps derivatives in x's type for the backward (`layer_bounds`)."""
-    from ..ops import backends
+    from .. import backends
 
     return backends.TABLE["triton"].keeps(x.dtype, activation.has_tensors) == "derivatives"
 

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import activations, layers, losses, models
+from .. import activations, backends, layers, losses, models
 from ..cli.eager import EagerLayer, eager_twin
-from ..ops import backends
 from . import bounds
 
 STEPS = ("inference", "training", "eikonal")

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import activations
+from .. import activations, backends
 from ..cli.arguments import Parser, integer
 from ..init import moments, search_sigma_p
-from ..ops import backends
 from . import report
 from .timing import interleaved
 

@@ -87,7 +87,7 @@ def environment(device: torch.device, *, unasked: Sequence[str] = ()) -> dict[st
 
 
 def _backends(unasked: Sequence[str]) -> dict[str, str]:
-    from ..ops import backends
+    from .. import backends
 
     found = {}
     for name, backend in backends.TABLE.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..ops import backends
+from .. import backends
 from . import report, worker
 from .cases import COMPILED, Case
 from .report import number, ratio

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .. import backends
 from ..cli.memory import PeakMemory
-from ..ops import backends
 
 #: With these glibc never gives memory back, so a process pays the page faults of its tensors once and not at every step
 #: ("warmed allocator"). The mmap limit of 0 sends large blocks to the heap as well.

@@ -143,7 +143,7 @@ class Networks:
     @contextlib.contextmanager
     def _ours(self, key: Key) -> Iterator[None]:
         """The kernels, and the products of the entry."""
-        from ..ops import backends
+        from .. import backends
 
         with backends.use("triton"), backends.float32_products(PRODUCTS[key[2]]):
             yield

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <mutex>
 #include <shared_mutex>
+#include <sstream>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -503,6 +504,54 @@ std::vector<Tensor> act_map(at::TensorList inputs, const OptionalTensors& params
 
 // -- a whole network
 
+// What a layer is, from its word in a network's spec (fused_inr/network.py): the key of its map, `skip`, the word of a norm.
+struct LayerWords {
+  std::string key;
+  bool skip = false;
+  bool norm = false;
+  bool centred = true;
+
+  explicit LayerWords(const std::string& words) {
+    std::istringstream in(words);
+    in >> key;
+    for (std::string word; in >> word;) {
+      if (word == "skip") {
+        skip = true;
+      } else if (word == "layernorm" || word == "rmsnorm") {
+        norm = true;
+        centred = word == "layernorm";
+      } else {
+        TORCH_CHECK_VALUE(false, "words: expected skip, layernorm or rmsnorm behind '", key, "', got '", word, "'");
+      }
+    }
+  }
+};
+
+// Takes a network's tensors and numbers one after the other.
+class NetworkReader {
+ public:
+  NetworkReader(const OptionalTensors& tensors, at::ArrayRef<double> numbers) : tensors_(tensors), numbers_(numbers) {}
+
+  OptionalTensor tensor() {
+    TORCH_CHECK_VALUE(next_ < tensors_.size(), "tensors: expected those of every layer, got ", tensors_.size());
+    return tensors_.get(next_++);
+  }
+  at::ArrayRef<double> numbers(size_t count) {
+    TORCH_CHECK_VALUE(number_ + count <= numbers_.size(), "numbers: expected those of every layer, got ", numbers_.size());
+    number_ += count;
+    return numbers_.slice(number_ - count, count);
+  }
+  void end() const {
+    TORCH_CHECK_VALUE(next_ == tensors_.size() && number_ == numbers_.size(), "tensors, numbers: expected ", next_, " and ",
+                      number_, " for these words, got ", tensors_.size(), " and ", numbers_.size());
+  }
+
+ private:
+  const OptionalTensors& tensors_;
+  at::ArrayRef<double> numbers_;
+  size_t next_ = 0, number_ = 0;
+};
+
 // Tensors and activations of a call, checked and in a form that the engine takes.
 struct NetworkOperands {
   const Engine* engine = current().load();
@@ -512,36 +561,32 @@ struct NetworkOperands {
   std::vector<Activation> activations;
   std::vector<Params> params;
   std::vector<NetworkLayer> layers;
-  bool has_bias = false;
+  std::vector<std::string> keys;
 
-  NetworkOperands(const Tensor& x_, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& params_,
-                  at::ArrayRef<double> constants, const c10::List<std::string>& keys, const c10::List<bool>& skips,
-                  const OptionalTensors& norms, at::ArrayRef<double> norm_eps)
+  NetworkOperands(const Tensor& x_, const OptionalTensors& tensors, const c10::List<std::string>& words,
+                  at::ArrayRef<double> numbers)
       : compute(x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {
-    const size_t count = weights.size();
-    TORCH_CHECK_VALUE(count >= 1 && biases.size() == count && keys.size() == count,
-                      "weights, biases, activations: expected one for each layer, got ", count, ", ", biases.size(), ", ",
-                      keys.size());
-    TORCH_CHECK_VALUE(skips.empty() || skips.size() == count, "skips: expected none, or one for each layer, got ", skips.size());
-    TORCH_CHECK_VALUE((norm_eps.empty() || norm_eps.size() == count) && norms.size() == 2 * norm_eps.size(),
-                      "norms, norm_eps: expected none, or two and one for each layer, got ", norms.size(), " and ",
-                      norm_eps.size());
+    const size_t count = words.size();
+    TORCH_CHECK_VALUE(count >= 1, "words: expected one for each layer, got none");
     storage_of(x_, "x");
     TORCH_CHECK_VALUE(x_.dim() == 2, "x: expected [M, K], got ", x_.sizes());
     x = with_unit_columns(x_);
     layers.resize(count);
     params.reserve(count);
     int64_t channels = 1, channel = x_.size(1);
-    size_t first_param = 0;
+    NetworkReader reader(tensors, numbers);
     for (size_t i = 0; i < count; ++i) {
-      const std::string key = keys.get(i);
-      activations.push_back(activation_of(engine, key));
+      const LayerWords word(words.get(i));
+      keys.push_back(word.key);
+      activations.push_back(activation_of(engine, word.key));
       const Activation& a = activations.back();
-      TORCH_CHECK_VALUE(a.params <= kMaxParams, "activation '", key, "': more than ", kMaxParams, " parameters");
-      const Tensor& w = weights[i];
-      storage_of(w, "weights");
-      TORCH_CHECK_VALUE(w.dim() == 2 && w.size(1) == channels * channel && w.size(0) % a.branches == 0, "weights[", i,
-                        "]: expected [", a.branches, " * N, ", channels * channel, "], got ", w.sizes());
+      TORCH_CHECK_VALUE(a.params <= kMaxParams, "activation '", word.key, "': more than ", kMaxParams, " parameters");
+      const OptionalTensor weight = reader.tensor();
+      TORCH_CHECK_VALUE(weight && weight->defined(), "tensors: layer ", i, " has no weight");
+      const Tensor& w = *weight;
+      storage_of(w, "weight");
+      TORCH_CHECK_VALUE(w.dim() == 2 && w.size(1) == channels * channel && w.size(0) % a.branches == 0, "weight of layer ", i,
+                        ": expected [", a.branches, " * N, ", channels * channel, "], got ", w.sizes());
       NetworkLayer& l = layers[i];
       l.in_channels = channels;
       l.in_channel = channel;
@@ -550,49 +595,30 @@ struct NetworkOperands {
       l.outputs = a.outputs;
       l.params = a.params;
       keep.push_back(with_unit_columns(w.to(compute)));
-      l.weight = rows_of(keep.back(), "weights");
-      const OptionalTensor bias = biases.get(i);
-      if (bias && bias->defined()) {
-        TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == w.size(0), "biases[", i, "]: expected [", w.size(0), "], got ",
-                          bias->sizes());
-        storage_of(*bias, "biases");
-        keep.push_back(bias->to(compute).contiguous());
-        l.bias = keep.back().data_ptr();
-        has_bias = true;
-      }
+      l.weight = rows_of(keep.back(), "weight");
+      l.bias = vector_of(reader.tensor(), w.size(0), "bias of layer ", i);
       OptionalTensors own;
-      const size_t of_layer = static_cast<size_t>(a.params);
-      TORCH_CHECK_VALUE(params_.size() >= first_param + of_layer && constants.size() >= first_param + of_layer,
-                        "params, constants: expected those of every layer, got ", params_.size(), " and ", constants.size());
-      for (size_t j = 0; j < of_layer; ++j) own.push_back(params_.get(first_param + j));
-      params.emplace_back(own, constants.slice(first_param, of_layer), a, l.features, compute);
-      first_param += of_layer;
+      for (int j = 0; j < a.params; ++j) own.push_back(reader.tensor());
+      params.emplace_back(own, reader.numbers(static_cast<size_t>(a.params)), a, l.features, compute);
       for (int j = 0; j < a.params; ++j) {
         // a copy of Params would leave these behind: they point into the vector, which does not grow
         l.param[j] = params.back().data[static_cast<size_t>(j)];
         l.param_stride[j] = params.back().stride[static_cast<size_t>(j)];
       }
-      l.value = key == "identity" ? nullptr : map_of(a, key, float64(), 0, false);
-      l.skip = !skips.empty() && skips.get(i);
-      TORCH_CHECK_VALUE(!l.skip || (l.value && l.outputs == channels && l.features == channel), "skips[", i,
-                        "]: a skip connection passes by a layer with an activation and with as many columns as its input");
+      l.value = word.key == "identity" ? nullptr : map_of(a, word.key, float64(), 0, false);
+      l.skip = word.skip;
+      TORCH_CHECK_VALUE(!l.skip || (l.value && l.outputs == channels && l.features == channel), "words: layer ", i,
+                        ": a skip connection passes by a layer with an activation and with as many columns as its input");
       channels = a.outputs;
       channel = l.features;
-      l.norm = !norm_eps.empty() && norm_eps[i] >= 0;
+      l.norm = word.norm;
       if (!l.norm) continue;
-      l.eps = norm_eps[i];
-      const auto of_norm = [&](size_t at) -> const void* {
-        const OptionalTensor t = norms.get(at);
-        if (!t || !t->defined()) return nullptr;
-        TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == channels * channel, "norms[", at, "]: expected [", channels * channel,
-                          "], got ", t->sizes());
-        storage_of(*t, "norms");
-        keep.push_back(t->to(compute).contiguous());
-        return keep.back().data_ptr();
-      };
-      l.gamma = of_norm(2 * i);
-      l.beta = of_norm(2 * i + 1);
+      l.centred = word.centred;
+      l.gamma = vector_of(reader.tensor(), channels * channel, "norm's weight of layer ", i);
+      l.beta = vector_of(reader.tensor(), channels * channel, "norm's bias of layer ", i);
+      l.eps = reader.numbers(1)[0];
     }
+    reader.end();
   }
   NetworkOperands(const NetworkOperands&) = delete;
 
@@ -605,13 +631,13 @@ struct NetworkOperands {
     return rows() == 0;
   }
 
-  // the maps of a backward, with parameters as inputs that have gradients where `learnable`
-  void differentiate(const c10::List<std::string>& keys, bool learnable) {
+  // Finds the maps of a backward, with parameters as inputs that have gradients where `learnable`.
+  void differentiate(bool learnable) {
     for (size_t i = 0; i < layers.size(); ++i) {
       NetworkLayer& l = layers[i];
       if (!l.value) continue;
       l.jet = activations[i].map[float64()][jet_slot(learnable && l.params > 0)];
-      TORCH_CHECK_NOT_IMPLEMENTED(l.jet != nullptr, "activation '", keys.get(i), "': the native engine has no jet");
+      TORCH_CHECK_NOT_IMPLEMENTED(l.jet != nullptr, "activation '", keys[i], "': the native engine has no jet");
     }
   }
 
@@ -626,13 +652,21 @@ struct NetworkOperands {
     n.threads = threads();
     return n;
   }
+
+ private:
+  // One number a column in the compute type, kept; null where there is no tensor.
+  const void* vector_of(const OptionalTensor& t, int64_t size, const char* what, size_t layer) {
+    if (!t || !t->defined()) return nullptr;
+    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == size, what, layer, ": expected [", size, "], got ", t->sizes());
+    storage_of(*t, what);
+    keep.push_back(t->to(compute).contiguous());
+    return keep.back().data_ptr();
+  }
 };
 
-std::tuple<Tensor, Tensor> mlp(const Tensor& x, at::TensorList weights, const OptionalTensors& biases,
-                               const OptionalTensors& params, at::ArrayRef<double> constants,
-                               const c10::List<std::string>& activations, const c10::List<bool>& skips,
-                               const OptionalTensors& norms, at::ArrayRef<double> norm_eps, bool save) {
-  const NetworkOperands o(x, weights, biases, params, constants, activations, skips, norms, norm_eps);
+std::tuple<Tensor, Tensor> mlp(const Tensor& x, const OptionalTensors& tensors, const c10::List<std::string>& words,
+                               at::ArrayRef<double> numbers, bool save) {
+  const NetworkOperands o(x, tensors, words, numbers);
   Tensor y = o.empty() ? at::zeros({o.rows(), o.out_features()}, at::TensorOptions().dtype(x.scalar_type()))
                        : fresh({o.rows(), o.out_features()}, x.scalar_type());
   if (o.empty()) return {y, nothing(o.compute)};
@@ -648,72 +682,68 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, at::TensorList weights, const Op
   return {y, saved};
 }
 
-// Gradients of a network's operands: gx, then those of all weights, of all biases, of all parameters, and where there are norms
-// of the weight and the bias of each layer's.
-struct NetworkGradients {
-  Tensor gx;
-  std::vector<Tensor> gw, gb, gp, gn;
-
-  NetworkGradients(NetworkOperands& o, at::TensorList weights, const OptionalTensors& biases, const Tensor& x,
-                   const OptionalTensors& norms, std::array<bool, 5> needs, NetworkBackward* f) {
-    const auto sum = [&](std::vector<int64_t> shape) {
-      const auto options = at::TensorOptions().dtype(o.compute);
-      return o.empty() ? at::zeros(shape, options) : at::empty(shape, options);
-    };
-    gx = nothing(x.scalar_type());
-    if (needs[0]) {
+// Gradients of a network's operands: of x, then of each layer's weight, bias, parameters (together, where it has any), and of
+// its norm's weight and bias, where it has one. Empty where not needed or where there is nothing.
+class NetworkGradients {
+ public:
+  NetworkGradients(NetworkOperands& o, const OptionalTensors& tensors, const Tensor& x, std::array<bool, 5> needs,
+                   NetworkBackward* f)
+      : o_(o) {
+    const auto [of_input, of_weight, of_bias, of_params, of_norm] = needs;
+    Tensor gx = nothing(x.scalar_type());
+    if (of_input) {
       gx = o.empty() ? at::zeros(x.sizes(), at::TensorOptions().dtype(x.scalar_type())) : fresh(x.sizes(), x.scalar_type());
       f->gx = rows_of(gx, "gx");
     }
-    for (size_t i = 0; i < o.layers.size(); ++i) {
-      NetworkLayer& l = o.layers[i];
-      gw.push_back(needs[1] ? sum(weights[i].sizes().vec()) : nothing(weights[i].scalar_type()));
-      if (needs[1]) l.gw = gw.back().data_ptr();
-      const bool bias_needed = needs[2] && l.bias;
-      gb.push_back(bias_needed ? sum({l.branches * l.features}) : nothing(o.compute));
-      if (bias_needed) l.gb = gb.back().data_ptr();
-      const bool learnable = needs[3] && l.params > 0;
-      gp.push_back(learnable ? sum({l.params, l.features}) : nothing(o.compute));
-      if (learnable) l.gp = gp.back().data_ptr();
-      if (norms.empty()) continue;
-      const auto of_norm = [&](const void* present) {
-        const bool needed = needs[4] && present;
-        gn.push_back(needed ? sum({l.outputs * l.features}) : nothing(o.compute));
-        return needed ? gn.back().data_ptr() : nullptr;
-      };
-      l.g_gamma = of_norm(l.gamma);
-      l.g_beta = of_norm(l.beta);
+    results_.push_back({gx, x.scalar_type()});
+    size_t next = 0;
+    for (NetworkLayer& l : o.layers) {
+      l.gw = add(tensors.get(next), of_weight, tensors.get(next)->sizes().vec());
+      l.gb = add(tensors.get(next + 1), of_bias, {l.branches * l.features});
+      next += 2 + static_cast<size_t>(l.params);
+      if (l.params > 0) l.gp = add(std::nullopt, of_params, {l.params, l.features}, true);
+      if (!l.norm) continue;
+      l.g_gamma = add(tensors.get(next), of_norm, {l.outputs * l.features});
+      l.g_beta = add(tensors.get(next + 1), of_norm, {l.outputs * l.features});
+      next += 2;
     }
     f->network = o.network();
-    (void)biases;
   }
 
-  std::vector<Tensor> all(at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& norms,
-                          std::vector<Tensor> first) const {
-    first.push_back(gx);
-    for (size_t i = 0; i < gw.size(); ++i) first.push_back(gw[i].to(weights[i].scalar_type()));
-    const auto in_type_of = [](const OptionalTensor& t, const Tensor& gradient) {
-      return t && t->defined() ? gradient.to(t->scalar_type()) : gradient;
-    };
-    for (size_t i = 0; i < gb.size(); ++i) first.push_back(in_type_of(biases.get(i), gb[i]));
-    first.insert(first.end(), gp.begin(), gp.end());
-    for (size_t i = 0; i < gn.size(); ++i) first.push_back(in_type_of(norms.get(i), gn[i]));
+  // All of them, each in the type of what it belongs to, behind what comes `first`.
+  std::vector<Tensor> all(std::vector<Tensor> first) const {
+    for (const auto& [gradient, type] : results_) first.push_back(gradient.to(type));
     return first;
   }
+
+ private:
+  // Room for the gradient of a tensor, or of parameters, which are of the compute type and always there.
+  void* add(const OptionalTensor& of, bool needed, std::vector<int64_t> shape, bool always = false) {
+    const bool present = of && of->defined();
+    const auto type = present ? of->scalar_type() : o_.compute;
+    if (!needed || !(present || always)) {
+      results_.push_back({nothing(o_.compute), type});
+      return nullptr;
+    }
+    const auto options = at::TensorOptions().dtype(o_.compute);
+    results_.push_back({o_.empty() ? at::zeros(shape, options) : at::empty(shape, options), type});
+    return results_.back().first.data_ptr();
+  }
+
+  const NetworkOperands& o_;
+  std::vector<std::pair<Tensor, at::ScalarType>> results_;
 };
 
-std::vector<Tensor> mlp_backward(const Tensor& g_, const Tensor& x, at::TensorList weights, const OptionalTensors& biases,
-                                 const OptionalTensors& params, at::ArrayRef<double> constants,
-                                 const c10::List<std::string>& activations, const c10::List<bool>& skips,
-                                 const OptionalTensors& norms, at::ArrayRef<double> norm_eps, const OptionalTensor& saved,
-                                 std::array<bool, 5> needs) {
-  NetworkOperands o(x, weights, biases, params, constants, activations, skips, norms, norm_eps);
+std::vector<Tensor> mlp_backward(const Tensor& g_, const Tensor& x, const OptionalTensors& tensors,
+                                 const c10::List<std::string>& words, at::ArrayRef<double> numbers,
+                                 const OptionalTensor& saved, std::array<bool, 5> needs) {
+  NetworkOperands o(x, tensors, words, numbers);
   const std::vector<int64_t> expected{o.rows(), o.out_features()};
   TORCH_CHECK_VALUE(g_.sizes() == at::IntArrayRef(expected), "g: expected ", at::IntArrayRef(expected), ", got ", g_.sizes());
   held(g_, "g");
-  o.differentiate(activations, needs[3]);
+  o.differentiate(needs[3]);
   NetworkBackward f;
-  const NetworkGradients gradients(o, weights, biases, x, norms, needs, &f);
+  const NetworkGradients gradients(o, tensors, x, needs, &f);
   const Tensor g = with_unit_columns((g_.scalar_type() == at::kDouble) != o.float64() ? g_.to(o.compute) : g_);
   f.g = rows_of(g, "g");
   if (saved && saved->defined() && saved->numel() > 0) {
@@ -725,19 +755,18 @@ std::vector<Tensor> mlp_backward(const Tensor& g_, const Tensor& x, at::TensorLi
   }
   const bool any = needs[0] || needs[1] || needs[2] || needs[3] || needs[4];
   if (!o.empty() && any) o.engine->network_backward[o.float64()](f);
-  return gradients.all(weights, biases, norms, {});
+  return gradients.all({});
 }
 
-std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const OptionalTensor& row_weights, at::TensorList weights,
-                             const OptionalTensors& biases, const OptionalTensors& params, at::ArrayRef<double> constants,
-                             const c10::List<std::string>& activations, const c10::List<bool>& skips,
-                             const OptionalTensors& norms, at::ArrayRef<double> norm_eps, c10::string_view loss,
-                             at::ArrayRef<double> loss_constants, double scale, std::array<bool, 5> needs) {
-  NetworkOperands o(x, weights, biases, params, constants, activations, skips, norms, norm_eps);
+std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const OptionalTensor& row_weights,
+                             const OptionalTensors& tensors, const c10::List<std::string>& words, at::ArrayRef<double> numbers,
+                             c10::string_view loss, at::ArrayRef<double> loss_constants, double scale,
+                             std::array<bool, 5> needs) {
+  NetworkOperands o(x, tensors, words, numbers);
   const std::vector<int64_t> expected{o.rows(), o.out_features()};
   TORCH_CHECK_VALUE(target_.sizes() == at::IntArrayRef(expected), "target: expected ", at::IntArrayRef(expected), ", got ",
                     target_.sizes());
-  o.differentiate(activations, needs[3]);
+  o.differentiate(needs[3]);
   const Activation l = activation_of(o.engine, loss);
   TORCH_CHECK_VALUE(l.branches == 2 && l.outputs == 1, "loss '", loss, "': expected a map of (prediction, target) to one number");
   void* jet = l.map[o.float64()][jet_slot(false)];
@@ -746,7 +775,7 @@ std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const Optio
   held(target_, "target");
 
   NetworkBackward f;
-  const NetworkGradients gradients(o, weights, biases, x, norms, needs, &f);
+  const NetworkGradients gradients(o, tensors, x, needs, &f);
   const Tensor target = with_unit_columns((target_.scalar_type() == at::kDouble) != o.float64() ? target_.to(o.compute) : target_);
   Tensor row_weight;
   double value = 0;
@@ -764,7 +793,7 @@ std::vector<Tensor> mlp_loss(const Tensor& x, const Tensor& target_, const Optio
   f.loss.scale = scale;
   f.loss.value = &value;
   if (!o.empty()) o.engine->network_backward[o.float64()](f);
-  return gradients.all(weights, biases, norms, {at::full({}, value, at::TensorOptions().dtype(o.compute))});
+  return gradients.all({at::full({}, value, at::TensorOptions().dtype(o.compute))});
 }
 
 // Sums over `samples` draws from `start` on: [chunks, G, outputs * (1 + branches), 3] in float64.
@@ -866,16 +895,13 @@ TORCH_LIBRARY(fused_inr_native, m) {
       "str activation, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, int level, bool learnable) -> Tensor[]");
+  m.def("mlp(Tensor x, Tensor?[] tensors, str[] words, float[] numbers, bool save) -> (Tensor, Tensor)");
   m.def(
-      "mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, str[] activations, bool[] skips, "
-      "Tensor?[] norms, float[] norm_eps, bool save) -> (Tensor, Tensor)");
+      "mlp_backward(Tensor g, Tensor x, Tensor?[] tensors, str[] words, float[] numbers, Tensor? saved, bool[5] needs) "
+      "-> Tensor[]");
   m.def(
-      "mlp_backward(Tensor g, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, "
-      "str[] activations, bool[] skips, Tensor?[] norms, float[] norm_eps, Tensor? saved, bool[5] needs) -> Tensor[]");
-  m.def(
-      "mlp_loss(Tensor x, Tensor target, Tensor? row_weights, Tensor[] weights, Tensor?[] biases, Tensor?[] params, "
-      "float[] constants, str[] activations, bool[] skips, Tensor?[] norms, float[] norm_eps, str loss, float[] loss_constants, "
-      "float scale, bool[5] needs) -> Tensor[]");
+      "mlp_loss(Tensor x, Tensor target, Tensor? row_weights, Tensor?[] tensors, str[] words, float[] numbers, str loss, "
+      "float[] loss_constants, float scale, bool[5] needs) -> Tensor[]");
   m.def("moments(Tensor sigmas, Tensor params, int start, int samples, int seed, str activation) -> Tensor");
   m.def("random_bits(int start, int count, int branch, int seed) -> Tensor",
         [](int64_t start, int64_t count, int64_t branch, int64_t seed) { return random_bits(start, count, branch, seed); });

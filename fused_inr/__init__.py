@@ -34,11 +34,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import activations, encodings, functional, init, layers, losses, models
+    from . import activations, backends, encodings, functional, init, layers, losses, models
     from .encodings import FourierFeatures
     from .layers import FusedLinear, GaussianLayer, SincLayer, SineLayer, SplitLayer
     from .models import MLP, SIREN, SplitNet
-    from .ops import backends
 
 _SUBMODULES = {"activations", "backends", "encodings", "functional", "init", "layers", "losses", "models"}
 _HOME = {

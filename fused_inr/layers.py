@@ -15,13 +15,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import activations
+from . import activations, backends
 from ._checks import boolean, finite_float, one_of, positive_int
 from .activations import Activation, ActivationMap
 from .functional import linear_act
 from .init.network import vi3nr_init_
 from .init.siren import siren_init_
-from .ops import backends
+from .network import compute_dtype
 
 __all__ = ["FusedLayer", "FusedLinear", "GaussianLayer", "SincLayer", "SineLayer", "SplitLayer"]
 
@@ -244,7 +244,7 @@ class _NamedLayer(FusedLayer):
         if reason := self.why_called():
             backends.record_layers(f"{type(self).__name__} in plain PyTorch: {reason}")
             z = linear(x)
-            return self.activation_with_parameters()(z.to(backends.compute_dtype(z.dtype))).to(z.dtype)
+            return self.activation_with_parameters()(z.to(compute_dtype(z.dtype))).to(z.dtype)
         return linear_act(x, linear.weight, linear.bias, self.activation_with_parameters())
 
     def _initialise(self) -> None:

@@ -17,11 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import activations
+from . import activations, backends
 from ._checks import finite_float, one_of
 from .activations import Activation
 from .models import _Network
-from .ops import backends
+from .network import Criterion
 from .ops import mlp as _op
 
 __all__ = ["ElementwiseLoss", "define", "huber", "l1", "mse"]
@@ -164,7 +164,7 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
         return _composed(form, net._decode(encoded), target, weight, reduction)
     rows = encoded.reshape(-1, encoded.shape[-1])
     scale = 1.0 / max(1, target.numel()) if reduction == "mean" else 1.0
-    criterion = _op.Criterion(form.map.key, form.constants, scale)
+    criterion = Criterion(form.map.key, form.constants, scale)
     flat = None if weight is None else weight.detach().reshape(-1)
     target = target.detach().reshape(-1, target.shape[-1])
     assert operands is not None
@@ -180,8 +180,7 @@ def _why_composed(form, x, target, weight, reduction, backend, needed, layers) -
         return "target or weight require a gradient"
     if target.device != x.device or not target.is_floating_point():
         return f"a target of {target.dtype} on {target.device}"
-    last, _, activation = layers[-1]
-    columns = last.shape[0] // activation.branches * activation.outputs
+    columns = layers[-1].columns
     if target.shape[-1] != columns:
         raise ValueError(f"target: expected {columns} columns as the network's output has, got {target.shape[-1]}")
     return backends.refusal(backend, form.map.key, x.device, x.dtype)

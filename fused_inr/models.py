@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from . import activations
+from . import activations, backends
 from ._checks import boolean, finite_float, one_of, positive_int
 from .init.network import vi3nr_init_
 from .init.siren import siren_init_
 from .layers import ActivationLike, FusedLayer, FusedLinear, SineLayer, SplitLayer, alias, has_hooks
-from .ops import backends
+from .network import NORMS, in_sequence
 from .ops import mlp as _op
+from .pytorch import any_global_hook
 from .structure import Structure, read
 
 __all__ = ["MLP", "SIREN", "SplitNet"]
@@ -100,17 +101,8 @@ class Chain(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         self.check()
         norms = [] if self._norms[0] is None else list(self._norms[0])
-        for i, layer in enumerate(self):
-            y = layer(x)
-            if i < len(norms):
-                y = norms[i](y)
-            if self.skips[i] and y.shape != x.shape:
-                raise ValueError(
-                    f"net.{i}: a skip connection adds its input of shape {list(x.shape)} to an output of shape "
-                    f"{list(y.shape)}; they must be equal"
-                )
-            x = backends.add_skip(y, x) if self.skips[i] else y
-        return x
+        behind = [*norms[: len(self)], *[None] * (len(self) - len(norms))]
+        return in_sequence(x, zip(self, behind, self.skips))
 
 
 _OUR_CONTAINERS = (nn.Sequential.forward, Chain.forward)
@@ -169,7 +161,7 @@ class _Network(nn.Module):
         self.out_features = positive_int("out_features", out_features)
         self.outermost_linear = boolean("outermost_linear", outermost_linear)
         self.residual = boolean("residual", residual)
-        self.norm = None if norm is None else one_of("norm", norm, ("layer",))
+        self.norm = None if norm is None else one_of("norm", norm, tuple(NORMS))
         self.encoding = encoding
 
         layers = [first(_encoded_features(encoding, self.in_features), self.hidden_features)]
@@ -188,7 +180,8 @@ class _Network(nn.Module):
         skips = tuple(self.residual and 1 <= i <= self.hidden_layers for i in range(len(layers)))
         norms = None
         if self.norm is not None:
-            norms = nn.ModuleList(nn.LayerNorm(m.output_features, device=device, dtype=dtype) for m in layers[:-1])
+            module: Any = NORMS[self.norm].module
+            norms = nn.ModuleList(module(m.output_features, eps=1e-5, device=device, dtype=dtype) for m in layers[:-1])
         plain = norms is None and not any(skips)
         self.net = nn.Sequential(*layers) if plain else Chain(layers, skips, norms)
         if norms is not None:
@@ -259,7 +252,7 @@ class _Network(nn.Module):
         hooks."""
         kind = type(self)
         own = kind.forward is _Network.forward and kind._decode is _Network._decode
-        return own and not has_hooks(self) and not nn.modules.module._has_any_global_hook()
+        return own and not has_hooks(self) and not any_global_hook()
 
     def _structure(self) -> Structure:
         """What the network consists of, as it is now."""
@@ -369,8 +362,9 @@ class MLP(_Network):
         output_activation: of the last layer in place of none, e.g. "sigmoid"; one output, and outermost_linear=True.
         residual: True gives the hidden-to-hidden layers skip connections, x <- (activation(W x + b) + x) / sqrt(2): the
             factor keeps the mean square of a sum of two independent terms.
-        norm: "layer" puts a `nn.LayerNorm` behind the activation of every layer but the last, before the sum of a skip
-            connection, each with its weight and bias (`norms.0.weight`, ...): part of the whole network on the CPU.
+        norm: "layer" puts a `nn.LayerNorm`, "rms" a `nn.RMSNorm` (of eps 1e-5, too) behind the activation of every
+            layer but the last, before the sum of a skip connection, each with its own weight and bias
+            (`norms.0.weight`, ...; an RMSNorm has no bias): part of the whole network on the CPU.
         fusion: "auto" (the whole network as one operation where that serves, else layer by layer), "network", "layers".
         save: "preactivations" or "nothing": what the forward of a whole network stores for its backward.
         device, dtype: of the layers' parameters (not of an encoding, which keeps its own).

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from .layers import FusedLayer, FusedLinear, SineLayer, has_hooks
+from .network import NORMS, Layer, Norm
 from .ops import mlp as _op
+from .pytorch import any_global_hook
 
 __all__ = ["Structure", "read"]
 
 _OUR_FORWARDS = (FusedLinear.forward, SineLayer.forward)  # of FusedLinear, of the layers that keep an nn.Linear
+#: The modules that are norms of a whole network.
+_KINDS = {norm.module: kind for kind, norm in NORMS.items()}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_any_global_hook = nn.modules.module._has_any_global_hook
 
 
 class Structure:
@@ -62,8 +65,8 @@ class Structure:
         """The operands with the tensors that stand in for parameters now (`torch.func.functional_call`); None where
         they do not look like those, or where something else has changed."""
         kept = self.operands
-        if kept is None or kept.norms or len(self._slots) != 2 * len(kept.layers) or not self._modules_hold():
-            return None
+        if kept is None or len(self._slots) != 2 * len(kept.layers) or not self._modules_hold():
+            return None  # norms and parameters of activations are tensors too
         values = [mapping.get(name) for mapping, name, _ in self._slots]
         for value, (_, _, like) in zip(values, self._slots):
             if value is None or like is None:
@@ -72,15 +75,15 @@ class Structure:
             elif value.dtype is not like.dtype or value.shape != like.shape or value.device != like.device:
                 return None
         layers = [
-            (cast(Tensor, weight), bias, activation)
-            for weight, bias, (_, _, activation) in zip(values[::2], values[1::2], kept.layers)
+            layer._replace(weight=cast(Tensor, weight), bias=bias)
+            for weight, bias, layer in zip(values[::2], values[1::2], kept.layers)
         ]
-        operands = _op.Operands(layers, kept.skips)
+        operands = _op.Operands(layers)
         operands.decisions = kept.decisions
         return operands
 
     def _modules_hold(self) -> bool:
-        if _any_global_hook():
+        if any_global_hook():
             return False
         for mapping, name, value in self._same:
             if mapping.get(name) is not value:
@@ -139,31 +142,30 @@ def read(net: nn.Module, norms: list[nn.Module], containers: tuple[Callable, ...
     """The structure of `net`, a sequence of layers with a forward of `containers`, and of the `norms` behind the first
     of them; `kept`: whether it may be wanted at a later call."""
     found = Structure(kept)
-    layers: list[_op.Layer] = []
-    found.reason = _read_layers(net, containers, found, layers) or _read_norms(net, norms, found)
+    layers: list[Layer] = []
+    found.reason = _read_layers(net, containers, found, layers) or _read_norms(net, norms, found, layers)
     found.kept &= not found.reason
     if not found.reason:
-        behind = [(m.weight, m.bias, float(m.eps)) for m in cast(list[nn.LayerNorm], norms)]
-        skips = getattr(net, "skips", ())
-        found.operands = _op.Operands(layers, skips, [*behind, *[None] * (len(layers) - len(behind))] if behind else ())
+        found.operands = _op.Operands(layers)
     return found
 
 
-def _read_layers(net: nn.Module, containers, found: Structure, layers: list[_op.Layer]) -> str:
+def _read_layers(net: nn.Module, containers, found: Structure, layers: list[Layer]) -> str:
     if type(net).forward not in containers:
         return f"its net is {type(net).__qualname__}, with a forward of its own"
-    if has_hooks(net) or _any_global_hook():
+    if has_hooks(net) or any_global_hook():
         return "there are hooks, which a whole network would not call"
     found.watch(net, "skips", "_norms")
     found.watch_children(net)
-    for module in net.children():
+    skips = getattr(net, "skips", ())
+    for i, module in enumerate(net.children()):
         if not isinstance(module, FusedLayer) or type(module).forward not in _OUR_FORWARDS:
             return f"{type(module).__name__} is not one of the fused layers"
         if has_hooks(module):
             return "a layer has hooks, which a whole network would not call"
         if reason := module.why_called():
             return f"{type(module).__name__}: {reason}"
-        layers.append(module.operands())
+        layers.append(Layer(*module.operands(), skip=bool(skips) and skips[i]))
         found.watch(module, "activation", "_tensor_names")
         holder: nn.Module = module
         if not isinstance(module, FusedLinear):
@@ -177,24 +179,31 @@ def _read_layers(net: nn.Module, containers, found: Structure, layers: list[_op.
     return ""
 
 
-def _read_norms(net: nn.Module, norms: list[nn.Module], found: Structure) -> str:
+def _read_norms(net: nn.Module, norms: list[nn.Module], found: Structure, layers: list[Layer]) -> str:
     if (held := getattr(net, "_norms", (None,))[0]) is not None:
         found.watch_children(held)
     for i, module in enumerate(norms):
-        if reason := _why_not_norm(module, cast(FusedLayer, net[i])):  # type: ignore[index]
+        kind = _KINDS.get(type(module))
+        if reason := _why_not_norm(module, kind, cast(FusedLayer, net[i])):  # type: ignore[index]
             return f"layer {i}: {reason}"
         found.watch(module, "eps", "normalized_shape")
-        for name in ("weight", "bias"):
+        for name in module._parameters:  # an RMSNorm has no bias
             found.watch_tensor(module, name)
+        norm = Norm(cast(str, kind), module.weight, getattr(module, "bias", None), float(module.eps))  # type: ignore[arg-type]
+        layers[i] = layers[i]._replace(norm=norm)
     return ""
 
 
-def _why_not_norm(module: nn.Module, layer: FusedLayer) -> str:
-    """Why what stands behind a layer cannot be part of a whole network."""
-    if type(module) is not nn.LayerNorm:
-        return f"{type(module).__name__} behind it is no nn.LayerNorm"
+def _why_not_norm(module: nn.Module, kind: str | None, layer: FusedLayer) -> str:
+    """Why what stands behind a layer cannot be part of a whole network; empty where it can."""
+    if kind is None:
+        names = " or ".join(f"nn.{kind.__name__}" for kind in _KINDS)
+        return f"{type(module).__name__} behind it is no {names}"
+    name = NORMS[kind].name
     if has_hooks(module):
-        return "its LayerNorm has hooks, which a whole network would not call"
+        return f"its {name} has hooks, which a whole network would not call"
     if module.normalized_shape != (layer.output_features,):
-        return f"its LayerNorm is over {module.normalized_shape}, its output has {layer.output_features} columns"
+        return f"its {name} is over {module.normalized_shape}, its output has {layer.output_features} columns"
+    if module.eps is None:
+        return f"its {name} has eps=None, which goes by the type of its input: give it a number"
     return ""

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 import fused_inr as fi
+from fused_inr import backends
+from fused_inr.backends import choice, explanation
 from fused_inr.functional import linear_act
-from fused_inr.ops import backends
 
 
 @pytest.fixture
 def fresh(monkeypatch):
     """Forget earlier choices and warnings."""
-    monkeypatch.setattr(backends, "_serving_cache", {})
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(choice, "_serving_cache", {})
+    monkeypatch.setattr(choice, "_warned", set())
 
 
 def call(dtype=torch.float32, device="cpu"):
@@ -62,7 +63,7 @@ def test_use_belongs_to_its_thread():
     leave.set()
     thread.join()
     assert seen["before"] is seen["after"] is None and "reference" in seen["explained"]
-    assert backends.demanded() is None and backends._backend.compiled is None
+    assert backends.demanded() is None and choice.BACKEND_SETTING.compiled is None
 
 
 def test_a_compiled_function_follows_a_block_and_leaves_it():
@@ -169,7 +170,7 @@ def test_explain_lists_each_call_with_reasons():
 
 def test_explain_leaves_no_recording_behind():
     fi.backends.explain(call)
-    assert backends._records() is None
+    assert explanation.records() is None
 
 
 def test_memory_of_large_results_is_kept_and_given_back():

@@ -609,8 +609,7 @@ def test_an_error_of_moments_is_seen():
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3", "bf16x3", "bf16"])
 def test_the_accuracy_of_a_layer_is_that_of_the_products_asked_for(precision, monkeypatch):
-    from fused_inr import functional
-    from fused_inr.ops import backends
+    from fused_inr import backends, functional
 
     seen, run = set(), functional.linear_act
 

@@ -288,14 +288,23 @@ def _bfloat16(values: np.ndarray) -> np.ndarray:
     return torch.from_numpy(values).to(torch.bfloat16).double().numpy()
 
 
-def _network(x, weights, biases, constants, keys, skips, norms=(), norm_eps=(), save=False) -> np.ndarray:
-    tensors = [torch.from_numpy(t).to(torch.bfloat16) for t in (x, *weights, *biases)]
-    n = len(weights)
-    params = [None] * len(constants)
-    norms = [None if t is None else torch.from_numpy(t).to(torch.bfloat16) for t in norms]
-    y, saved = torch.ops.fused_inr_native.mlp(
-        tensors[0], tensors[1 : 1 + n], tensors[1 + n :], params, constants, keys, skips, norms, list(norm_eps), save
-    )
+def _network(x, weights, biases, words, constants=(), gammas=(), eps=0.1, save=False) -> np.ndarray:
+    """In bfloat16; `constants` of every layer but the last, `gammas` of as many norms as the words name."""
+
+    def half(t):
+        return torch.from_numpy(t).to(torch.bfloat16)
+
+    tensors: list[torch.Tensor | None] = []
+    numbers: list[float] = []
+    last = len(words) - 1
+    for i, (weight, bias, word) in enumerate(zip(weights, biases, words, strict=True)):
+        own = list(constants) if i < last else []
+        tensors += [half(weight), half(bias), *[None] * len(own)]
+        numbers += own
+        if word.endswith("norm"):
+            tensors += [half(gammas[i]), None]
+            numbers.append(eps)
+    y, saved = torch.ops.fused_inr_native.mlp(half(x), tensors, words, numbers, save)
     assert y.dtype == torch.bfloat16 and bool(saved.numel()) == save
     return y.double().numpy()
 
@@ -322,7 +331,7 @@ def check_network_bfloat16_exact() -> None:
             assert np.abs(y).max() <= 256
         keys = ["relu", "relu", "identity"]
         for save in (False, True):
-            got = _network(x, weights, biases, [], keys, [], save=save)
+            got = _network(x, weights, biases, keys, save=save)
             np.testing.assert_array_equal(got, y, err_msg=f"{m} rows, {k} -> {hidden} -> {out}, save={save}")
 
 
@@ -347,8 +356,8 @@ def check_network_bfloat16() -> None:
     for key, (branches, outputs, constants, function) in maps.items():
         for n in (1, 16, 37, 72):
             x = _bfloat16(generator.uniform(-1, 1, (150, 3)))
-            for normed in (False, True):
-                weights, biases, norms = [], [], []
+            for norm in ("", "layernorm", "rmsnorm"):
+                weights, biases, gammas = [], [], []
                 y, columns = x, 3
                 for i in range(4):
                     rows = 5 if i == 3 else branches * n
@@ -357,20 +366,20 @@ def check_network_bfloat16() -> None:
                     z = y @ weights[-1].T + biases[-1]
                     if i < 3:
                         z = function(z)
-                        if normed:
-                            norms += [_bfloat16(generator.uniform(0.5, 1, outputs * n)), None]
-                            z = (z - z.mean(1, keepdims=True)) / np.sqrt(z.var(1, keepdims=True) + 0.1) * norms[-2]
+                        if norm:
+                            gammas.append(_bfloat16(generator.uniform(0.5, 1, outputs * n)))
+                            z = z - z.mean(1, keepdims=True) if norm == "layernorm" else z
+                            z = z / np.sqrt((z * z).mean(1, keepdims=True) + 0.1) * gammas[-1]
                         z = (z + y) / 2**0.5 if i > 0 else z
                     y, columns = z, outputs * n
-                keys, skips = [key] * 3 + ["identity"], [False, True, True, False]
-                norms, eps = ([*norms, None, None], [0.1] * 3 + [-1.0]) if normed else ([], [])
+                words = [f"{key}{skip} {norm}".strip() for skip in ("", " skip", " skip")] + ["identity"]
                 for save in (False, True):
-                    got = _network(x, weights, biases, constants * 3, keys, skips, norms, eps, save)
+                    got = _network(x, weights, biases, words, constants, gammas, 0.1, save)
                     error = np.abs(got - y).max() / np.abs(y).max()
                     # what each of the four layers reads, and the result, are rounded: 2^-9 each; the slope of a map
                     # is at most 3, that of a norm 1 / sqrt(0.1)
-                    bound = (30 if normed else 12) * 2.0**-9
-                    assert error <= bound, f"{key}, {n} features, norms {normed}, save={save}: {error}"
+                    bound = (30 if norm else 12) * 2.0**-9
+                    assert error <= bound, f"{key}, {n} features, norm {norm!r}, save={save}: {error}"
 
 
 CHECKS = {

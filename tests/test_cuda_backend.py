@@ -21,9 +21,10 @@ from linear_act_oracle import NAMES
 from tolerances import UNIT, tolerance
 
 import fused_inr as fi
-from fused_inr import activations, native, native_cuda
+from fused_inr import activations, backends, native, native_cuda
 from fused_inr.activations import lookup, registered
-from fused_inr.ops import backends, moments, raw
+from fused_inr.backends import choice
+from fused_inr.ops import moments, raw
 
 MAPS = {m.name: m for m in registered()}
 LEVELS = ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True))
@@ -584,8 +585,8 @@ def test_importing_builds_nothing():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    monkeypatch.setattr(backends, "_serving_cache", {})
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(choice, "_serving_cache", {})
+    monkeypatch.setattr(choice, "_warned", set())
 
 
 def test_it_stands_in_where_triton_does_not_serve(fresh, monkeypatch):
@@ -593,8 +594,8 @@ def test_it_stands_in_where_triton_does_not_serve(fresh, monkeypatch):
     assert list(backends.TABLE) == ["triton", "cuda", "cpu", "reference"]
     monkeypatch.setattr(backends.Triton, "serves", lambda self, *a: "" if a[2] == torch.float32 else "no float64")
     monkeypatch.setattr(backends.Cuda, "serves", lambda self, *a: "")
-    assert backends._serving(None, key, device, torch.float32) == ("triton", ())
-    assert backends._serving(None, key, device, torch.float64) == ("cuda", (("triton", "no float64"),))
+    assert choice.serving(None, key, device, torch.float32) == ("triton", ())
+    assert choice.serving(None, key, device, torch.float64) == ("cuda", (("triton", "no float64"),))
 
 
 def test_the_warning_names_both_backends_of_a_cuda_device(fresh, monkeypatch):
@@ -602,7 +603,7 @@ def test_the_warning_names_both_backends_of_a_cuda_device(fresh, monkeypatch):
     monkeypatch.setattr(backends.Cuda, "serves", lambda self, *a: "no nvcc found")
     reasons = "'triton' cannot serve: too old; backend 'cuda' cannot serve: no nvcc found"
     with pytest.warns(RuntimeWarning, match=reasons):
-        backends._serving(None, activations.get("sine").map.key, torch.device("cuda", 0), torch.float32)
+        choice.serving(None, activations.get("sine").map.key, torch.device("cuda", 0), torch.float32)
 
 
 def test_the_reason_of_a_device_is_told(monkeypatch):

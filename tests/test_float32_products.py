@@ -15,7 +15,10 @@ from fused_inr.bench import bounds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_inr as fi
-from fused_inr.ops import backends
+from fused_inr import backends
+from fused_inr.backends import choice, triton
+from fused_inr.backends.precision import PRODUCTS_SETTING
+from fused_inr.network import Layer
 
 CUDA, CPU, F32 = torch.device("cuda"), torch.device("cpu"), torch.float32
 
@@ -23,12 +26,12 @@ CUDA, CPU, F32 = torch.device("cuda"), torch.device("cpu"), torch.float32
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
     """As they are in a fresh process, before and after; PyTorch's own come back, too."""
-    monkeypatch.setattr(backends, "_serving_cache", {})
+    monkeypatch.setattr(choice, "_serving_cache", {})
     before = torch.backends.cuda.matmul.fp32_precision
     yield
     torch.backends.cuda.matmul.fp32_precision = before
     assert backends.set_float32_products(None) is None
-    assert not backends._products._blocks and backends._products.compiled is None
+    assert not PRODUCTS_SETTING._blocks and PRODUCTS_SETTING.compiled is None
 
 
 @pytest.fixture
@@ -121,8 +124,8 @@ def test_threads_that_leave_in_another_order_leave_nothing_behind():
     with fi.backends.float32_products("bf16x3"):
         second.set()
         thread.join(60)
-        assert now() == backends._products.compiled == "bf16x3"
-    assert now() == "ieee" and backends._products.compiled is None
+        assert now() == PRODUCTS_SETTING.compiled == "bf16x3"
+    assert now() == "ieee" and PRODUCTS_SETTING.compiled is None
 
 
 def test_tasks_of_one_thread_have_their_own_blocks():
@@ -146,9 +149,9 @@ def test_explain_tells_what_runs_and_what_was_not_obeyed(on_cuda, monkeypatch):
 
     def lines(x):
         records = []
-        monkeypatch.setattr(backends, "_records", lambda: records)
+        monkeypatch.setattr(choice, "records", lambda: records)
         backends.choose(sine, x, SimpleNamespace(shape=(5, 3)))
-        backends.record_network(x, [(torch.ones(5, 3), None, sine)], False, *backends.choose(sine, x, x, record=False))
+        backends.record_network(x, [Layer(torch.ones(5, 3), None, sine)], *backends.choose(sine, x, x, record=False))
         return [str(choice) for choice in records]
 
     reason = "not bf16x3 products: backend '{}' leaves float32 products to PyTorch's settings"
@@ -175,7 +178,7 @@ def test_explain_on_a_cpu():
 
 @pytest.mark.parametrize("of_pytorch", ["ieee", "tf32"])
 def test_a_product_in_ieee_goes_to_the_library_only_where_that_is_what_the_library_does(of_pytorch, monkeypatch):
-    monkeypatch.setattr(backends, "_interpreted", lambda: False)
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
     torch.backends.cuda.matmul.fp32_precision = of_pytorch
     tune = pytest.importorskip("fused_inr.kernels.tune")
     monkeypatch.setattr(tune, "arch", lambda device: "sm80")
@@ -212,7 +215,7 @@ def test_derivatives_follow_their_forward(fusion, step, monkeypatch):
     """Of layer, network and loss, through the layers of a network where a derivative is differentiated: the precision
     of the forward, though its block was left and the setting is another one."""
     real = backends.precision_of
-    monkeypatch.setattr(backends, "precision_of", lambda device, dtype, backend: real(CUDA, dtype, "triton"))
+    monkeypatch.setattr(choice, "precision_of", lambda device, dtype, backend: real(CUDA, dtype, "triton"))
     net = fi.SIREN(2, 16, 1, 3, fusion=fusion)
     x, target = torch.rand(9, 2), torch.rand(9, 3)
     first = net.parameters().__next__()

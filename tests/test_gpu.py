@@ -16,9 +16,9 @@ from fused_inr.bench.cases import PRECISIONS, Case, Work, matmul_precision
 from fused_inr.bench.gpu.checks import layer_accuracy, moments_error
 
 import fused_inr as fi
-from fused_inr import activations
+from fused_inr import activations, backends
 from fused_inr.functional import linear_act
-from fused_inr.ops import backends, moments, raw
+from fused_inr.ops import moments, raw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
 

@@ -20,7 +20,8 @@ if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "on"):
 pytest.importorskip("triton")
 
 from fused_inr.kernels import maps, mlp_tune
-from fused_inr.kernels.mlp import forward_kernel, mlp, mlp_backward, mlp_loss, serves, train_kernel
+from fused_inr.kernels.mlp import forward_kernel, serves, train_kernel
+from operands import mlp, mlp_backward, mlp_loss
 from tolerances import UNIT, Map, Rounded, cat, chunk, times, total, worst
 
 from fused_inr.activations import registered
@@ -34,18 +35,6 @@ F64 = torch.float64
 #: float64 against float64, relative to the largest value: sums of at most a few hundred terms, through four layers
 CLOSE = 1e-12
 ALL = (True, True, True, True)
-
-
-class Squared:
-    """(y - t)^2 as a loss map."""
-
-    name, branches, outputs, n_params = "squared", 2, 1, 0
-
-    @staticmethod
-    def triton_map(level, learnable=False):
-        more, value = [("", "(e * e,)"), (", g0", "(2 * g0 * e, -2 * g0 * e)")][level]
-        head = f"@triton.jit\ndef squared_l{level}(z0, z1{more}, MODE: tl.constexpr):\n"
-        return maps.from_source(f"squared_l{level}", f"{head}    e = z0 - z1\n    return {value}\n")
 
 
 @dataclass
@@ -203,7 +192,7 @@ def test_no_rows(N):
         gradients = mlp_backward(net.g, net.x, *net.arguments(), z)
         given = (net.x, *net.weights, *net.biases, *[None] * len(net.maps))
         agree(gradients, [torch.zeros_like(t) if t is not None else t for t in given])
-    value, *gradients = mlp_loss(net.x, net.g, None, *net.arguments(), Squared, [])
+    value, *gradients = mlp_loss(net.x, net.g, None, *net.arguments())
     assert value.shape == () and value == 0 and all(not t.any() for t in gradients)
 
 
@@ -233,7 +222,7 @@ def test_layouts_of_weights():
     net = make("sine", M=20, K=16, N=16, hidden=2, out=16)
     net.weights[-1] = net.weights[0].mT.contiguous()
     y, saved = mlp(net.x, *net.arguments(), "ieee", True)
-    value, *expected = mlp_loss(net.x, net.g, None, *net.arguments(), Squared, [])
+    value, *expected = mlp_loss(net.x, net.g, None, *net.arguments())
 
     def other(w):
         return w.mT.contiguous().mT
@@ -248,7 +237,7 @@ def test_layouts_of_weights():
         net.weights = [layout(w) for w in contiguous[:-1]] + [contiguous[0].mT]  # tied: one storage
         given = [w.clone() for w in net.weights]
         assert torch.equal(mlp(net.x, *net.arguments())[0], y)
-        again, *gradients = mlp_loss(net.x, net.g, None, *net.arguments(), Squared, [])
+        again, *gradients = mlp_loss(net.x, net.g, None, *net.arguments())
         assert torch.equal(again, value)
         agree(gradients, [t if t.numel() else None for t in expected], 0.0)
         backward = mlp_backward(net.g, net.x, *net.arguments(), saved)
@@ -307,7 +296,7 @@ def test_loss(name, N, last, weighted):
         return scale * (rows if row_weights is None else rows * row_weights).sum()
 
     value, gradients = reference(net, loss)
-    got = mlp_loss(net.x, target, row_weights, *net.arguments(), Squared, [], scale)
+    got = mlp_loss(net.x, target, row_weights, *net.arguments(), "squared_error", [], scale)
     agree(got, [value, *gradients])
 
 
@@ -317,7 +306,7 @@ def test_gradients_of_a_float16_loss_stay_within_its_range(N):
     net = make("gaussian", M=50, N=N, hidden=1, dtype=torch.float16)
     scale = 5e-8
     value, expected = reference(net, lambda y: scale * (y - net.g.double()).square().sum())
-    found = mlp_loss(net.x, net.g, None, *net.arguments(), Squared, [], scale)
+    found = mlp_loss(net.x, net.g, None, *net.arguments(), "squared_error", [], scale)
     assert abs(found[0].item() / value.item() - 1) <= 1e-2
     for got, want in zip(found[1:], expected, strict=False):
         if got.numel():
@@ -334,14 +323,14 @@ def test_loss_of_the_registry():
         loss_map = lookup(key)
         constants = list(loss_map.defaults.values())
         value, gradients = reference(net, lambda y: loss_map.torch_map(0)(y, net.g, *constants)[0].sum())  # noqa: B023
-        agree(mlp_loss(net.x, net.g, None, *net.arguments(), loss_map, constants), [value, *gradients])
+        agree(mlp_loss(net.x, net.g, None, *net.arguments(), key, constants), [value, *gradients])
 
 
 def train_both_ways(name, M, N, hidden):
     """Loss and its gradients, and those of a cotangent from saved pre-activations, against the reference."""
     net = make(name, M=M, N=N, hidden=hidden)
     value, gradients = reference(net, lambda y: (y - net.g).square().sum())
-    agree(mlp_loss(net.x, net.g, None, *net.arguments(), Squared, []), [value, *gradients])
+    agree(mlp_loss(net.x, net.g, None, *net.arguments()), [value, *gradients])
     _, gradients = reference(net, lambda y: (y * net.g).sum())
     saved = mlp(net.x, *net.arguments(), "ieee", True)[1]
     agree(mlp_backward(net.g, net.x, *net.arguments(), saved), gradients)
@@ -471,7 +460,7 @@ def test_bits_and_inputs():
     before = [t.clone() for t in given]
     first = mlp_backward(net.g, net.x, *net.arguments(), saved)
     again = mlp_backward(net.g, net.x, *net.arguments(), saved)
-    loss = [mlp_loss(net.x, net.g, None, *net.arguments(), Squared, [], 0.1) for _ in range(2)]
+    loss = [mlp_loss(net.x, net.g, None, *net.arguments(), "squared_error", [], 0.1) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(*loss, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
@@ -479,7 +468,7 @@ def test_bits_and_inputs():
 
 def test_results_are_no_views():
     net = make("sine", M=20, hidden=1)
-    results = [t for t in mlp_loss(net.x, net.g, None, *net.arguments(), Squared, []) if t.numel()]
+    results = [t for t in mlp_loss(net.x, net.g, None, *net.arguments()) if t.numel()]
     for t in results:
         assert t._base is None and t.is_contiguous()
     assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)

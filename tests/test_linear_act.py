@@ -21,8 +21,8 @@ from tolerances import UNIT, tolerance, worst
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_inr as fi
+from fused_inr import backends
 from fused_inr.functional import linear_act
-from fused_inr.ops import backends
 
 SMOOTH = [n for n in NAMES if n not in DETACHED]
 MASKS = [m for m in itertools.product((True, False), repeat=3) if any(m)]

@@ -9,6 +9,7 @@ from torch import nn
 
 import fused_inr as fi
 from fused_inr import activations, backends, losses
+from fused_inr.network import NORMS, Criterion, Layer, Norm
 from fused_inr.ops import mlp as op
 from fused_inr.ops import raw
 
@@ -27,7 +28,7 @@ def engine() -> str:
     return "cpu" if backends.available()["cpu"][0] else "reference"
 
 
-def network(name: str, dtype=torch.float64, widths=WIDTHS, out_features: int = 3, **kwargs) -> list[op.Layer]:
+def network(name: str, dtype=torch.float64, widths=WIDTHS, out_features: int = 3, **kwargs) -> list[Layer]:
     """Hidden layers of one activation at a usual spread of pre-activations, and a linear one."""
     layers, columns = [], 2
     for n in (*widths, out_features):
@@ -42,18 +43,18 @@ def network(name: str, dtype=torch.float64, widths=WIDTHS, out_features: int = 3
         sigma = 1.0 if last else spread(name)
         weight = torch.randn(activation.branches * n, columns, dtype=torch.float64) * sigma / columns**0.5
         bias = torch.randn(activation.branches * n, dtype=torch.float64) * sigma / 3
-        layers.append((weight.to(dtype), bias.to(dtype), activation))
+        layers.append(Layer(weight.to(dtype), bias.to(dtype), activation))
         columns = n * activation.outputs
     return layers
 
 
 def convert(layers, dtype):
-    return [(w.to(dtype), None if b is None else b.to(dtype), a) for w, b, a in layers]
+    return [Layer(w.to(dtype), None if b is None else b.to(dtype), a) for w, b, a, *_ in layers]
 
 
 def plain(x, layers):
     """Eager PyTorch, by formulas written by hand."""
-    for weight, bias, activation in layers:
+    for weight, bias, activation, *_ in layers:
         z = x @ weight.mT
         x = eager_act(activation, z if bias is None else z + bias)
     return x
@@ -63,10 +64,10 @@ def leaves(x, layers):
     """A copy whose tensors require gradients, and those tensors."""
     x = x.detach().clone().requires_grad_()
     layers = [
-        (w.detach().clone().requires_grad_(), None if b is None else b.detach().clone().requires_grad_(), a)
-        for w, b, a in layers
+        Layer(w.detach().clone().requires_grad_(), None if b is None else b.detach().clone().requires_grad_(), a)
+        for w, b, a, *_ in layers
     ]
-    return x, layers, [x, *(w for w, _, _ in layers), *(b for _, b, _ in layers if b is not None)]
+    return x, layers, [x, *(layer.weight for layer in layers), *(t.bias for t in layers if t.bias is not None)]
 
 
 def gradients(function, x, layers, *args):
@@ -75,12 +76,21 @@ def gradients(function, x, layers, *args):
     return y.detach(), torch.autograd.grad(y, wanted, torch.cos(y.detach()), allow_unused=True)
 
 
+def joined(layers, skips=(), norms=()):
+    """Layers with skip connections and norms."""
+    n = len(layers)
+    return [
+        Layer(w, b, a, norm, skip)
+        for (w, b, a, *_), skip, norm in zip(layers, skips or [False] * n, norms or [None] * n, strict=True)
+    ]
+
+
 def run_whole(x, layers, decision, save, skips=(), norms=()):
-    return op.network(x, op.Operands(layers, skips, norms), decision, save)
+    return op.network(x, op.Operands(joined(layers, skips, norms)), decision, save)
 
 
 def one_pass_of(x, target, row_weights, layers, criterion, decision, skips=(), norms=()):
-    return op.network_loss(x, target, row_weights, op.Operands(layers, skips, norms), criterion, decision)
+    return op.network_loss(x, target, row_weights, op.Operands(joined(layers, skips, norms)), criterion, decision)
 
 
 def whole(x, layers, save=True, backend=None):
@@ -162,7 +172,7 @@ def test_layers_of_several_activations_an_output_activation_and_no_bias():
     layers, columns = [], 3
     for n, activation in ((20, a.split(m=2.0)), (7, a.complex_gabor()), (9, a.get("fourier")), (4, a.sine(omega=2.0))):
         weight = torch.randn(activation.branches * n, columns, dtype=torch.float64) * 0.3
-        layers.append((weight, None, activation))
+        layers.append(Layer(weight, None, activation))
         columns = n * activation.outputs
     x = torch.randn(31, 3, dtype=torch.float64)
     truth, expected = gradients(plain, x, layers)
@@ -177,14 +187,14 @@ def test_layers_of_several_activations_an_output_activation_and_no_bias():
 def test_learnable_parameters(name, per_feature):
     map = activations.get(name).map
     layers, x = [], torch.randn(300, 2, dtype=torch.float64)
-    for weight, bias, activation in network(name):
+    for weight, bias, activation, *_ in network(name):
         if activation.name != "identity":
             n = weight.shape[0] // activation.branches
             shape = (n,) if per_feature else ()
             values = {p: v * (1 + 0.1 * torch.rand(shape, dtype=torch.float64)) for p, v in activation.params.items()}
             activation = map(**{p: v.requires_grad_() for p, v in values.items()})
-        layers.append((weight, bias, activation))
-    params = [t for _, _, a in layers for t in a.tensors if t is not None]
+        layers.append(Layer(weight, bias, activation))
+    params = [t for _, _, a, *_ in layers for t in a.tensors if t is not None]
     results = []
     for run in (plain, whole, lambda x, layers: whole(x, layers, False)):
         y = run(x, layers)
@@ -213,16 +223,12 @@ def test_strides_and_leading_dimensions():
 
 def test_only_what_is_needed_is_computed():
     layers, x = network("sine"), torch.randn(20, 2, dtype=torch.float64)
-    tensors, constants = op._operands(layers)
-    keys = [a.map.key for _, _, a in layers]
-    weights, biases, params = tensors[:4], tensors[4:8], tensors[8:]
-    y, saved = raw.mlp(x, weights, biases, params, constants, keys, [], [], [], engine(), "ieee", False)
+    o = op.Operands(layers)
+    operands = (o.tensors, o.spec.words, o.spec.numbers)
+    y, saved = raw.mlp(x, *operands, engine(), "ieee", False)
     assert saved.numel() == 0
-    out = raw.mlp_backward(
-        y, x, weights, biases, params, constants, keys, [], [], [], None, engine(), "ieee",
-        [False, True, False, False, False],
-    )  # fmt: skip
-    assert [t.numel() > 0 for t in out] == [False, *[True] * 4, *[False] * 4, *[False] * 4]
+    out = raw.mlp_backward(y, x, *operands, None, engine(), "ieee", [False, True, False, False, False])
+    assert [t.numel() > 0 for t in out] == [False, *[True, False, False] * 3, True, False]
 
 
 def test_sums_do_not_depend_on_chance_and_hardly_on_threads():
@@ -253,7 +259,9 @@ def test_second_derivatives(name):
 
     def run(*tensors):
         n = len(layers)
-        again = [(w, b, a) for w, b, (_, _, a) in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=True)]
+        again = [
+            Layer(w, b, t.activation) for w, b, t in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=True)
+        ]
         return whole(tensors[0], again)
 
     assert torch.autograd.gradcheck(run, wanted)
@@ -616,7 +624,7 @@ def square(name: str, dtype=torch.float64, columns: int = 21, depth: int = 4):
     outputs = activations.get(name).outputs
     layers = network(name, dtype, widths=(columns,) * depth)
     first = layers[0][0].shape[0]
-    layers[0] = ((torch.randn(first, outputs * columns, dtype=torch.float64) * 0.2).to(dtype), *layers[0][1:])
+    layers[0] = layers[0]._replace(weight=(torch.randn(first, outputs * columns, dtype=torch.float64) * 0.2).to(dtype))
     return layers, (outputs == 1, True, False, True, False)
 
 
@@ -656,7 +664,7 @@ def test_a_last_layer_with_a_skip_connection_and_one_pass():
     layers, _ = square("sine")
     layers, skips = layers[:-1], (True, False, True, True)
     x, target = (torch.randn(77, 21, dtype=torch.float64) for _ in range(2))
-    criterion = op.Criterion("squared_error", (), 0.5)
+    criterion = Criterion("squared_error", (), 0.5)
     results = []
     for run in (
         lambda x, layers: (plain_with_skips(x, layers, skips) - target).square().sum() / 2,
@@ -677,7 +685,9 @@ def test_second_derivatives_with_skip_connections():
 
     def run(*tensors):
         n = len(layers)
-        again = [(w, b, a) for w, b, (_, _, a) in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=True)]
+        again = [
+            Layer(w, b, t.activation) for w, b, t in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=True)
+        ]
         return run_whole(tensors[0], again, op.Decision(engine(), "ieee", ""), True, skips)
 
     assert torch.autograd.gradcheck(run, wanted)
@@ -700,7 +710,7 @@ def test_learnable_parameters_with_skip_connections():
 
 def test_skip_connections_that_cannot_be_are_refused():
     layers, x = network("sine"), torch.randn(5, 2, dtype=torch.float64)
-    assert "needs an activation" in op.why_not(x, layers, (True, False, False, False))[2]
+    assert "needs an activation" in op.why_not(x, joined(layers, (True, False, False, False)))[2]
     if engine() == "cpu":
         with pytest.raises(ValueError, match="as many columns"):
             run_whole(x, layers, op.Decision("cpu", "ieee", ""), True, (True, False, False, False))
@@ -712,36 +722,34 @@ def test_skip_connections_that_cannot_be_are_refused():
 AFFINE = {"weight and bias": (True, True), "weight": (True, False), "bias": (False, True), "neither": (False, False)}
 
 
-def columns_of(layer: op.Layer) -> int:
-    weight, _, activation = layer
-    return weight.shape[0] // activation.branches * activation.outputs
-
-
-def with_norms(layers, affine="weight and bias", where=None, eps=1e-5):
+def with_norms(layers, affine="weight and bias", where=None, eps=1e-5, kind="layer"):
     """A norm behind every layer but the last, or `where`; its weight and bias away from 1 and 0."""
     where = [True] * (len(layers) - 1) + [False] if where is None else where
     norms = []
     for layer, there in zip(layers, where, strict=True):
-        dtype, n = layer[0].dtype, columns_of(layer)
+        dtype, n = layer[0].dtype, layer.columns
         weight, bias = (
             t.to(dtype) if present else None
             for t, present in zip((torch.rand(n) + 0.5, torch.randn(n)), AFFINE[affine], strict=True)
         )
-        norms.append((weight, bias, eps) if there else None)
+        norms.append(Norm(kind, weight, bias, eps) if there else None)
     return norms
 
 
 def by_hand(y, norm):
-    weight, bias, eps = norm
-    centred = y - y.mean(-1, keepdim=True)
+    kind, weight, bias, eps = norm
+    centred = y - y.mean(-1, keepdim=True) if kind == "layer" else y
     y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
 def by_pytorch(y, norm):
-    weight, bias, eps = norm
-    return nn.functional.layer_norm(y, y.shape[-1:], weight, bias, eps)
+    kind, weight, bias, eps = norm
+    if kind == "layer":
+        return nn.functional.layer_norm(y, y.shape[-1:], weight, bias, eps)
+    y = nn.functional.rms_norm(y, y.shape[-1:], weight, eps)
+    return y if bias is None else y + bias
 
 
 def plain_with_norms(x, layers, norms, skips, normalised=by_hand):
@@ -761,7 +769,7 @@ def whole_with_norms(save=True, backend=None):
 
 def one_pass_with_norms(target, row_weights=None, backend=None):
     def run(x, layers, norms, skips):
-        criterion = op.Criterion("squared_error", (), 0.5)
+        criterion = Criterion("squared_error", (), 0.5)
         return one_pass_of(
             x, target, row_weights, layers, criterion, op.Decision(backend or engine(), "ieee", ""), skips, norms
         )
@@ -782,8 +790,8 @@ def gradients_with_norms(run, x, layers, norms, skips=()):
     x, layers, wanted = leaves(x, layers)
     own = []
     for norm in norms:
-        pair = () if norm is None else tuple(t if t is None else t.clone().requires_grad_() for t in norm[:2])
-        own.append(None if norm is None else (*pair, norm[2]))
+        pair = () if norm is None else tuple(t if t is None else t.clone().requires_grad_() for t in norm[1:3])
+        own.append(None if norm is None else Norm(norm.kind, *pair, norm.eps))
         wanted += [t for t in pair if t is not None]
     y = run(x, layers, own, skips)
     return y.detach(), torch.autograd.grad(y, wanted, torch.cos(y.detach()), allow_unused=True)
@@ -791,7 +799,7 @@ def gradients_with_norms(run, x, layers, norms, skips=()):
 
 def agree_with_norms(x, layers, norms, skips=(), backend=None, scale=100.0):
     """Every way to train against float64 PyTorch by hand; what eps and a small deviation amplify: `scale`."""
-    target = torch.randn(x.shape[0], columns_of(layers[-1]), dtype=torch.float64)
+    target = torch.randn(x.shape[0], layers[-1].columns, dtype=torch.float64)
     row_weights = torch.rand(x.shape[0], dtype=torch.float64)
     truths = [
         gradients_with_norms(run, x, layers, norms, skips)
@@ -808,32 +816,39 @@ def agree_with_norms(x, layers, norms, skips=(), backend=None, scale=100.0):
             same(got, want, scale)
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("backend", ["engine", "reference"])
 @pytest.mark.parametrize("name", NAMES)
-def test_layer_norm_in_float64(name, backend):
+def test_layer_norm_in_float64(name, backend, kind):
     layers, x = network(name), torch.randn(129, 2, dtype=torch.float64)
-    agree_with_norms(x, layers, with_norms(layers, eps=1e-2), backend=None if backend == "engine" else backend)
+    agree_with_norms(
+        x, layers, with_norms(layers, eps=1e-2, kind=kind), backend=None if backend == "engine" else backend
+    )
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("affine", AFFINE)
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("name", ["sine", "split", "complex_gabor"])
-def test_layer_norm_with_skip_connections_and_without_weight_or_bias(name, skip, affine):
+def test_layer_norm_with_skip_connections_and_without_weight_or_bias(name, skip, affine, kind):
     layers, skips = square(name)
     x = torch.randn(200, layers[0][0].shape[1], dtype=torch.float64)
-    norms = with_norms(layers, affine, eps=1e-3)
+    norms = with_norms(layers, affine, eps=1e-3, kind=kind)
     for backend in (None, "reference"):
         agree_with_norms(x, layers, norms, skips if skip else (), backend)
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("where", [(True, False, False), (False, True, True), (False, False, True)])
 @pytest.mark.parametrize("skip", [False, True])
-def test_layer_norm_behind_some_layers_and_the_last(where, skip):
+def test_layer_norm_behind_some_layers_and_the_last(where, skip, kind):
     layers, _ = square("sine", depth=3)
     layers = layers[:-1]
     x = torch.randn(77, 21, dtype=torch.float64)
     for backend in (None, "reference"):
-        agree_with_norms(x, layers, with_norms(layers, where=where), (True, False, True) if skip else (), backend)
+        agree_with_norms(
+            x, layers, with_norms(layers, where=where, kind=kind), (True, False, True) if skip else (), backend
+        )
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -842,18 +857,20 @@ def test_layer_norm_of_linear_layers(last):
     agree_with_norms(x, layers, with_norms(layers, where=(True, True, last)))
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("name", ["sine", "split", "complex_gabor"])
 @pytest.mark.parametrize("widths", [(1, 2), (5,), (16,), (17, 129), (256, 3), (64, 64, 64, 64)])
 @pytest.mark.parametrize("rows", [0, 1, 5, 301])
-def test_layer_norm_of_every_width_and_number_of_rows(name, widths, rows):
+def test_layer_norm_of_every_width_and_number_of_rows(name, widths, rows, kind):
     layers, x = network(name, widths=widths, out_features=5), torch.randn(rows, 2, dtype=torch.float64)
     # of one or two columns, eps alone keeps the deviation from 0
-    agree_with_norms(x, layers, with_norms(layers, eps=1e-1))
+    agree_with_norms(x, layers, with_norms(layers, eps=1e-1, kind=kind))
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("name", ["sine", "gaussian", "split", "complex_gabor", "relu"])
 @pytest.mark.parametrize("rows", [64, 1001])
-def test_layer_norm_in_float32_is_no_worse_than_twice_eager(name, rows):
+def test_layer_norm_in_float32_is_no_worse_than_twice_eager(name, rows, kind):
     """Medians over 9 draws: the largest error of one is that of the row which the layers amplify most, and there it is
     chance which of two roundings lies further from the truth (medians of the ratio: 0.88 to 1.10)."""
     if engine() != "cpu":
@@ -869,8 +886,8 @@ def test_layer_norm_in_float32_is_no_worse_than_twice_eager(name, rows):
     sizes = []
     for _ in range(9):
         layers, x = network(name, torch.float32, widths=(33, 50, 33)), torch.randn(rows, 2)
-        norms = with_norms(layers)
-        exact = [None if n is None else (n[0].double(), n[1].double(), n[2]) for n in norms]
+        norms = with_norms(layers, kind=kind)
+        exact = [None if n is None else Norm(n.kind, n.weight.double(), n.bias.double(), n.eps) for n in norms]
         truth = flat(gradients_with_norms(plain_with_norms, x.double(), convert(layers, torch.float64), exact))
         sizes.append([t.abs().max() for t in truth])
         for run, found in errors.items():
@@ -888,7 +905,7 @@ def test_the_statistics_of_rows_far_from_zero():
         pytest.skip("needs the native engine")
     identity = activations.get("identity")
     x = torch.randn(70, 40) + 1000
-    layers = [(torch.eye(40), torch.zeros(40), identity)]
+    layers = [Layer(torch.eye(40), torch.zeros(40), identity)]
     norms = with_norms(layers, "neither", (True,))
     truth = by_hand(x.double(), norms[0])
     y = whole_with_norms()(x, layers, norms, ())
@@ -897,16 +914,17 @@ def test_the_statistics_of_rows_far_from_zero():
     no_worse(y, by_pytorch(x, norms[0]), truth, torch.float32)
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("of_norms", ["half", "float32"])
-def test_layer_norm_of_half_types_keeps_float32_between_the_layers(dtype, of_norms):
+def test_layer_norm_of_half_types_keeps_float32_between_the_layers(dtype, of_norms, kind):
     layers, x = network("sine", dtype), torch.randn(77, 2).to(dtype)
-    norms = with_norms(layers)
+    norms = with_norms(layers, kind=kind)
     if of_norms == "float32":
-        norms = [None if n is None else (n[0].float(), n[1].float(), n[2]) for n in norms]
-    exact = [None if n is None else (n[0].double(), n[1].double(), n[2]) for n in norms]
+        norms = [None if n is None else Norm(n.kind, n.weight.float(), n.bias.float(), n.eps) for n in norms]
+    exact = [None if n is None else Norm(n.kind, n.weight.double(), n.bias.double(), n.eps) for n in norms]
     truth, expected = gradients_with_norms(plain_with_norms, x.double(), convert(layers, torch.float64), exact)
-    assert not op.why_not(x, layers, (), norms)[2]
+    assert not op.why_not(x, joined(layers, (), norms))[2]
     for save in (True, False):
         y, grads = gradients_with_norms(whole_with_norms(save), x, layers, norms)
         assert y.dtype == dtype
@@ -917,7 +935,7 @@ def test_layer_norm_of_half_types_keeps_float32_between_the_layers(dtype, of_nor
         rounded = dtype == torch.bfloat16 and torch.ops.fused_inr_native.multiplies_bfloat16()
         loss = 4 * x.shape[1] ** 0.5 if rounded else 1.01
         assert (y.double() - truth).abs().max() <= loss * UNIT[dtype] * truth.abs().max()
-        types = [dtype] * 9 + [t.dtype for n in norms if n is not None for t in n[:2]]
+        types = [dtype] * 9 + [t.dtype for n in norms if n is not None for t in n[1:3]]
         for got, want, expected_type in zip(grads, expected, types, strict=True):
             assert got.dtype == expected_type
             # the cotangent is cos of a rounded output: it differs by as much again
@@ -930,8 +948,8 @@ def test_a_loss_scaler_finds_the_gradients_of_float16(normed, scaler):
     """Those of a mean over 2e7 numbers are of order 1e-8, float16's smallest number: its zeros cannot be scaled."""
     layers, x = network("sine", torch.float16), torch.randn(500, 2).half()
     norms = with_norms(layers) if normed else []
-    exact = [None if n is None else (n[0].double(), n[1].double(), n[2]) for n in norms]
-    target, criterion = torch.zeros(500, 3).half(), op.Criterion("squared_error", (), 5e-8)
+    exact = [None if n is None else Norm(n.kind, n.weight.double(), n.bias.double(), n.eps) for n in norms]
+    target, criterion = torch.zeros(500, 3).half(), Criterion("squared_error", (), 5e-8)
 
     def plainly(x, layers, norms, skips):
         y = plain_with_norms(x, layers, norms, skips) if norms else plain(x, layers)
@@ -956,12 +974,12 @@ def test_what_lies_beyond_the_last_column_is_not_in_the_statistics(skip, monkeyp
     monkeypatch.setitem(BY_HAND, "reciprocal", lambda z, shift: 1 / (z + shift))
     reciprocal = activations.define("reciprocal", lambda z, shift: 1 / (z + shift), shift=0.0)
     layers = [
-        (torch.rand(n, k, dtype=torch.float64) / k + 0.1, torch.ones(n, dtype=torch.float64), reciprocal)
+        Layer(torch.rand(n, k, dtype=torch.float64) / k + 0.1, torch.ones(n, dtype=torch.float64), reciprocal)
         for n, k in ((19, 3), (19, 19), (33, 19))
     ]
     norms = with_norms(layers, where=(True, True, True), eps=1e-3)
     # positive pre-activations everywhere
-    norms = [(weight, bias.abs() + 6, eps) for weight, bias, eps in norms]
+    norms = [n._replace(bias=n.bias.abs() + 6) for n in norms]
     agree_with_norms(torch.rand(40, 3, dtype=torch.float64), layers, norms, (False, True, False) if skip else ())
 
 
@@ -985,19 +1003,22 @@ def test_sums_with_layer_norm_are_the_same_bits_for_any_number_of_threads():
         assert all(torch.equal(y, ways[0][0]) for y, _ in ways[1:])
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("affine", ["weight and bias", "neither"])
 @pytest.mark.parametrize("name", ["sine", "split"])
-def test_second_derivatives_with_layer_norm(name, affine):
+def test_second_derivatives_with_layer_norm(name, affine, kind):
     layers, skips = square(name, columns=3, depth=2)
-    skips, norms = skips[:2] + (False,), with_norms(layers, affine, eps=1e-1)
+    skips, norms = skips[:2] + (False,), with_norms(layers, affine, eps=1e-1, kind=kind)
     _, layers, wanted = leaves(torch.randn(4, layers[0][0].shape[1], dtype=torch.float64), layers)
-    own = [t.clone().requires_grad_() for n in norms if n is not None for t in n[:2] if t is not None]
+    own = [t.clone().requires_grad_() for n in norms if n is not None for t in n[1:3] if t is not None]
 
     def run(*tensors):
         n = len(layers)
-        again = [(w, b, a) for w, b, (_, _, a) in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=False)]
+        again = [
+            Layer(w, b, t.activation) for w, b, t in zip(tensors[1 : 1 + n], tensors[1 + n :], layers, strict=False)
+        ]
         rest = list(tensors[1 + 2 * n :]) or [None] * 4
-        given = [(rest[2 * i], rest[2 * i + 1], 1e-1) for i in range(2)]
+        given = [Norm(kind, rest[2 * i], rest[2 * i + 1], 1e-1) for i in range(2)]
         return run_whole(tensors[0], again, op.Decision(engine(), "ieee", ""), True, skips, [*given, None])
 
     assert torch.autograd.gradcheck(run, [*wanted, *own])
@@ -1032,15 +1053,16 @@ NORMED = {
 }
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("affine", ["weight and bias", "no bias", "neither"])
 @pytest.mark.parametrize("make", NORMED.values(), ids=NORMED)
-def test_layer_norm_and_fusion_change_no_result(make, affine):
-    net = make(norm="layer", dtype=torch.float64)
+def test_layer_norm_and_fusion_change_no_result(make, affine, kind):
+    net = make(norm=kind, dtype=torch.float64)
     for i, n in enumerate(net.norms):
-        if affine == "no bias":
+        if affine == "no bias" and kind == "layer":  # the other kind has none
             net.norms[i] = nn.LayerNorm(n.normalized_shape, bias=False, dtype=torch.float64)
         if affine == "neither":
-            net.norms[i] = nn.LayerNorm(n.normalized_shape, eps=1e-3, elementwise_affine=False)
+            net.norms[i] = type(n)(n.normalized_shape, eps=1e-3, elementwise_affine=False)
         for p in net.norms[i].parameters():
             nn.init.uniform_(p, 0.5, 1.5)
     check_ways(net)
@@ -1118,11 +1140,15 @@ def test_layer_norm_runs_whole_and_says_why_not():
     def of_a_negative_eps(n):
         n.norms[0].eps = -1e-5
 
+    def of_the_inputs_eps(n):
+        n.norms[0] = nn.RMSNorm(32)
+
     for change, reason in (
         (hooked, "layer 1: its LayerNorm has hooks"),
-        (replaced, "layer 0: Sequential behind it is no nn.LayerNorm"),
+        (of_the_inputs_eps, "layer 0: its RMSNorm has eps=None"),
+        (replaced, "layer 0: Sequential behind it is no nn.LayerNorm or nn.RMSNorm"),
         (of_rows, r"layer 0: its LayerNorm is over \(64, 32\), its output has 32 columns"),
-        (subclass, "layer 2: Ours behind it is no nn.LayerNorm"),
+        (subclass, "layer 2: Ours behind it is no nn.LayerNorm or nn.RMSNorm"),
         (of_another_type, r"layer 1: its LayerNorm has torch\.float64, the input torch\.float32"),
         (of_another_device, "layer 1: its LayerNorm is not on the input's device, cpu"),
         (of_a_negative_eps, "layer 0: its LayerNorm has eps=-1e-05"),
@@ -1147,27 +1173,29 @@ def test_layer_norm_runs_whole_and_says_why_not():
 def test_norms_of_wrong_sizes_are_refused_by_the_operation():
     layers, x = network("sine"), torch.randn(5, 2, dtype=torch.float64)
     norms = with_norms(layers)
-    norms[1] = (torch.ones(3, dtype=torch.float64), None, 1e-5)
-    assert "layer 1: its LayerNorm has [3] elements, its output 16 columns" in op.why_not(x, layers, (), norms)[2]
+    norms[1] = Norm("layer", torch.ones(3, dtype=torch.float64), None, 1e-5)
+    reason = op.why_not(x, joined(layers, (), norms))[2]
+    assert reason == "layer 1: its LayerNorm has [3] elements, its output 16 columns"
     if engine() == "cpu":
-        with pytest.raises(ValueError, match=r"norms\[2\]: expected \[16\]"):
+        with pytest.raises(ValueError, match=r"norm's weight of layer 1: expected \[16\]"):
             run_whole(x, layers, op.Decision("cpu", "ieee", ""), True, (), norms)
-        tensors, constants = op._operands(layers)
-        keys = [a.map.key for _, _, a in layers]
-        with pytest.raises(ValueError, match="norms, norm_eps: expected none, or two and one for each layer"):
-            torch.ops.fused_inr_native.mlp(
-                x, tensors[:4], tensors[4:8], tensors[8:], constants, keys, [], [None], [1e-5], False
-            )
+        o = op.Operands(layers)
+        mlp = torch.ops.fused_inr_native.mlp
+        with pytest.raises(ValueError, match="tensors: expected those of every layer, got 10"):
+            mlp(x, [*o.tensors[:-1]], o.spec.words, o.spec.numbers, False)
+        with pytest.raises(ValueError, match="tensors, numbers: expected 11 and 3 for these words, got 12 and 3"):
+            mlp(x, [*o.tensors, None], o.spec.words, o.spec.numbers, False)
+        with pytest.raises(ValueError, match="expected skip, layernorm or rmsnorm behind 'sine', got 'batchnorm'"):
+            mlp(x, o.tensors, ["sine batchnorm", *o.spec.words[1:]], o.spec.numbers, False)
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
-def test_fake_tensors_of_networks_with_norms(dtype, precision):
+def test_fake_tensors_of_networks_with_norms(dtype, precision, kind):
     layers, x = network("sine", dtype), torch.randn(20, 2).to(dtype)
-    norms = with_norms(layers, "weight")
-    tensors, constants = op._operands(layers, norms)
-    config = op._config(op.Decision(engine(), precision, ""), op.Operands(layers, (), norms), False)
-    weights, biases, params, flat = op._split(config, tensors)
-    operands = (weights, biases, params, constants, config.activations, config.skips, flat, config.norm_eps)
+    norms = with_norms(layers, "weight", kind=kind)
+    o = op.Operands(joined(layers, (), norms))
+    operands = (o.tensors, o.spec.words, o.spec.numbers)
     g = torch.randn(20, 3).to(dtype)
     checked = ("test_schema", "test_faketensor")
     torch.library.opcheck(raw.mlp, (x, *operands, engine(), precision, False), test_utils=checked)

@@ -16,6 +16,7 @@ import fused_inr as fi
 from fused_inr import backends
 from fused_inr.encodings import FourierFeatures
 from fused_inr.layers import FusedLinear
+from fused_inr.network import Layer, Norm
 
 
 def parameters(net: nn.Module) -> int:
@@ -411,20 +412,28 @@ def test_residual_and_norm_differentiate_twice():
     assert torch.autograd.gradgradcheck(net, (x,))
 
 
-@pytest.mark.parametrize("variant", [{"residual": True}, {"norm": "layer"}, {"residual": True, "norm": "layer"}])
+@pytest.mark.parametrize(
+    "variant", [{"residual": True}, {"norm": "layer"}, {"norm": "rms"}, {"residual": True, "norm": "layer"}]
+)
 def test_residual_and_norm_run_whole_where_the_engine_is(variant):
     net, x = fi.SIREN(2, 32, 2, 3, **variant), torch.rand(64, 2)
     if backends.available()["cpu"][0]:
         said = backends.explain(net, x)
-        assert "whole network" in said and ("LayerNorm" in said) == ("norm" in variant)
+        found = [name for name in ("LayerNorm", "RMSNorm") if name in said]
+        expected = {"layer": ["LayerNorm"], "rms": ["RMSNorm"], None: []}[variant.get("norm")]
+        assert "whole network" in said and found == expected
 
 
 def test_triton_and_cuda_take_skip_connections_and_norms_layer_by_layer():
-    arguments = (torch.rand(4, 2), [(32, 2), (32, 32)], [], "ieee", "forward", [False, False])
+    sine, x = fi.activations.get("sine"), torch.rand(4, 2)
+    first, second = Layer(torch.rand(32, 2), None, sine), Layer(torch.rand(32, 32), None, sine)
     triton, cuda = backends.implementation("triton"), backends.implementation("cuda")
-    assert "skip connections" in triton.serves_network(*arguments, (False, True), ())
-    assert "LayerNorm" in triton.serves_network(*arguments, (), (True, False))
-    assert "layer by layer" in cuda.serves_network(*arguments, (), (True, False))
+    with_skip = [first, second._replace(skip=True)]
+    assert "skip connections" in triton.serves_network(x, with_skip, "ieee", "forward")
+    for kind, name in (("layer", "LayerNorm"), ("rms", "RMSNorm")):
+        normed = [first._replace(norm=Norm(kind, None, None, 1e-5)), second]
+        assert name in triton.serves_network(x, normed, "ieee", "forward")
+        assert "layer by layer" in cuda.serves_network(x, normed, "ieee", "forward")
 
 
 def test_state_dict_with_norms_and_copies():

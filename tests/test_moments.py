@@ -8,8 +8,8 @@ import sympy
 import torch
 
 import fused_inr as fi
+from fused_inr import backends
 from fused_inr.init import moments
-from fused_inr.ops import backends
 from fused_inr.ops import moments as raw
 
 A = fi.activations

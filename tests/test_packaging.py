@@ -64,14 +64,6 @@ def test_every_name_of_a_module_imports(module):
         assert getattr(found, name) is not None, name
 
 
-def test_backends_are_one_module_under_two_names():
-    import fused_inr.backends
-    import fused_inr.ops.backends
-
-    assert fused_inr.backends is fused_inr.ops.backends
-    assert importlib.import_module("fused_inr.backends") is fused_inr.ops.backends
-
-
 def test_one_version():
     from importlib.metadata import version
 

@@ -21,9 +21,10 @@ import test_special_values
 import test_torch_integration
 import torch
 
-from fused_inr import activations, functional
+from fused_inr import activations, backends, functional
 from fused_inr.activations import generated, primitives
-from fused_inr.ops import backends
+from fused_inr.backends import reference
+from fused_inr.network import Norm
 from fused_inr.ops import linear_act as op
 from fused_inr.ops import moments as raw
 
@@ -87,7 +88,7 @@ def transposed_weight(patch):
         square = weight.shape[-1] == weight.shape[-2]
         return run(weight=weight.transpose(-1, -2) if square else weight)
 
-    wrapped(patch, backends, "_preactivation", around)
+    wrapped(patch, reference, "_preactivation", around)
 
 
 def tail_of_k_ignored(patch):
@@ -96,7 +97,7 @@ def tail_of_k_ignored(patch):
         k = k // 16 * 16 or k
         return run(x=a["x"][..., :k], weight=a["weight"][..., :k])
 
-    wrapped(patch, backends, "_preactivation", around)
+    wrapped(patch, reference, "_preactivation", around)
 
 
 def tail_of_m_not_written(patch):
@@ -105,7 +106,7 @@ def tail_of_m_not_written(patch):
         z[..., z.shape[-2] // 16 * 16 :, :] = 0.5
         return z
 
-    wrapped(patch, backends, "_preactivation", around)
+    wrapped(patch, reference, "_preactivation", around)
 
 
 def tail_of_m_missing_from_the_sums(patch):
@@ -142,11 +143,11 @@ def output_is_what_was_saved(patch):
 
 
 def gradient_for_a_frozen_input(patch):
-    patch.setattr(op, "_wanted", lambda ctx, is_tensor: list(is_tensor))
+    patch.setattr(op, "wanted", lambda ctx, is_tensor: list(is_tensor))
 
 
 def gradient_for_what_was_not_asked(patch):
-    patch.setattr(op, "_wanted", lambda ctx, is_tensor: list(ctx.needs_input_grad))
+    patch.setattr(op, "wanted", lambda ctx, is_tensor: list(ctx.needs_input_grad))
 
 
 def strides_that_the_fake_does_not_have(patch):
@@ -163,7 +164,7 @@ def autocast_ignored(patch):
 
 def autocast_inside_the_operation(patch):
     """Our own float32 products rounded to the autocast type."""
-    patch.setattr(op, "_exactly", lambda device, function, *args: function(*args))
+    patch.setattr(op, "exactly", lambda device, function, *args: function(*args))
 
 
 def one_layer_of_a_batch_for_all(patch):
@@ -171,7 +172,7 @@ def one_layer_of_a_batch_for_all(patch):
         weight = a["weight"]
         return run(weight=weight[:1].expand(weight.shape) if weight.dim() == 3 else weight)
 
-    wrapped(patch, backends, "_preactivation", around)
+    wrapped(patch, reference, "_preactivation", around)
 
 
 def bits_that_change(patch):
@@ -190,7 +191,7 @@ def second_order_bias_forgotten(patch):
 
 def half_precision_inside(patch):
     """bf16 pre-activations where float32 is promised."""
-    wrapped(patch, backends, "_preactivation", lambda run, a: run().bfloat16().to(run().dtype))
+    wrapped(patch, reference, "_preactivation", lambda run, a: run().bfloat16().to(run().dtype))
 
 
 def draws_reused_by_every_call(patch):
@@ -202,30 +203,30 @@ def draws_shared_by_the_branches(patch):
 
 
 def eps_of_a_norm_ignored(patch):
-    wrapped(patch, backends, "layer_norm", lambda run, a: run(norm=(*a["norm"][:2], 0.0)))
+    wrapped(patch, Norm, "__call__", lambda run, a: run(self=a["self"]._replace(eps=0.0)))
 
 
 def bias_of_a_norm_ignored(patch):
-    wrapped(patch, backends, "layer_norm", lambda run, a: run(norm=(a["norm"][0], None, a["norm"][2])))
+    wrapped(patch, Norm, "__call__", lambda run, a: run(self=a["self"]._replace(bias=None)))
 
 
 def weight_of_a_norm_dropped_in_backward(patch):
     def around(run, a):
-        gy, *_ = run(norm=(None, *a["norm"][1:]))
+        gy, *_ = run(self=a["self"]._replace(weight=None))
         return gy, *run()[1:]
 
-    wrapped(patch, backends, "_layer_norm_backward", around)
+    wrapped(patch, Norm, "backward", around)
 
 
 def statistics_of_a_norm_held_constant_in_backward(patch):
     """gy = rstd g gamma, without the derivatives of mean and deviation."""
 
     def around(run, a):
-        (weight, _, eps), y = a["norm"], a["y"]
+        (_, weight, _, eps), y = a["self"], a["y"]
         rstd = (y.var(-1, unbiased=False, keepdim=True) + eps).rsqrt()
         return a["g"] * weight * rstd, *run()[1:]
 
-    wrapped(patch, backends, "_layer_norm_backward", around)
+    wrapped(patch, Norm, "backward", around)
 
 
 def norms_weight_from_what_is_not_normalised(patch):
@@ -233,7 +234,7 @@ def norms_weight_from_what_is_not_normalised(patch):
         gy, _, gb = run()
         return gy, (a["g"] * a["y"]).sum(0), gb
 
-    wrapped(patch, backends, "_layer_norm_backward", around)
+    wrapped(patch, Norm, "backward", around)
 
 
 # -- the checks that catch them
@@ -248,7 +249,7 @@ def rounding_bound(name="sine", dtype=F32):
 
 
 def layer_norm():
-    test_mlp.test_layer_norm_in_float64("sine", "reference")
+    test_mlp.test_layer_norm_in_float64("sine", "reference", "layer")
 
 
 def every_shape(k):

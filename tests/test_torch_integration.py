@@ -13,9 +13,9 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import fused_inr as fi
-from fused_inr import native
+from fused_inr import backends, native
 from fused_inr.functional import linear_act
-from fused_inr.ops import backends, raw
+from fused_inr.ops import raw
 
 CLOSE = {"rtol": tolerance("same arithmetic"), "atol": tolerance("same arithmetic")}
 #: one branch, parameters; four branches; two branches and two outputs

@@ -30,10 +30,9 @@ def importable(name: str) -> bool:
 def layer_accuracy(activation: str, precision: str, device: torch.device, m: int, k: int, n: int) -> dict[str, Any]:
     """Errors of one layer on fresh random numbers: value and first derivatives against their bounds, order 2 against
     eager."""
-    from ... import activations, functional
+    from ... import activations, backends, functional
     from ...cli.eager import EagerLayer
     from ...layers import FusedLinear
-    from ...ops import backends
 
     # what PyTorch has no word for: its own products are ieee meanwhile
     products = partial(backends.float32_products, precision if precision in backends.PRODUCTS else None)
@@ -211,7 +210,7 @@ def small_cases(cuda: bool) -> list[str]:
 
 def small_case(name: str, device: torch.device) -> dict[str, Any]:
     """One of `small_cases`, and whether it is right."""
-    from ...ops import backends
+    from ... import backends
 
     kind, what, *rest = name.split()
     if kind == "network":

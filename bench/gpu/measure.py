@@ -76,7 +76,7 @@ class Steps:
         Raises:
             ValueError: there is no such variant of the case.
         """
-        from ...ops import backends
+        from ... import backends
 
         name, _, how = variant.partition(" ")
         if name == "tcnn":
@@ -95,7 +95,7 @@ class Steps:
 
         Eager has no products of split factors: those must be no worse than its TF32.
         """
-        from ...ops import backends
+        from ... import backends
 
         name, _, how = variant.partition(" ")
         work = self.owner(variant)
@@ -251,8 +251,8 @@ def tiny_cuda_nn(case: Case, device: torch.device) -> Callable[[], object]:
 def _moments(cell: dict[str, Any], device: torch.device, tell: Tell) -> dict[str, Any]:
     """Sums of a map over draws for a grid of sigma: each backend's words and sums against the reference's, then
     milliseconds, beside the expression in PyTorch (fresh draws, autograd) at one sigma."""
-    from ... import activations
-    from ...ops import backends, moments
+    from ... import activations, backends
+    from ...ops import moments
 
     act = activations.get(cell["activation"])
     map, samples, settings = act.map, cell["samples"], cell["settings"]

@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ... import backends
 from ...kernels import mlp_tune, tune
-from ...ops import backends
 from .device import Device, Options, triton_driver
 
 
@@ -42,7 +42,7 @@ class _Emulated(backends.Triton):
         arch = tune.arch_of_capability(*divmod(self.capability, 10))
         return tune.library(arch, op, x.dtype, precision, *weight.shape[-2:])
 
-    def serves_network(self, x, shapes, maps, precision, direction, learnable, skips, norms):
+    def serves_network(self, x, layers, precision, direction):
         from ...kernels import mlp
 
         original = mlp.serves
@@ -51,7 +51,7 @@ class _Emulated(backends.Triton):
             return original(shapes, maps, dtype, precision, self.capability, **more)
 
         with mock.patch.object(mlp, "serves", on_this_device):
-            return super().serves_network(x, shapes, maps, precision, direction, learnable, skips, norms)
+            return super().serves_network(x, layers, precision, direction)
 
 
 def _precision_of(device: torch.device, dtype: torch.dtype, backend: str = "triton") -> str:
@@ -92,7 +92,7 @@ def emulated(capability: int = 80, options: Options | None = None, *, by_library
     with (
         triton_driver(capability, options) as device,
         mock.patch.dict(backends.TABLE, triton=serving),
-        mock.patch.object(backends, "precision_of", _precision_of),
+        mock.patch.object(backends.choice, "precision_of", _precision_of),
         mock.patch.object(tune, "arch", return_value=arch),
         backends.use("triton"),
         _LibraryProducts(),

@@ -99,7 +99,8 @@ struct NetworkLayer {
   int64_t features = 0;                     // of one branch
   int branches = 1, outputs = 1, params = 0;
   bool skip = false;           // output (map(z) + input) / sqrt(2); as many columns, and not of the identity
-  bool norm = false;           // LayerNorm of map(z), over all outputs * features columns, before the sum of a skip
+  bool norm = false;           // a norm of map(z), over all outputs * features columns, before the sum of a skip
+  bool centred = true;         // LayerNorm, else RMSNorm
   double eps = 0;
   const void *gamma = nullptr, *beta = nullptr;  // of the norm: compute type, [outputs * features]; null: 1, 0
   Rows weight;                 // compute type

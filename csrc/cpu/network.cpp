@@ -280,14 +280,15 @@ FI_INLINE void normalise_rows(const NetworkLayer& l, const PackedLayer<T>& packe
   using V = Vector<T>;
   constexpr int64_t P = kPanel<V>;
   const T count = static_cast<T>(l.outputs * l.features), eps = static_cast<T>(l.eps);
-  T sum[R];
+  T sum[R] = {};
   V mean[R], by[R];
-  sums.template add<R>(
-      [y](int64_t at, int64_t, V* s) FI_LAMBDA {
-        for (int r = 0; r < R; ++r) s[r] += V::load(y + r * P + at);
-      },
-      sum);
-  for (int r = 0; r < R; ++r) mean[r] = V(static_cast<double>(sum[r] / count));
+  if (l.centred)
+    sums.template add<R>(
+        [y](int64_t at, int64_t, V* s) FI_LAMBDA {
+          for (int r = 0; r < R; ++r) s[r] += V::load(y + r * P + at);
+        },
+        sum);
+  for (int r = 0; r < R; ++r) mean[r] = V(l.centred ? static_cast<double>(sum[r] / count) : 0.0);
   sums.template add<R>(
       [y, &mean](int64_t at, int64_t, V* s) FI_LAMBDA {
         for (int r = 0; r < R; ++r) {
@@ -318,7 +319,7 @@ FI_INLINE void normalise_rows(const NetworkLayer& l, const PackedLayer<T>& packe
 }
 
 // to = gamma * hat + beta of hat = (y - mean) / sqrt(variance + eps), where x is given plus x and over sqrt(2), of m rows. Mean
-// first, then squared deviations. hat and 1 / sqrt(..) are kept where they are asked for; y may be hat or to.
+// first (0 where the norm is not centred: RMSNorm), then squared deviations. hat and 1 / sqrt(..) are kept where they are asked for; y may be hat or to.
 template <class T>
 void normalise(const NetworkLayer& l, const PackedLayer<T>& packed, int64_t m, const T* y, const T* x, T* hat, T* rstd, T* to) {
   constexpr int64_t P = kPanel<Vector<T>>, R = 4;
@@ -350,7 +351,7 @@ FI_INLINE void normalise_rows_backward(const NetworkLayer& l, const PackedLayer<
       sum);
   V mean[R], along[R], by[R];
   for (int r = 0; r < R; ++r) {
-    mean[r] = V(static_cast<double>(sum[2 * r] / count));
+    mean[r] = V(l.centred ? static_cast<double>(sum[2 * r] / count) : 0.0);
     along[r] = V(static_cast<double>(sum[2 * r + 1] / count));
     by[r] = V(static_cast<double>(rstd[r]));
   }
@@ -365,7 +366,7 @@ FI_INLINE void normalise_rows_backward(const NetworkLayer& l, const PackedLayer<
 }
 
 // g, the cotangent of hat * gamma + beta, becomes that of y:
-// rstd (g gamma - mean(g gamma) - hat mean(g gamma hat)), means over the columns of a row
+// rstd (g gamma - mean(g gamma) - hat mean(g gamma hat)), means over the columns of a row, the first one 0 where not centred
 template <class T>
 void normalise_backward(const NetworkLayer& l, const PackedLayer<T>& packed, int64_t m, const T* hat, const T* rstd, T* g) {
   constexpr int64_t P = kPanel<Vector<T>>, R = 2;

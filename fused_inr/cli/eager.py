@@ -84,7 +84,7 @@ class EagerLayer(nn.Module):
 
 
 class EagerNetwork(nn.Module):
-    """Plain layers with the skip connections and the LayerNorms of `model`."""
+    """Plain layers with the skip connections and the norms of `model`."""
 
     def __init__(self, layers: list[EagerLayer], model: nn.Module):
         super().__init__()

@@ -160,7 +160,8 @@ def _backend_name(explanation: list[str]) -> str:
 def _announce(options: FitOptions, picture: Picture, trainer: Trainer, explanation: list[str]) -> None:
     height, width, channels = picture.pixels.shape
     layers = "-".join(map(str, (2, *(options.width,) * (options.depth + 1), channels)))
-    layers += ", skip connections" * options.residual + ", LayerNorm" * (options.norm is not None)
+    layers += ", skip connections" * options.residual
+    layers += {"layer": ", LayerNorm", "rms": ", RMSNorm"}.get(options.norm, "")
     rows = min(trainer.rows, len(trainer.coordinates))
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     print(

@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="skip connections: hidden layers x <- (activation(W x + b) + x) / sqrt(2)",
     )
-    network.add_argument("--norm", choices=NORMS, help="LayerNorm behind every activation, before a skip's sum (none)")
+    text = "LayerNorm or RMSNorm behind every activation, before a skip's sum (none)"
+    network.add_argument("--norm", choices=NORMS, help=text)
     steps = fit.add_argument_group("training (Adam, mean squared error)")
     steps.add_argument("--steps", type=integer(1), metavar="N", help="number of steps (500)")
     steps.add_argument("--lr", type=positive, metavar="X", help="learning rate (1e-4)")

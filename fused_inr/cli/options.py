@@ -8,7 +8,7 @@ from typing import Any
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16", "float64")
 INITS = ("paper", "default", "siren", "siren-tuned", "vi3nr")
-NORMS = ("layer",)
+NORMS = ("layer", "rms")
 METHODS = ("auto", "montecarlo", "quadrature")  # of moments
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 WIDEST, DEEPEST = 1 << 16, 1000  # features of a layer and layers, beyond which a number is a mistake
@@ -22,7 +22,7 @@ class FitOptions:
     """What decides the result of a fit, bit for bit on one machine; stored in its checkpoint and its report.
 
     `size`: longer side after shrinking, 0 as it is. `depth`: hidden-to-hidden layers. `batch`: rows of a step, 0 all.
-    `residual`, `norm`: skip connections and LayerNorm, as of `MLP`.
+    `residual`, `norm`: skip connections and norms, as of `MLP`.
     """
 
     picture: str | None = None

@@ -70,7 +70,7 @@ def vi3nr_init_(
         samples, seed: of the moments' Monte Carlo estimate. PyTorch's global random state is not touched by it.
         generator: source of the weights; PyTorch's global one if None.
 
-    A model's own skip connections and LayerNorms are counted: E[x_i^2] is that behind LayerNorm (its weight and bias),
+    A model's own skip connections and norms are counted: E[x_i^2] is that behind LayerNorm (its weight and bias),
     and of (y + x) / sqrt(2) with y and x independent. Parametrised weights (torch.nn.utils.parametrize) are assigned.
     Of a model its layers in `net` count, whatever a subclass's forward does around them.
     Modules with other weights (convolutions, embeddings) stay as they are, and a warning names them.
@@ -224,13 +224,14 @@ def _mean_parameters(activation: Activation) -> Activation:
 def _behind(link: Link, of: tuple[float, float], before: tuple[float, float] | None) -> tuple[float, float]:
     """Mean and mean square of what the next product sees, from those of the function's values and of the layer's input.
 
-    LayerNorm leaves 0 and 1, then its weight and bias. A sum with the input counts both as independent.
+    LayerNorm leaves 0 and 1, then its weight and bias; RMSNorm 1 too, and its mean counts as 0. A sum with the input
+    counts both as independent.
     """
     mean, second = of
     if link.norm is not None:
         n: float = len(link.norm.weight) if link.norm.weight is not None else 1
         weight = 1.0 if link.norm.weight is None else link.norm.weight.detach().double().square().sum().item() / n
-        bias = link.norm.bias
+        bias = getattr(link.norm, "bias", None)
         mean = 0.0 if bias is None else bias.detach().double().mean().item()
         second = weight + (0.0 if bias is None else bias.detach().double().square().mean().item())
     if link.skip and before is not None:

@@ -79,8 +79,8 @@ class Link:
         weight: [B*N, K] in B blocks of rows, one a branch; bias: [B*N] or None.
         activation: the function as one of this package's, where it is one.
         function: [.., B*N] to [.., C*N] in any case.
-        holder: the module with the weight; norm: a LayerNorm behind the function; skip: whether the sum of what comes
-            out and what came in, over sqrt(2), is what the next product sees.
+        holder: the module with the weight; norm: a LayerNorm or RMSNorm behind the function; skip: whether the sum of
+            what comes out and what came in, over sqrt(2), is what the next product sees.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Link:
     branches: int = 1
     outputs: int = 1
     holder: nn.Module | None = None
-    norm: nn.LayerNorm | None = None
+    norm: nn.LayerNorm | nn.RMSNorm | None = None
     skip: bool = False
 
     @property
@@ -163,9 +163,9 @@ def _of_fused_layers(module: nn.Module) -> Chain:
     for link, skip in zip(links, getattr(getattr(module, "net", None), "skips", ())):
         link.skip = skip
     for i, (link, norm) in enumerate(zip(links, getattr(module, "norms", None) or ())):
-        if type(norm) is not nn.LayerNorm:
-            raise ValueError(f"norms.{i}: {type(norm).__name__} is no nn.LayerNorm; {_OTHERWISE}")
-        link.norm = norm
+        if type(norm) not in (nn.LayerNorm, nn.RMSNorm):
+            raise ValueError(f"norms.{i}: {type(norm).__name__} is no nn.LayerNorm or nn.RMSNorm; {_OTHERWISE}")
+        link.norm = cast(nn.LayerNorm | nn.RMSNorm, norm)
     return Chain(links, getattr(module, "encoding", None))
 
 

@@ -11,11 +11,25 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
+from .. import backends
 from ..activations import Activation, lookup
 from ..activations.spec import MAX_LEARNABLE_LEVEL, MAX_LEVEL
-from . import backends, raw
+from ..backends.base import group_branches
+from ..network import compute_dtype, plain_layer
+from ..pytorch import (
+    apply,
+    exactly,
+    forward_levels,
+    forward_mode,
+    inside_transform,
+    is_batched_cotangent,
+    transforms_active,
+    under_vmap,
+    unwatched,
+    wanted,
+)
+from . import raw
 
 
 @dataclass(frozen=True)
@@ -37,132 +51,29 @@ class Config:
         return self.keep == "preactivations" and not self.compiled
 
 
-def _apply(function: type[torch.autograd.Function], *args):
-    """`function.apply`, without the 25 us of its signature inspection where no functorch transform is active."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
-
-
-def _apply_plain(function: type[torch.autograd.Function], x: Tensor, *args):
-    """`_apply` where all tensors but x are parameters: only x may come from a transform that has ended."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(x, *args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers((x,)), *args)  # type: ignore[misc]
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-_PLAIN_OR_NONE = frozenset((*_PLAIN, type(None)))
-#: Whether a tensor is one of `is_grads_batched`: PyTorch's older vmap, which no state tells of.
-_batched_cotangent = torch._C._functorch.is_legacy_batchedtensor
-
-
-def all_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether no tensor is of a subclass, which would look at operations."""
-    return _PLAIN_OR_NONE.issuperset(map(type, tensors))
-
-
-def unwatched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether nothing looks at operations (a mode, a subclass, a transform, the profiler, Dynamo): the backend can be
-    called directly then. The dispatcher takes 10 to 20 us to pass operands on to Python."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-    ) and all(t is None or (type(t) in _PLAIN and not _batched_cotangent(t)) for t in tensors)
-
-
 def _run_linear_act(x, weight, bias, params, constants, activation, backend, precision, keep):
-    if unwatched((x, weight, bias, *params)):
+    if unwatched(x, weight, bias, *params):
         map = lookup(activation)
         return backends.TABLE[backend].linear_act(x, weight, bias, params, constants, map, precision, keep)
     return raw.linear_act(x, weight, bias, params, constants, activation, backend, precision, keep)
 
 
 def _run_linear_act_backward(g, x, weight, bias, params, constants, z, activation, backend, precision, needs):
-    if unwatched((g, x, weight, bias, z, *params)):
+    if unwatched(g, x, weight, bias, z, *params):
         run = backends.TABLE[backend].linear_act_backward
         return run(g, x, weight, bias, params, constants, z, lookup(activation), precision, needs)
     return raw.linear_act_backward(g, x, weight, bias, params, constants, z, activation, backend, precision, needs)
 
 
 def _run_act_map(inputs, params, constants, activation, backend, level, learnable):
-    if inputs[0].dim() == 2 and unwatched((*inputs, *params)):
+    if inputs[0].dim() == 2 and unwatched(*inputs, *params):
         return backends.TABLE[backend].act_map(inputs, params, constants, lookup(activation), level, learnable)
     return raw.act_map(inputs, params, constants, activation, backend, level, learnable)
 
 
-def _exactly(device: torch.device, function, *args):
-    """`function(*args)` with autocast off: it acts on what comes in; our own float32 products stay float32."""
-    kind = device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return function(*args)
-    return function(*args)
-
-
-# -- what the running transformation wants
-
-
-def _wanted(ctx, is_tensor: Sequence[bool], group_of: Sequence[int] | None = None) -> list[bool]:
-    """Which of the inputs the running backward needs a gradient of.
-
-    `ctx.needs_input_grad` says what requires one; an Eikonal step's first backward asks for the coordinates' alone.
-    `group_of` numbers inputs whose gradients come together: where the engine wants one of them, it is not asked for the
-    others, which takes a microsecond each.
-    """
-    needs = list(ctx.needs_input_grad)
-    if torch.compiler.is_compiling():  # first: Dynamo's context of torch 2.11 has no next_functions to ask for
-        return needs
-    nodes = getattr(ctx, "next_functions", None)
-    if nodes is None:
-        return needs
-    position = 0  # next_functions counts tensors only
-    wanted = -1  # a group of which one is
-    for i, tensor in enumerate(is_tensor):
-        if tensor:
-            node = nodes[position][0]
-            position += 1
-            if needs[i] and node is not None and (group_of is None or group_of[i] != wanted):
-                try:
-                    needs[i] = torch._C._will_engine_execute_node(node)
-                except RuntimeError:  # a leaf of torch.autograd.grad: the engine does not say, so it is wanted
-                    needs[i] = True
-                if needs[i] and group_of is not None:
-                    wanted = group_of[i]
-    return needs
-
-
-def _inside_transform() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None
-
-
-_inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _levels(kind) -> int:
-    """How many torch.func transformations of a kind are active."""
-    # not `retrieve_all_functorch_interpreters`, which makes an object for each and takes 50 us
-    return sum(i.key() == kind for i in torch._C._functorch.get_interpreter_stack() or ())
-
-
-def _under_vmap() -> bool:
-    return _levels(torch._C._functorch.TransformType.Vmap) > 0
-
-
-def _forward_levels() -> int:
-    return _levels(torch._C._functorch.TransformType.Jvp)
-
-
-def _forward_mode() -> bool:
-    # PyTorch switches it off while it runs a Function's own jvp
-    return torch.autograd.forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-
-
 def _refuse_nested_forward_mode(config: Config) -> None:
     # PyTorch computes wrong values silently for a Function here (pytorch issue 197867)
-    if _forward_levels() > 1:
+    if forward_levels() > 1:
         raise NotImplementedError(
             "forward mode over forward mode (order 2) of "
             f"{lookup(config.activation).name} on backend {config.backend!r}: "
@@ -188,19 +99,19 @@ def _linear(config: Config, x: Tensor, weight: Tensor) -> Tensor:
     if _by_pytorch(config):
         return x @ _transposed(weight)
     precision = backends.products_of(config.precision, x.dtype)
-    if not torch.is_grad_enabled() and not _forward_mode():
+    if not torch.is_grad_enabled() and not forward_mode():
         return _run_linear_act(x, weight, None, [], [], "identity", config.backend, precision, "")[0]
     plain = replace(config, activation="identity", constants=(), precision=precision, keep="")
-    return _apply(LinearAct, x, weight, None, plain)[0]
+    return apply(LinearAct, x, weight, None, plain)[0]
 
 
 def _weight_gradient(config: Config, gz: Tensor, x: Tensor) -> Tensor:
     """gz^T x, differentiable: with `_linear` a closed set, each the derivative of the other."""
     if _by_pytorch(config):
         return _transposed(gz) @ x
-    if not torch.is_grad_enabled() and not _forward_mode():
+    if not torch.is_grad_enabled() and not forward_mode():
         return WeightGradient.forward(config, gz, x)
-    return _apply(WeightGradient, config, gz, x)
+    return apply(WeightGradient, config, gz, x)
 
 
 def _linear_backward(config: Config, needs, gz: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None):
@@ -233,7 +144,7 @@ class WeightGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         gz, x = ctx.saved_tensors
-        _, need_gz, need_x = _wanted(ctx, (False, True, True))
+        _, need_gz, need_x = wanted(ctx, (False, True, True))
         d_gz = _linear(ctx.config, x, g) if need_gz else None
         d_x = _linear(ctx.config, gz, _transposed(g)) if need_x else None
         return None, d_gz, d_x
@@ -266,8 +177,8 @@ class Preactivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gz):
         x, weight = ctx.saved_tensors
-        needs = _wanted(ctx, (True, True, ctx.bias_dtype is not None, True, False))
-        return *_exactly(gz.device, _linear_backward, ctx.config, needs, gz, x, weight, ctx.bias_dtype), None, None
+        needs = wanted(ctx, (True, True, ctx.bias_dtype is not None, True, False))
+        return *exactly(gz.device, _linear_backward, ctx.config, needs, gz, x, weight, ctx.bias_dtype), None, None
 
     @staticmethod
     def jvp(ctx, tx, tw, tb, *_):
@@ -278,11 +189,11 @@ class Preactivation(torch.autograd.Function):
 def _tangent_of_z(
     config: Config, x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None
 ) -> Tensor:
-    return _exactly(x.device, _linear_jvp, config, x, weight, tx, tw, tb)
+    return exactly(x.device, _linear_jvp, config, x, weight, tx, tw, tb)
 
 
 def _linear_jvp(config, x, weight, tx, tw, tb) -> Tensor:
-    dtype = raw.compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     terms = []
     if tx is not None:
         terms.append(_linear(config, tx.to(dtype), weight.to(dtype)))
@@ -349,7 +260,7 @@ def _like_parameters(out: Sequence[Tensor], config: Config, level: int, learnabl
 
 def _pushforward(config, level, learnable, inputs, params, d_inputs, d_params) -> tuple[Tensor, ...]:
     """Tangents of the map's outputs: J t is the gradient of <t, J^T c> with respect to c, one level further up."""
-    _, outputs = raw.group_branches(config.activation, level, learnable)
+    _, outputs = group_branches(lookup(config.activation), level, learnable)
     z = inputs[0]
     features = z.shape[-1] // lookup(config.activation).branches
     position = iter(params)
@@ -373,17 +284,17 @@ def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tens
             f"order {level} of {lookup(config.activation).name} on backend {config.backend!r}: "
             "use fused_inr.backends.use('reference') or lower the order"
         )
-    if any(t is not None and _batched_cotangent(t) for t in (*inputs, *params)):
+    if any(t is not None and is_batched_cotangent(t) for t in (*inputs, *params)):
         # is_grads_batched: PyTorch's older vmap, which has no rule for a list of tensors
         return _composite_map(config, level, learnable, inputs, params)
-    if level + (2 if _forward_mode() else 1) > top and (torch.is_grad_enabled() or _forward_mode()):
+    if level + (2 if forward_mode() else 1) > top and (torch.is_grad_enabled() or forward_mode()):
         return _composite_map(config, level, learnable, inputs, params)
-    if not torch.is_grad_enabled() and not _forward_mode():
+    if not torch.is_grad_enabled() and not forward_mode():
         out = _run_act_map(
             list(inputs), list(params), config.constants, config.activation, config.backend, level, learnable
         )
         return _like_parameters(out, config, level, learnable, params)
-    return list(_apply(ActMap, config, level, learnable, len(inputs), *inputs, *params))
+    return list(apply(ActMap, config, level, learnable, len(inputs), *inputs, *params))
 
 
 # -- the fused operation
@@ -417,7 +328,7 @@ def _differentiable_backward(config, needs, g, g_z, x, weight, bias, z, params):
     gp: list[Tensor | None] = [None] * len(params)
     gz = g_z
     if config.activation == "identity":
-        gz = g.to(raw.compute_dtype(g.dtype))
+        gz = g.to(compute_dtype(g.dtype))
     elif g is not None:
         if not config.linked:
             stored = z if config.keep == "preactivations" else None
@@ -468,7 +379,7 @@ def _fused_backward_from_z(config, needs, g, g_z, x, weight, bias, z, params):
         gz, *gp = apply_map(config, 1, learnable, [z, g.to(z.dtype)], values)
         grads = [gp[j] if n else None for j, n in enumerate(needs[3:])]
         # gz is ours; under vmap the other may be the larger one
-        g_z = gz + g_z if torch._C._are_functorch_transforms_active() else gz.add_(g_z)
+        g_z = gz + g_z if transforms_active() else gz.add_(g_z)
     gx, gw, gb, _ = _run_linear_act_backward(
         g_z, x, weight, bias, [], [], z, "identity", config.backend, config.precision, [*needs[:3], False]
     )
@@ -481,13 +392,13 @@ def _backward(ctx, g, g_z):
     if g is None and g_z is None:
         return (None,) * len(ctx.needs_input_grad)
     x, weight, bias, z, params = _saved(ctx)
-    needs = _wanted(ctx, (True, True, bias is not None, False, *(p is not None for p in params)))
+    needs = wanted(ctx, (True, True, bias is not None, False, *(p is not None for p in params)))
     needs = needs[:3] + needs[4:]
     if not any(needs):
         return (None,) * len(ctx.needs_input_grad)
     differentiate = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     run = _differentiable_backward if differentiate else _fused_backward
-    return _exactly(x.device, run, ctx.config, needs, g, g_z, x, weight, bias, z, params)
+    return exactly(x.device, run, ctx.config, needs, g, g_z, x, weight, bias, z, params)
 
 
 class LinearAct(torch.autograd.Function):
@@ -549,14 +460,14 @@ def linear_act(
     `chosen`: backend and precision, where a forward has settled them.
     """
     compiling = torch.compiler.is_compiling()
-    if torch._C._are_functorch_transforms_active() and not compiling and backends.demanded() is None and _under_vmap():
+    if transforms_active() and not compiling and backends.demanded() is None and under_vmap():
         # one point or one network at a time: what a Function costs each transform is more than fusion saves
         backends.record_plain(activation, x, weight, "under torch.func.vmap plain PyTorch is faster")
-        return _exactly(x.device, _unfused, x, weight, bias, activation)
-    if chosen is None and x.dtype is torch.float64 and (reason := backends.plain_layer(x.device, x.dtype)):
+        return exactly(x.device, plain_layer(weight, bias, activation), x)
+    if chosen is None and x.dtype is torch.float64 and (reason := backends.why_plain(x.device, x.dtype)):
         backends.record_plain(activation, x, weight, reason)
         backends.refuse_freed(x, weight, bias, *activation.tensors)
-        return _exactly(x.device, _unfused, x, weight, bias, activation)
+        return exactly(x.device, plain_layer(weight, bias, activation), x)
     backend, precision = chosen or backends.choose(activation, x, weight)
     params = activation.tensors
     track = torch.is_grad_enabled() and (
@@ -565,32 +476,18 @@ def linear_act(
         or (bias is not None and bias.requires_grad)
         or (activation.has_tensors and any(p is not None and p.requires_grad for p in params))
     )
-    if compiling and _inside_transform():
+    if compiling and inside_transform():
         # Dynamo (2.13) takes a Function inside a transform apart wrongly; it fuses plain PyTorch itself
-        return _exactly(x.device, _unfused, x, weight, bias, activation)
-    if not track and (compiling or not (torch._C._are_functorch_transforms_active() or _forward_mode())):
+        return exactly(x.device, plain_layer(weight, bias, activation), x)
+    if not track and (compiling or not (transforms_active() or forward_mode())):
         tensors = list(params)
         key, constants = activation.map.key, activation.constants
         args = (x, weight, bias, tensors, constants, key, backend, precision, "")
-        return _exactly(x.device, _run_linear_act, *args)[0]
+        return exactly(x.device, _run_linear_act, *args)[0]
     keep = ""
     if track and activation.map.key != "identity":
         keep = backends.implementation(backend).keeps(x.dtype, activation.has_tensors)
     config = Config(activation.map.key, activation.constants, backend, precision, keep, compiling)
     if compiling:
-        return _exactly(x.device, _CompiledLinearAct.apply, x, weight, bias, config, *params)[0]
-    return _exactly(x.device, _apply, LinearAct, x, weight, bias, config, *params)[0]
-
-
-def _unfused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    dtype = raw.compute_dtype(x.dtype)
-    if x.dtype is dtype and weight.dtype is dtype and weight.dim() == 2:
-        return activation(torch.nn.functional.linear(x, weight, bias))
-    x_, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    if weight.dim() == 2:
-        z = torch.nn.functional.linear(x_, weight, bias)
-    else:
-        z = x_ @ _transposed(weight)
-        z = z if bias is None else z + bias.unsqueeze(-2)
-    return activation(z).to(x.dtype)
+        return exactly(x.device, _CompiledLinearAct.apply, x, weight, bias, config, *params)[0]
+    return exactly(x.device, apply, LinearAct, x, weight, bias, config, *params)[0]

@@ -1,147 +1,54 @@
 """A whole network as one differentiable operation: every layer of a tile of rows before the next tile.
 
-`network` and `network_loss` run it; `why_not` tells why a call can only be a sequence of layers. The first derivative
-is fused; where a derivative must itself be differentiated, the layers compute it (`linear_act`).
+`network` and `network_loss` run it; `decide` tells how a call runs, and why it can only be a sequence of layers where
+it is one. The first derivative is fused; where a derivative must itself be differentiated, the layers compute it
+(`linear_act`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..activations import Activation, ActivationMap, lookup
-from . import backends, linear_act, raw
-from .backends import Norm
+from .. import backends
+from ..network import (
+    NORMS,
+    Criterion,
+    Layer,
+    Norm,
+    Spec,
+    compute_dtype,
+    gradients_by_layer,
+    groups_needed,
+    in_sequence,
+    plain_layer,
+    plain_loss,
+    spec_of,
+    steps,
+)
+from ..pytorch import (
+    all_plain,
+    apply,
+    apply_to_parameters,
+    exactly,
+    forward_mode,
+    inside_transform,
+    is_batched_cotangent,
+    multiplied,
+    transforms_active,
+    under_vmap,
+    unwatched,
+    wanted,
+)
+from . import raw
+from .linear_act import linear_act
 
-#: A layer: weight [B*N, K], bias [B*N] or None, activation.
-Layer = tuple[Tensor, Tensor | None, Activation]
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a call needs besides tensors (no tuple: functorch would take it apart)."""
-
-    activations: tuple[str, ...]
-    constants: tuple[float, ...]
-    #: parameters of each layer's activation
-    counts: tuple[int, ...]
-    backend: str
-    precision: str
-    save: bool
-    #: for each layer, whether its output is (activation + input) / sqrt(2)
-    skips: tuple[bool, ...] = ()
-    #: for each layer, eps of its LayerNorm, below 0 where it has none; empty where none has
-    norm_eps: tuple[float, ...] = ()
-    #: what became of gradients of such calls
-    history: History | None = field(default=None, compare=False, repr=False)
-
-    @functools.cached_property
-    def maps(self) -> tuple[ActivationMap, ...]:
-        return tuple(lookup(key) for key in self.activations)
-
-    @functools.cached_property
-    def group_of(self) -> tuple[int, ...]:
-        """Of each argument of `Network`, x and this configuration first, which group of operands it belongs to."""
-        sizes = [end - begin for begin, end in pairwise((0, *self.ends))]
-        groups = [group for group, size in enumerate(sizes) for _ in range(size)]
-        return (groups[0], -2, *groups[1:])
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Where x, weights, biases, parameters and norms end among x and the operands."""
-        n = len(self.activations)
-        params = 1 + 2 * n + len(self.constants)
-        return 1, 1 + n, 1 + 2 * n, params, params + 2 * len(self.norm_eps)
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """An elementwise loss: `scale` times the sum over rows of their weight times the sum over columns."""
-
-    loss: str
-    constants: tuple[float, ...]
-    scale: float
-
-
-# -- the choice
-
-
-def _state() -> str:
-    """Why the running transformation needs layers."""
-    if torch.compiler.is_compiling():
-        # Dynamo (2.13) takes a Function inside a transform apart wrongly
-        return "torch.func transforms differentiate layers" if linear_act._inside_transform() else ""
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms differentiate layers"
-    if linear_act._forward_mode():
-        return "forward mode differentiates layers"
-    return ""
-
-
-def _why_not_norm(x: Tensor, norm: Norm, columns: int) -> str:
-    """Why LayerNorm between the layers cannot be part of the network."""
-    weight, bias, eps = norm
-    if not eps >= 0:
-        return f"its LayerNorm has eps={eps}"
-    for t in (weight, bias):
-        if t is None:
-            continue
-        if t.device != x.device:
-            return f"its LayerNorm is not on the input's device, {x.device}"
-        if t.dtype not in (x.dtype, raw.compute_dtype(x.dtype)):
-            return f"its LayerNorm has {t.dtype}, the input {x.dtype}"
-        if t.shape != (columns,):
-            return f"its LayerNorm has {list(t.shape)} elements, its output {columns} columns"
-    return ""
-
-
-class Operands:
-    """A network as operands of one operation.
-
-    Attributes:
-        layers, skips, norms: of each layer its tensors and activation, whether it has a skip connection, its LayerNorm;
-            the last two are empty where no layer has one.
-        tensors: all of them, in the order in which the operation takes them and gives their gradients.
-        constants: parameters of the activations that are numbers (0 where a parameter is a tensor).
-        decisions: who runs its calls, by the kind of call.
-    """
-
-    def __init__(self, layers: Sequence[Layer], skips: Sequence[bool] = (), norms: Sequence[Norm | None] = ()):
-        self.layers = layers
-        self.skips = tuple(skips) if any(skips) else ()
-        self.normed = any(norm is not None for norm in norms)  # `bool` of a tuple is beyond Dynamo in torch 2.11
-        self.norms = tuple(norms) if self.normed else ()
-        self.tensors, self.constants = _operands(layers, self.norms)
-        self.present = [t for t in self.tensors if t is not None]
-        #: whether all of them are parameters, none a tensor that a transform stands behind
-        self.parameters = all(type(t) is torch.nn.Parameter for t in self.present)
-        #: those that are factors of no matrix product
-        self.elementwise = [t for _, _, activation in layers if activation.has_tensors for t in activation.tensors]
-        self.elementwise += [t for norm in self.norms if norm is not None for t in norm[:2]]
-        self.widest = max(weight.shape[0] for weight, _, _ in layers) if layers else 0
-        self.decisions: dict[tuple, Decision] = {}
-        self._functions: list[tuple] | None = None
-
-    def functions(self) -> list[tuple]:
-        """Of each layer: weight, bias, its activation as a plain PyTorch function, branches and parameters of that."""
-        if self._functions is None:
-            self._functions = [
-                (weight, bias, activation.map.torch_map(0), activation.branches, tuple(activation.params.values()))
-                for weight, bias, activation in self.layers
-            ]
-        return self._functions
-
-    def tracked(self, x: Tensor) -> bool:
-        """Whether the network's output has a derivative."""
-        if not torch.is_grad_enabled():
-            return False
-        return x.requires_grad or any(t.requires_grad for t in self.present)
+# -- a network, and how its calls run
 
 
 class History:
@@ -163,6 +70,23 @@ class History:
         return self.calls > 0
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a call of a network needs besides tensors (no tuple: functorch would take it apart)."""
+
+    spec: Spec
+    backend: str
+    precision: str
+    save: bool
+    #: what became of gradients of such calls; None where calls are compiled
+    history: History | None = field(default=None, compare=False, repr=False)
+
+    @functools.cached_property
+    def groups(self) -> tuple[int, ...]:
+        """Of each argument of `Network`, x and the call first, which group of gradients it belongs to."""
+        return (Spec.INPUT, -2, *self.spec.groups)
+
+
 @dataclass(eq=False)
 class Decision:
     """How a network's calls of one kind run, and why not otherwise."""
@@ -173,10 +97,96 @@ class Decision:
     reason: str
     #: "network": as one operation; "layers": one operation a layer; "plain": by PyTorch's functions
     way: str = "network"
-    #: of calls, by whether they save
-    configs: dict[bool, Config] = field(default_factory=dict)
-    #: None where calls are compiled
+    #: the calls themselves, by whether they save
+    calls: dict[bool, Call] = field(default_factory=dict)
+    #: what became of their gradients; None where calls are compiled
     history: History | None = None
+
+    def call(self, spec: Spec, save: bool) -> Call:
+        """The call of a network: the same object for all of one kind."""
+        found = self.calls.get(save)
+        if found is None:
+            found = self.calls[save] = Call(spec, self.backend, self.precision, save, self.history)
+        return found
+
+
+class Operands:
+    """A network as operands of one operation.
+
+    Attributes:
+        layers: its layers.
+        spec: what it is besides tensors.
+        tensors: its tensors, in the order of the spec.
+        present: those that are not None.
+        parameters: whether these are all parameters, none a tensor that a transformation stands behind.
+        elementwise: those that are factors of no matrix product.
+        widest: rows of the widest layer's weight.
+        decisions: who runs its calls, by the kind of call.
+    """
+
+    def __init__(self, layers: Sequence[Layer]):
+        self.layers = layers
+        self.spec = spec_of(
+            tuple([layer.word for layer in layers]), tuple([n for layer in layers for n in layer.numbers])
+        )
+        self._set([t for layer in layers for t in layer.tensors])
+        self.elementwise = [t for layer in layers if layer.activation.has_tensors for t in layer.activation.tensors]
+        self.elementwise += [t for layer in layers if layer.norm is not None for t in layer.norm[1:3]]
+        self.widest = max(layer.weight.shape[0] for layer in layers) if layers else 0
+        self.decisions: dict[tuple, Decision] = {}
+        self._steps: list[tuple] | None = None
+
+    def _set(self, tensors: Sequence[Tensor | None]) -> None:
+        self.tensors = tensors
+        self.present = [t for t in tensors if t is not None]
+        self.parameters = all(type(t) is torch.nn.Parameter for t in self.present)
+
+    def steps(self) -> list[tuple[Callable, Norm | None, bool]]:
+        """The network for `in_sequence`, by PyTorch's functions."""
+        if self._steps is None:
+            self._steps = steps(self.layers, plain_layer)
+        return self._steps
+
+    def tracked(self, x: Tensor) -> bool:
+        """Whether the network's output has a derivative."""
+        if not torch.is_grad_enabled():
+            return False
+        if x.requires_grad:
+            return True
+        for t in self.present:
+            if t.requires_grad:
+                return True
+        return False
+
+
+# -- the choice
+
+
+def _state() -> str:
+    """Why the running transformation needs layers; empty where none does."""
+    if torch.compiler.is_compiling():
+        # Dynamo (2.13) takes a Function inside a transformation apart wrongly
+        return "torch.func transforms differentiate layers" if inside_transform() else ""
+    if transforms_active():
+        return "torch.func transforms differentiate layers"
+    return "forward mode differentiates layers" if forward_mode() else ""
+
+
+def _why_not_norm(x: Tensor, norm: Norm, columns: int) -> str:
+    """Why a norm between the layers cannot be part of the network; empty where it can."""
+    name = NORMS[norm.kind].name
+    if not norm.eps >= 0:
+        return f"its {name} has eps={norm.eps}"
+    for t in (norm.weight, norm.bias):
+        if t is None:
+            continue
+        if t.device != x.device:
+            return f"its {name} is not on the input's device, {x.device}"
+        if t.dtype not in (x.dtype, compute_dtype(x.dtype)):
+            return f"its {name} has {t.dtype}, the input {x.dtype}"
+        if t.shape != (columns,):
+            return f"its {name} has {list(t.shape)} elements, its output {columns} columns"
+    return ""
 
 
 #: Decisions that were made before, by everything that they depend on.
@@ -202,9 +212,9 @@ def decide(x: Tensor, operands: Operands, direction: str, auto: bool = True) -> 
         RuntimeError: a backend demanded with `backends.use` that cannot serve any layer.
     """
     if state := _state():
-        free = auto and not torch.compiler.is_compiling() and linear_act._under_vmap() and backends.demanded() is None
-        for first, _, _ in operands.layers[:1]:  # what does not fit goes to the layers, which say what is wrong
-            free = free and x.dim() > 0 and x.shape[-1] == first.shape[-1] and x.dtype == first.dtype
+        free = auto and not torch.compiler.is_compiling() and under_vmap() and backends.demanded() is None
+        for first in operands.layers[:1]:  # what does not fit goes to the layers, which say what is wrong
+            free = free and x.dim() > 0 and x.shape[-1] == first.weight.shape[-1] and x.dtype == first.weight.dtype
         return Decision("", "", state, "plain" if free else "layers")
     cast = autocast_type(x, operands.layers)
     if torch.compiler.is_compiling():  # once a compilation
@@ -227,15 +237,7 @@ def decide(x: Tensor, operands: Operands, direction: str, auto: bool = True) -> 
 
 def _known(x: Tensor, operands: Operands, direction: str, auto: bool, cast, kind: tuple) -> Decision:
     """The decision for a network that looks like this one: networks come and go with functional calls."""
-    key = (
-        kind, operands.skips,
-        tuple([
-            (weight.shape, weight.dtype, weight.device, _described(bias), activation.map, activation.constants,
-             tuple([_described(t) for t in activation.tensors]) if activation.has_tensors else None)
-            for weight, bias, activation in operands.layers
-        ]),
-        tuple([norm and (_described(norm[0]), _described(norm[1]), norm[2]) for norm in operands.norms]),
-    )  # fmt: skip
+    key = (kind, operands.spec, *map(_described, operands.tensors))
     found = _decisions.get(key)
     if found is None:
         found = _decide(x, operands, direction, auto, cast)
@@ -247,17 +249,16 @@ def _known(x: Tensor, operands: Operands, direction: str, auto: bool, cast, kind
 
 def _decide(x: Tensor, operands: Operands, direction: str, auto: bool, cast: torch.dtype | None) -> Decision:
     layers = operands.layers
-    backend, precision, reason = why_not(x, layers, operands.skips, operands.norms, direction=direction, cast=cast)
+    backend, precision, reason = why_not(x, layers, direction=direction, cast=cast)
     if reason:
         return Decision(backend, precision, reason, "layers")
     if not auto:
         return Decision(backend, precision, "")
     dtype = x.dtype if cast is None else cast
     implementation = backends.implementation(backend)
-    shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
     if cast is None and backends.demanded() is None and (reason := implementation.prefers_plain(dtype)):
         return Decision(backend, precision, reason, "plain")
-    if reason := implementation.prefers_layers(shapes, [activation.map for _, _, activation in layers], dtype):
+    if reason := implementation.prefers_layers(layers, dtype):
         return Decision(backend, precision, reason, "layers")
     return Decision(backend, precision, "")
 
@@ -267,24 +268,18 @@ def autocast_type(x: Tensor, layers: Sequence[Layer]) -> torch.dtype | None:
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
-    if not all(t.is_floating_point() and t.dtype != torch.float64 for t in (x, *(weight for weight, _, _ in layers))):
+    if not all(t.is_floating_point() and t.dtype != torch.float64 for t in (x, *(layer.weight for layer in layers))):
         return None
     return torch.get_autocast_dtype(kind)
 
 
 def why_not(
-    x: Tensor,
-    layers: Sequence[Layer],
-    skips: Sequence[bool] = (),
-    norms: Sequence[Norm | None] = (),
-    *,
-    direction: str = "forward",
-    cast: torch.dtype | None = None,
+    x: Tensor, layers: Sequence[Layer], *, direction: str = "forward", cast: torch.dtype | None = None
 ) -> tuple[str, str, str]:
     """Backend, precision, and the reason why the whole network cannot run there ("": it can).
 
-    `skips`, `norms`: of each layer, or empty where none has a skip connection, a LayerNorm. `direction`: "inference",
-    "forward" (with its backward) or "loss". `cast`: the type that autocast gives input, weights and biases.
+    `direction`: "inference", "forward" (with its backward) or "loss". `cast`: the type that autocast gives input,
+    weights and biases.
 
     Raises:
         RuntimeError: a backend demanded with `backends.use` that cannot serve any layer.
@@ -296,7 +291,7 @@ def why_not(
     if cast is not None:  # decided for an input and weights of that type
         x = x.new_empty(1, dtype=cast).expand(x.shape) if x.numel() else x.to(cast)
     columns = (1, x.shape[-1])  # outputs of the layer before, features of each
-    for i, (weight, bias, activation) in enumerate(layers):
+    for i, (weight, bias, activation, norm, skip) in enumerate(layers):
         tensors = [t for t in (weight, bias, *activation.tensors) if t is not None]
         if cast is None and any(t.dtype != x.dtype and t.is_floating_point() for t in (weight, bias) if t is not None):
             return "", "", f"layer {i}: its type is not the input's, {x.dtype}"
@@ -306,124 +301,75 @@ def why_not(
             reason = f"its weight {tuple(weight.shape)} does not fit an input of {math.prod(columns)} columns"
             return "", "", f"layer {i}: {reason}"
         before, columns = columns, (activation.outputs, weight.shape[0] // activation.branches)
-        if skips and skips[i] and (activation.map.key == "identity" or columns != before):
+        if skip and (activation.map.key == "identity" or columns != before):
             return "", "", f"layer {i}: a skip connection needs an activation, and an output of its input's columns"
-        norm = norms[i] if norms else None
         if norm is not None and (reason := _why_not_norm(x, norm, math.prod(columns))):
             return "", "", f"layer {i}: {reason}"
-    backend, precision = backends.choose(layers[0][2], x, layers[0][0], record=False)
-    implementation = backends.implementation(backend)
-    maps = [activation.map for _, _, activation in layers]
-    for map in maps[1:]:
-        if reason := backends.refusal(backend, map.key, x.device, x.dtype):
+    backend, precision = backends.choose(layers[0].activation, x, layers[0].weight, record=False)
+    for layer in layers[1:]:
+        if reason := backends.refusal(backend, layer.activation.map.key, x.device, x.dtype):
             return backend, precision, reason
-    shapes = [(weight.shape[0], weight.shape[1]) for weight, _, _ in layers]
-    learnable = [activation.has_tensors for _, _, activation in layers]
-    normed = [norm is not None for norm in norms]
-    reason = implementation.serves_network(x, shapes, maps, precision, direction, learnable, skips, normed)
+    reason = backends.implementation(backend).serves_network(x, layers, precision, direction)
     return backend, precision, reason
 
 
 # -- the operation
 
 
-def _split(config: Config, tensors: Sequence[Tensor | None]):
-    """Weights, biases, parameters of the activations, weight and bias of each norm."""
-    _, weights, biases, params, _ = config.ends
-    first = weights - 1
-    return (
-        list(tensors[:first]), list(tensors[first : biases - 1]), list(tensors[biases - 1 : params - 1]),
-        list(tensors[params - 1 :]),
-    )  # fmt: skip
-
-
-def _run(name: str, config: Config, head: Sequence[Tensor | None], tensors: Sequence[Tensor | None], *rest):
+def _run(name: str, call: Call, head: Sequence[Tensor | None], tensors: Sequence[Tensor | None], *rest):
     """The raw operation `name` of (*head, network, *rest).
 
-    Where nothing looks at operations (a mode, a subclass, a transform, the profiler), the backend is called directly:
-    the dispatcher takes 20 us to pass a network's operands on.
+    Where nothing looks at operations (a mode, a subclass, a transformation, the profiler), the backend is called
+    directly: the dispatcher takes 20 us to pass a network's operands on.
     """
-    weights, biases, params, norms = _split(config, tensors)
-    if not (linear_act.unwatched(head) and linear_act.all_plain(tensors)):
-        words = (config.constants, config.activations, config.skips, norms, config.norm_eps)
-        return getattr(raw, name)(*head, weights, biases, params, *words, *rest)
-    run = getattr(backends.implementation(config.backend), name)
-    pairs = backends.norms_by_layer(norms, config.norm_eps)
-    network = (weights, biases, params, config.constants, config.maps, config.skips, pairs)
-    if name == "mlp":
-        return run(*head, *network, config.precision, rest[2])
-    if name == "mlp_backward":
-        saved, _, precision, needs = rest
-        return run(*head, *network, saved, precision, needs)
-    loss, constants, scale, _, precision, needs = rest
-    return run(*head, *network, lookup(loss), constants, scale, precision, needs)
+    spec = call.spec
+    if unwatched(*head) and all_plain(tensors):
+        last = rest[-1:]
+        return getattr(backends.TABLE[call.backend], name)(*head, tensors, spec, *rest[:-1], call.precision, *last)
+    if name == "mlp_loss":
+        criterion, *rest = rest  # type: ignore[assignment]
+        rest = (criterion.loss, criterion.constants, criterion.scale, *rest)
+    run = getattr(raw, name)
+    return run(*head, list(tensors), spec.words, spec.numbers, *rest[:-1], call.backend, call.precision, rest[-1])
 
 
-def _layers(config: Config, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Layer]:
-    """The operands as layers again, weights and biases in the type of the rows."""
-    weights, biases, params, _ = _split(config, tensors)
-    layers: list[Layer] = []
-    at = 0
-    for weight, bias, map, count in zip(weights, biases, config.maps, config.counts, strict=True):
-        values = {
-            name: config.constants[at + j] if params[at + j] is None else params[at + j]
-            for j, name in enumerate(map.param_names)
-        }
-        at += count
-        layers.append((weight.to(dtype), None if bias is None else bias.to(dtype), Activation(map, values)))
-    return layers
+def through_layers(x: Tensor, layers: Sequence[Layer], chosen: tuple[str, str] | None = None) -> Tensor:
+    """Computes the network layer by layer, differentiable any number of times; `chosen` as in `linear_act`."""
+
+    def one(weight, bias, activation):
+        return lambda x: linear_act(x, weight, bias, activation, chosen)
+
+    return in_sequence(x, steps(layers, one))
 
 
-def through_layers(
-    x: Tensor,
-    layers: Sequence[Layer],
-    skips: Sequence[bool] = (),
-    norms: Sequence[Norm | None] = (),
-    chosen: tuple[str, str] | None = None,
-) -> Tensor:
-    """The same network layer by layer: differentiable any number of times; `chosen` as in `linear_act`."""
-    skips, norms = skips or [False] * len(layers), norms or [None] * len(layers)
-    for (weight, bias, activation), skip, norm in zip(layers, skips, norms, strict=True):
-        y = linear_act.linear_act(x, weight, bias, activation, chosen)
-        y = y if norm is None else backends.layer_norm(y, norm)
-        x = backends.add_skip(y, x) if skip else y
-    return x
+def _through_layers(x: Tensor, call: Call, tensors: Sequence[Tensor | None]) -> Tensor:
+    """The same from a call's operands, weights and biases in the type of the rows."""
+    layers = [
+        layer._replace(weight=layer.weight.to(x.dtype), bias=None if layer.bias is None else layer.bias.to(x.dtype))
+        for layer in call.spec.layers(tensors)
+    ]
+    return through_layers(x, layers, (call.backend, call.precision))
 
 
-def _through_layers(x: Tensor, config: Config, tensors: Sequence[Tensor | None]) -> Tensor:
-    norms = backends.norms_by_layer(_split(config, tensors)[3], config.norm_eps)
-    layers = _layers(config, tensors, x.dtype)
-    return through_layers(x, layers, config.skips, norms, (config.backend, config.precision))
-
-
-def _parameter_gradients(config: Config, params, gp: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """[P, N] a layer, to what each parameter is."""
-    grads: list[Tensor | None] = []
-    for per_layer, count in zip(gp, config.counts, strict=True):
-        for j in range(count):
-            p = params[len(grads)]
-            grad = None
-            if needs[len(grads)]:
-                grad = (per_layer[j].sum() if p.dim() == 0 else per_layer[j]).to(p.dtype)
-            grads.append(grad)
-    return grads
-
-
-def _gradients(config: Config, tensors, results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(call: Call, tensors, results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """gx and the gradients of `tensors` from a raw operation's results; None where not needed."""
-    n, (_, _, first, own, _) = len(config.activations), config.ends
+    grads: list[Tensor | None] = [results[0] if needs[0] else None]
 
-    def plain(results, needs):
-        return [r if need else None for r, need in zip(results, needs, strict=True)]
+    def add(gradient):
+        grads.append(gradient if needs[len(grads)] else None)
 
-    params = tensors[first - 1 : own - 1]
-    of_params = _parameter_gradients(config, params, results[first : first + n], needs[first:own])
-    return [*plain(results[:first], needs[:first]), *of_params, *plain(results[first + n :], needs[own:])]
-
-
-def _groups(config: Config, needs: Sequence[bool]) -> list[bool]:
-    """Whether x, any weight, bias, parameter, norm needs a gradient."""
-    return [needs[0], *[any(needs[begin:end]) for begin, end in pairwise(config.ends)]]
+    for weight, bias, params, norm in gradients_by_layer(call.spec, results[1:]):
+        add(weight)
+        add(bias)
+        for per_feature in params:
+            gradient = None
+            if needs[len(grads)]:
+                p = tensors[len(grads) - 1]
+                gradient = (per_feature.sum() if p.dim() == 0 else per_feature).to(p.dtype)
+            grads.append(gradient)
+        for gradient in norm:
+            add(gradient)
+    return grads
 
 
 def _again(run, x: Tensor, tensors, needs: Sequence[bool], g: Tensor) -> list[Tensor | None]:
@@ -437,55 +383,52 @@ def _again(run, x: Tensor, tensors, needs: Sequence[bool], g: Tensor) -> list[Te
 
 
 class Network(torch.autograd.Function):
-    """Inputs: x [M, K], config, then weights, biases (None where there is none), parameters (None where constant),
-    and where there are norms each layer's weight and bias (None where there is none)."""
+    """Inputs: x [M, K], the call, then the network's tensors in the order of its spec."""
 
     @staticmethod
-    def forward(x, config, *tensors):
-        return _run("mlp", config, (x,), tensors, config.backend, config.precision, config.save)
+    def forward(x, call, *tensors):
+        return _run("mlp", call, (x,), tensors, call.save)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.config, *tensors = inputs
+        x, ctx.call, *tensors = inputs
         _, saved = output
         ctx.mark_non_differentiable(saved)
-        ctx.save_for_backward(x, saved if ctx.config.save else None, *tensors)
+        ctx.save_for_backward(x, saved if ctx.call.save else None, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, g, _):
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        config = ctx.config
+        call = ctx.call
         x, saved, *tensors = ctx.saved_tensors
-        present = [True, False, *(t is not None for t in tensors)]
         compiling = torch.compiler.is_compiling()
-        needs = linear_act._wanted(ctx, present, None if compiling else config.group_of)
+        present = [True, False, *[t is not None for t in tensors]]
+        needs = wanted(ctx, present, None if compiling else call.groups)
         needs = [needs[0], *needs[2:]]
-        if not compiling and (torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g)):
-            if config.history is not None:
-                config.history.differentiated()
-            grads = _again(lambda: _through_layers(x, config, tensors), x, tensors, needs, g)
+        if not compiling and (torch.is_grad_enabled() or is_batched_cotangent(g)):
+            if call.history is not None:
+                call.history.differentiated()
+            grads = _again(lambda: _through_layers(x, call, tensors), x, tensors, needs, g)
         else:
-            rest = (saved, config.backend, config.precision, _groups(config, needs))
-            results = linear_act._exactly(x.device, _run, "mlp_backward", config, (g, x), tensors, *rest)
-            grads = _gradients(config, tensors, results, needs)
+            groups = groups_needed(call.spec, needs[0], needs[1:])
+            results = exactly(x.device, _run, "mlp_backward", call, (g, x), tensors, saved, groups)
+            grads = _gradients(call, tensors, results, needs)
         return grads[0], None, *grads[1:]
 
 
 class NetworkLoss(torch.autograd.Function):
-    """Inputs: x, target, row weights or None, config, criterion, then as `Network`. One pass of both directions."""
+    """Inputs: x, target, row weights or None, call, criterion, then as `Network`. One pass of both directions."""
 
     @staticmethod
-    def forward(ctx, x, target, row_weights, config, criterion, *tensors):
+    def forward(ctx, x, target, row_weights, call, criterion, *tensors):
         inputs = ctx.needs_input_grad
         needs = [inputs[0], *inputs[5:]]
-        loss, *results = _run(
-            "mlp_loss", config, (x, target, row_weights), tensors, criterion.loss, criterion.constants,
-            criterion.scale, config.backend, config.precision, _groups(config, needs),
-        )  # fmt: skip
-        grads = _gradients(config, tensors, results, needs)
-        ctx.config, ctx.criterion, ctx.count = config, criterion, len(tensors)
+        groups = groups_needed(call.spec, needs[0], needs[1:])
+        loss, *results = _run("mlp_loss", call, (x, target, row_weights), tensors, criterion, groups)
+        grads = _gradients(call, tensors, results, needs)
+        ctx.call, ctx.criterion, ctx.count = call, criterion, len(tensors)
         ctx.save_for_backward(x, target, row_weights, *tensors, *grads)
         return loss.to(x.dtype) if x.dtype == torch.float64 else loss
 
@@ -494,14 +437,13 @@ class NetworkLoss(torch.autograd.Function):
         x, target, row_weights, *rest = ctx.saved_tensors
         tensors, grads = rest[: ctx.count], rest[ctx.count :]
         compiling = torch.compiler.is_compiling()
-        if not compiling and (torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g)):
+        if not compiling and (torch.is_grad_enabled() or is_batched_cotangent(g)):
             needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
-            if ctx.config.history is not None:
-                ctx.config.history.differentiated()
+            if ctx.call.history is not None:
+                ctx.call.history.differentiated()
 
             def run():
-                y = _through_layers(x, ctx.config, tensors)
-                return elementwise_loss(y, target, row_weights, lookup(ctx.criterion.loss), ctx.criterion)
+                return plain_loss(_through_layers(x, ctx.call, tensors), target, row_weights, ctx.criterion)
 
             scaled = _again(run, x, tensors, needs, g)
         else:
@@ -512,47 +454,9 @@ class NetworkLoss(torch.autograd.Function):
 def _scaled(grads: Sequence[Tensor | None], g: Tensor, of: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients times the cotangent of a loss, in the types of what they belong to."""
     # never the saved tensors themselves: a retained graph would see what becomes of the parameters' gradients
-    found = iter(torch._foreach_mul([t for t in grads if t is not None], g))
+    found = iter(multiplied([t for t in grads if t is not None], g))
     scaled = [None if t is None else next(found) for t in grads]
     return [t if t is None or o is None else t.to(o.dtype) for t, o in zip(scaled, of, strict=True)]
-
-
-def elementwise_loss(
-    y: Tensor, target: Tensor, row_weights: Tensor | None, map: ActivationMap, criterion: Criterion
-) -> Tensor:
-    """The criterion in plain PyTorch, differentiable any number of times."""
-    dtype = raw.compute_dtype(y.dtype)
-    (loss,) = map.torch_map(0)(y.to(dtype), target.to(dtype), *criterion.constants)
-    if row_weights is not None:
-        loss = loss * row_weights.to(dtype).unsqueeze(-1)
-    return loss.sum() * criterion.scale
-
-
-def _operands(
-    layers: Sequence[Layer], norms: Sequence[Norm | None] = ()
-) -> tuple[list[Tensor | None], tuple[float, ...]]:
-    tensors: list[Tensor | None] = [weight for weight, _, _ in layers]
-    tensors += [bias for _, bias, _ in layers]
-    constants: list[float] = []
-    for _, _, activation in layers:
-        tensors += activation.tensors
-        constants += activation.constants
-    return [*tensors, *backends.flat_norms(norms)[0]] if norms else tensors, tuple(constants)
-
-
-def _config(decision: Decision, operands: Operands, save: bool) -> Config:
-    """The decision's configuration: the same object for all calls of one kind."""
-    config = decision.configs.get(save)
-    if config is None:
-        keys = tuple(activation.map.key for _, _, activation in operands.layers)
-        counts = tuple(len(activation.tensors) for _, _, activation in operands.layers)
-        eps = tuple(backends.flat_norms(operands.norms)[1])
-        config = Config(
-            keys, operands.constants, counts, decision.backend, decision.precision, save, operands.skips, eps,
-            decision.history,
-        )  # fmt: skip
-        decision.configs[save] = config
-    return config
 
 
 def _cast(x: Tensor, operands: Operands, backend: str) -> tuple[Tensor, Operands]:
@@ -561,10 +465,10 @@ def _cast(x: Tensor, operands: Operands, backend: str) -> tuple[Tensor, Operands
     if dtype is None:
         return x, operands
     if not backends.implementation(backend).reads_any_weights:
-        layers = [
-            (w.to(dtype), None if b is None else b.to(dtype), activation) for w, b, activation in operands.layers
-        ]
-        operands = Operands(layers, operands.skips, operands.norms)
+        operands = Operands([
+            layer._replace(weight=layer.weight.to(dtype), bias=None if layer.bias is None else layer.bias.to(dtype))
+            for layer in operands.layers
+        ])  # fmt: skip
     return x.to(dtype), operands
 
 
@@ -573,15 +477,17 @@ def network(x: Tensor, operands: Operands, decision: Decision, save: bool) -> Te
     x, operands = _cast(x, operands, decision.backend)
     tensors = operands.tensors
     track = operands.tracked(x)
-    config = _config(decision, operands, save and track)
-    backends.record_network(x, operands.layers, operands.normed, config.backend, config.precision)
+    call = decision.call(operands.spec, save and track)
+    backends.record_network(x, operands.layers, call.backend, call.precision)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
         run = Network.apply if track else Network.forward
-        y = linear_act._exactly(x.device, run, rows, config, *tensors)[0]
+        y = exactly(x.device, run, rows, call, *tensors)[0]
+    elif track:
+        run = apply_to_parameters if operands.parameters else apply
+        y = exactly(x.device, run, Network, rows, call, *tensors)[0]
     else:
-        apply = (linear_act._apply_plain if operands.parameters else linear_act._apply) if track else _untracked
-        y = linear_act._exactly(x.device, apply, Network, rows, config, *tensors)[0]
+        y = exactly(x.device, Network.forward, rows, call, *tensors)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -592,42 +498,21 @@ _PLAIN_TILE, _PLAIN_TILE_OF_A_THREAD = 2048, 512
 
 def plain(x: Tensor, operands: Operands, reason: str) -> Tensor:
     """x [.., K] through all layers by PyTorch's own functions, tile by tile; differentiable any number of times."""
-    backends.record_plain_network(x, operands.layers, operands.normed, reason)
-    return linear_act._exactly(x.device, _in_tiles, x, operands)
+    backends.record_plain_network(x, operands.layers, reason)
+    return exactly(x.device, _in_tiles, x, operands)
 
 
 def _in_tiles(x: Tensor, operands: Operands) -> Tensor:
     backends.refuse_freed(*operands.elementwise)  # matrix products refuse theirs
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _plain(x, operands)
+    if torch.compiler.is_compiling() or transforms_active():
+        return in_sequence(x, operands.steps())
     rows, tile = x.numel() // max(1, x.shape[-1]), max(_PLAIN_TILE, _PLAIN_TILE_OF_A_THREAD * torch.get_num_threads())
     if rows <= tile or operands.tracked(x):  # gradients of tiles would have to be added
-        return _plain(x, operands)
+        return in_sequence(x, operands.steps())
     parts = -(-rows // tile)
     tiles = x.reshape(rows, x.shape[-1]).split(-(-rows // parts))
-    y = torch.cat([_plain(part, operands) for part in tiles])
+    y = torch.cat([in_sequence(part, operands.steps()) for part in tiles])
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _plain(x: Tensor, operands: Operands) -> Tensor:
-    if not operands.skips and not operands.norms and x.dtype.itemsize >= 4:
-        linear = torch.nn.functional.linear
-        for weight, bias, function, branches, values in operands.functions():
-            z = linear(x, weight, bias)
-            outputs = function(z, *values) if branches == 1 else function(*z.chunk(branches, -1), *values)
-            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        return x
-    n = len(operands.layers)
-    skips, norms = operands.skips or [False] * n, operands.norms or [None] * n
-    for (weight, bias, activation), skip, norm in zip(operands.layers, skips, norms, strict=True):
-        y = linear_act._unfused(x, weight, bias, activation)
-        y = y if norm is None else backends.layer_norm(y, norm)
-        x = backends.add_skip(y, x) if skip else y
-    return x
-
-
-def _untracked(function, *args):
-    return function.forward(*args)
 
 
 def network_loss(
@@ -640,11 +525,9 @@ def network_loss(
 ) -> Tensor:
     """The criterion of the network's output, with all gradients made in the same pass; rows flattened, [M, ..]."""
     x, operands = _cast(x, operands, decision.backend)
-    config = _config(decision, operands, False)
-    backends.record_network(
-        x, operands.layers, operands.normed, config.backend, config.precision, criterion.loss
-    )
-    args = (x, target, row_weights, config, criterion, *operands.tensors)
+    call = decision.call(operands.spec, False)
+    backends.record_network(x, operands.layers, call.backend, call.precision, criterion.loss)
+    args = (x, target, row_weights, call, criterion, *operands.tensors)
     if torch.compiler.is_compiling():
-        return linear_act._exactly(x.device, NetworkLoss.apply, *args)
-    return linear_act._exactly(x.device, linear_act._apply, NetworkLoss, *args)
+        return exactly(x.device, NetworkLoss.apply, *args)
+    return exactly(x.device, apply, NetworkLoss, *args)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..activations import lookup
-from . import backends
-from .backends import compute_dtype as compute_dtype
+from ..backends.base import group_branches
+from ..network import Criterion, Spec, compute_dtype, spec_of
 
 _LIB = torch.library.Library("fused_inr", "DEF")
 _LIB.define(
@@ -28,10 +29,7 @@ _LIB.define(
     "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, str backend, int level, "
     "bool learnable) -> Tensor[]"
 )
-_NETWORK = (
-    "Tensor[] weights, Tensor?[] biases, Tensor?[] params, float[] constants, str[] activations, bool[] skips, "
-    "Tensor?[] norms, float[] norm_eps"
-)
+_NETWORK = "Tensor?[] tensors, str[] words, float[] numbers"
 _LIB.define(f"mlp(Tensor x, {_NETWORK}, str backend, str precision, bool save) -> (Tensor, Tensor)")
 _LIB.define(
     f"mlp_backward(Tensor g, Tensor x, {_NETWORK}, Tensor? saved, str backend, str precision, bool[] needs) -> Tensor[]"
@@ -63,40 +61,34 @@ def _act_map(inputs, params, constants, activation, backend, level, learnable):
     map, shape = lookup(activation), inputs[0].shape[:-1]
     if len(shape) == 1:
         return run(inputs, params, constants, map, level, learnable)
-    branches, outputs = group_branches(activation, level, learnable)
+    branches, outputs = group_branches(lookup(activation), level, learnable)
     rows = [t.reshape(-1, t.shape[-1]) if k else t for t, k in zip(inputs, branches, strict=True)]
     results = run(rows, params, constants, map, level, learnable)
     return [t.reshape(*shape, t.shape[-1]) if k else t for t, k in zip(results, outputs, strict=True)]
 
 
+def _spec(words, numbers) -> Spec:
+    return spec_of(tuple(words), tuple(numbers))
+
+
 @torch.library.impl(_LIB, "mlp", "CompositeExplicitAutograd")
-def _mlp(x, weights, biases, params, constants, activations, skips, norms, norm_eps, backend, precision, save):
-    maps, norms = [lookup(key) for key in activations], backends.norms_by_layer(norms, norm_eps)
-    return backends.implementation(backend).mlp(
-        x, weights, biases, params, constants, maps, skips, norms, precision, save
-    )
+def _mlp(x, tensors, words, numbers, backend, precision, save):
+    return backends.implementation(backend).mlp(x, tensors, _spec(words, numbers), precision, save)
 
 
 @torch.library.impl(_LIB, "mlp_backward", "CompositeExplicitAutograd")
-def _mlp_backward(
-    g, x, weights, biases, params, constants, activations, skips, norms, norm_eps, saved, backend, precision, needs
-):
-    maps, norms = [lookup(key) for key in activations], backends.norms_by_layer(norms, norm_eps)
-    return backends.implementation(backend).mlp_backward(
-        g, x, weights, biases, params, constants, maps, skips, norms, saved, precision, needs
-    )
+def _mlp_backward(g, x, tensors, words, numbers, saved, backend, precision, needs):
+    run = backends.implementation(backend).mlp_backward
+    return run(g, x, tensors, _spec(words, numbers), saved, precision, needs)
 
 
 @torch.library.impl(_LIB, "mlp_loss", "CompositeExplicitAutograd")
 def _mlp_loss(
-    x, target, row_weights, weights, biases, params, constants, activations, skips, norms, norm_eps, loss,
-    loss_constants, scale, backend, precision, needs,
+    x, target, row_weights, tensors, words, numbers, loss, loss_constants, scale, backend, precision, needs
 ):  # fmt: skip
-    maps, norms = [lookup(key) for key in activations], backends.norms_by_layer(norms, norm_eps)
-    return backends.implementation(backend).mlp_loss(
-        x, target, row_weights, weights, biases, params, constants, maps, skips, norms, lookup(loss), loss_constants,
-        scale, precision, needs,
-    )  # fmt: skip
+    criterion = Criterion(loss, tuple(loss_constants), scale)
+    run = backends.implementation(backend).mlp_loss
+    return run(x, target, row_weights, tensors, _spec(words, numbers), criterion, precision, needs)
 
 
 linear_act = torch.ops.fused_inr.linear_act.default
@@ -133,62 +125,49 @@ def _(g, x, weight, bias, params, constants, z, activation, backend, precision, 
 
 
 @torch.library.register_fake("fused_inr::mlp", lib=_LIB)
-def _(x, weights, biases, params, constants, activations, skips, norms, norm_eps, backend, precision, save):
-    last = lookup(activations[-1])
-    y = x.new_empty((x.shape[0], last.outputs * (weights[-1].shape[0] // last.branches)))
+def _(x, tensors, words, numbers, backend, precision, save):
+    y = x.new_empty((x.shape[0], _spec(words, numbers).layers(tensors)[-1].columns))
     size = torch.library.get_ctx().new_dynamic_size() if save else 0  # what a backend stores is its own affair
     return y, x.new_empty((size,), dtype=compute_dtype(x.dtype))
 
 
-def _fake_gradient(x, t, needed, dtype=None):
-    if t is None:
-        return x.new_empty(0, dtype=compute_dtype(x.dtype))
-    return t.new_empty(t.shape if needed else (0,), dtype=dtype)
-
-
-def _fake_gradients(x, weights, biases, activations, norms, needs, out=None):
+def _fake_gradients(x, tensors, words, numbers, needs, out=None):
     """out: the type of gradients, where it is not that of what they belong to."""
     dtype = compute_dtype(x.dtype)
-    maps = [lookup(key) for key in activations]
-    grads = [_fake_gradient(x, x, needs[0], out)]
-    grads += [_fake_gradient(x, w, needs[1], out) for w in weights]
-    grads += [_fake_gradient(x, bias, needs[2], out) for bias in biases]
-    for weight, map in zip(weights, maps, strict=True):
-        shape = (map.n_params, weight.shape[0] // map.branches) if needs[3] and map.n_params else (0,)
-        grads.append(x.new_empty(shape, dtype=dtype))
-    return [*grads, *(_fake_gradient(x, t, needs[4], out) for t in norms)]
+
+    def of(t, needed):
+        if t is None:
+            return x.new_empty(0, dtype=dtype)
+        return t.new_empty(t.shape if needed else (0,), dtype=out)
+
+    grads = [of(x, needs[0])]
+    for weight, bias, activation, norm, _ in _spec(words, numbers).layers(tensors):
+        grads += [of(weight, needs[1]), of(bias, needs[2])]
+        if activation.map.n_params:
+            shape = (activation.map.n_params, weight.shape[0] // activation.branches) if needs[3] else (0,)
+            grads.append(x.new_empty(shape, dtype=dtype))
+        if norm is not None:
+            grads += [of(norm.weight, needs[4]), of(norm.bias, needs[4])]
+    return grads
 
 
 @torch.library.register_fake("fused_inr::mlp_backward", lib=_LIB)
-def _(g, x, weights, biases, params, constants, activations, skips, norms, norm_eps, saved, backend, precision, needs):
-    return _fake_gradients(x, weights, biases, activations, norms, needs)
+def _(g, x, tensors, words, numbers, saved, backend, precision, needs):
+    return _fake_gradients(x, tensors, words, numbers, needs)
 
 
 @torch.library.register_fake("fused_inr::mlp_loss", lib=_LIB)
-def _(
-    x, target, row_weights, weights, biases, params, constants, activations, skips, norms, norm_eps, loss,
-    loss_constants, scale, backend, precision, needs,
-):  # fmt: skip
+def _(x, target, row_weights, tensors, words, numbers, loss, loss_constants, scale, backend, precision, needs):
     value = x.new_empty((), dtype=compute_dtype(x.dtype))
     out = torch.float32 if x.dtype == torch.float16 else None  # a loss scaler's factor comes later
-    return [value, *_fake_gradients(x, weights, biases, activations, norms, needs, out)]
-
-
-def group_branches(activation: str, level: int, learnable: bool) -> tuple[list[int], list[int]]:
-    """Branches of each input group (parameters left out) and of each output group; 0: one value a feature."""
-    map = lookup(activation)
-    inputs, outputs = [map.branches], [map.outputs]
-    with_gradient = [map.branches] + ([0] * map.n_params if learnable else [])
-    for _ in range(level):
-        inputs, outputs, with_gradient = inputs + outputs, with_gradient, with_gradient + outputs
-    return inputs, outputs
+    return [value, *_fake_gradients(x, tensors, words, numbers, needs, out)]
 
 
 @torch.library.register_fake("fused_inr::act_map", lib=_LIB)
 def _(inputs, params, constants, activation, backend, level, learnable):
     z = inputs[0]
     features = z.shape[-1] // lookup(activation).branches
-    _, outputs = group_branches(activation, level, learnable)
+    _, outputs = group_branches(lookup(activation), level, learnable)
     return [z.new_empty((*z.shape[:-1], k * features) if k else (features,)) for k in outputs]
 
 
@@ -290,7 +269,7 @@ def _(info, in_dims, g, x, weight, bias, params, constants, z, activation, backe
 @torch.library.register_vmap("fused_inr::act_map", lib=_LIB)
 def _(info, in_dims, inputs, params, constants, activation, backend, level, learnable):
     v = info.batch_size
-    branches, outputs = group_branches(activation, level, learnable)
+    branches, outputs = group_branches(lookup(activation), level, learnable)
     parameter_batched = any(d is not None for d, k in zip(in_dims[0], branches, strict=True) if not k)
     if learnable or parameter_batched or _any(in_dims[1] or ()):
         args = (inputs, params, constants, activation, backend, level, learnable)

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from fused_inr.network import Criterion, Spec
+
 from .. import mlp_tune, tune
 from ..launch import TYPES, Launcher, accumulator, contiguous_rows, dot_precision, mode, on_device
 from ..linear_act import launch_weight_grad, weight_grad_splits
@@ -108,9 +110,8 @@ class Call:
     """Everything about a call that does not change from one to the next: the key of its plan."""
 
     shapes: tuple[tuple[int, int], ...]
-    maps: tuple
+    spec: Spec
     tensors: tuple[bool, ...]  # which parameters are tensors
-    constants: tuple[float, ...]
     dtype: torch.dtype
     precision: str
     arch: str
@@ -148,13 +149,13 @@ class Plan:
 
 @functools.lru_cache(maxsize=256)
 def _plan(call: Call) -> Plan:
-    maps = call.maps
+    maps = call.spec.maps
     net = _network(call.shapes, maps, call.arch)
     acc = accumulator(call.dtype)
     L, P = net.layers, net.n_params
     if any(call.tensors[L * P :]):
         raise ValueError(f"the parameters of the last activation, {maps[-1].name}, must be numbers in this kernel")
-    values = [float(c) for c in call.constants[: L * P]]
+    values = [float(c) for c in call.spec.numbers[: L * P]]
     # a number argument of a kernel is float32
     table = P > 0 and (acc == torch.float64 or any(call.tensors[: L * P]))
     sets = [tuple(values[i * P : (i + 1) * P]) for i in range(L)] if P and not table else [()]
@@ -169,7 +170,7 @@ def _plan(call: Call) -> Plan:
         "BLOCK_K": net.inputs if narrow_k else min(32, net.inputs_pad),
     }  # fmt: skip
     numbers = tuple(values) if table else tuple(v for s in sets for v in s)
-    last_params = tuple(float(c) for c in call.constants[L * P :])
+    last_params = tuple(float(c) for c in call.spec.numbers[L * P :])
     sizes = [pack.sizes(net, back, table) for back in (False, True)]
     words = [-(-weights * call.dtype.itemsize // (64 * acc.itemsize)) * 64 for weights, _ in sizes]
     bias = -(-sizes[0][1] // 64) * 64
@@ -185,10 +186,27 @@ def _last_map(m, level: int):
     return identity if m.name == "identity" and level == 0 else m.triton_map(level, False)
 
 
-def _call(x, weights, params, constants, maps, precision: str) -> Call:
+class Tensors(NamedTuple):
+    """A network's tensors by what they are: weights and biases of each layer, parameters of all layers."""
+
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor | None]
+    params: list[torch.Tensor | None]
+
+    @staticmethod
+    def of(spec: Spec, tensors: Sequence[torch.Tensor | None]) -> Tensors:
+        """From the order of a spec."""
+        found = Tensors([], [], [])
+        groups = (found.weights, found.biases, found.params)
+        for group, tensor in zip(spec.groups, tensors, strict=True):
+            groups[group - Spec.WEIGHT].append(tensor)
+        return found
+
+
+def _call(x, tensors: Tensors, spec: Spec, precision: str) -> Call:
     return Call(
-        tuple([w.shape for w in weights]), tuple(maps), tuple([p is not None for p in params]), tuple(constants),
-        x.dtype, precision, tune.arch(x.device),
+        tuple([w.shape for w in tensors.weights]), spec, tuple([p is not None for p in tensors.params]), x.dtype,
+        precision, tune.arch(x.device),
     )  # fmt: skip
 
 
@@ -212,14 +230,14 @@ def _has_back(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 4  # tf32 wants the summed index innermost
 
 
-def _pack(plan: Plan, buffer, weights, biases, params, back: bool) -> _Packed:
+def _pack(plan: Plan, buffer, tensors: Tensors, back: bool) -> _Packed:
     packed = _split(buffer, plan, back)
-    params, numbers = params[: plan.net.layers * plan.net.n_params], plan.numbers
+    params, numbers = tensors.params[: plan.net.layers * plan.net.n_params], plan.numbers
     if plan.table and plan.acc == torch.float64:
         params = [buffer.new_tensor(c) if p is None else p for p, c in zip(params, numbers, strict=True)]
     pack.launch_pack(
-        plan.net, packed.weights, packed.bias, weights, biases, params, numbers, back, plan.table, plan.call.dtype,
-        plan.call.precision,
+        plan.net, packed.weights, packed.bias, tensors.weights, tensors.biases, params, numbers, back, plan.table,
+        plan.call.dtype, plan.call.precision,
     )  # fmt: skip
     return packed
 
@@ -238,28 +256,29 @@ def _kept_columns(plan: Plan, keeps: int) -> int:
 # ---------------------------------------------------------------- forward
 
 
-def mlp(x, weights, biases, params, constants, maps, precision: str = "ieee", save: bool = False):
+def mlp(x, tensors, spec: Spec, precision: str = "ieee", save: bool = False):
     """The network's output, and what its backward may take; not differentiable by itself.
 
     Args:
         x: [M, K] of any row stride; float32, bfloat16, float16 (float64 in the interpreter).
-        weights, biases: [B_i*N_i, C_(i-1)*N_(i-1)], and [B_i*N_i] or None, of each layer; any strides.
-        params, constants: of all layers, one after the other: a tensor ([] or [N]), or None for the number.
-        maps: the `ActivationMap` of each layer; all but the last are one.
+        tensors: in the order of the spec: of each layer weight [B_i*N_i, C_(i-1)*N_(i-1)], bias [B_i*N_i] or None, and
+            parameters, [] or [N], or None for the spec's number; any strides.
+        spec: of the network; the maps of all layers but the last are one, no layer has a skip connection or a norm.
         save: whether to keep what the backward needs.
     Returns:
         y [M, N_last] in x's type; a flat tensor for `mlp_backward`, empty ([0]) without `save`: the packed network, and
         of each layer activations and derivatives (half types) or pre-activations.
     """
-    plan = _plan(_call(x, weights, params, constants, maps, precision))
+    parts = Tensors.of(spec, tensors)
+    plan = _plan(_call(x, parts, spec, precision))
     net, M, dtype = plan.net, x.shape[0], x.dtype
     y = x.new_empty((M, net.outputs))
     back = save and _has_back(dtype)
-    keeps = _keeps(plan, dtype, any(p is not None for p in params)) if save else NOTHING
+    keeps = _keeps(plan, dtype, any(plan.call.tensors)) if save else NOTHING
     kept = net.layers * M * _kept_columns(plan, keeps) * (dtype.itemsize if keeps == JETS else plan.acc.itemsize)
     size = plan.bias_size + plan.weight_sizes[back] + -(-kept // plan.acc.itemsize)
     buffer = x.new_empty(size, dtype=plan.acc)
-    packed = _pack(plan, buffer, weights, biases, params, back)
+    packed = _pack(plan, buffer, parts, back)
     if M:
         saved = None if keeps == NOTHING else packed.rest.view(dtype) if keeps == JETS else packed.rest
         config = plan.config("save" if save else "forward")
@@ -272,7 +291,7 @@ _forward = Launcher(forward_kernel)
 
 @functools.lru_cache(maxsize=256)
 def _forward_constants(plan: Plan, config: mlp_tune.Config, keeps: int, back: bool) -> dict[str, object]:
-    maps, hidden = plan.call.maps, plan.net.layers - 1
+    maps, hidden = plan.call.spec.maps, plan.net.layers - 1
     return {
         "MAP": maps[0].triton_jet() if keeps == JETS else maps[0].triton_map(0, False), "LAST": _last_map(maps[-1], 0),
         "SAVE": keeps, "RESIDENT": hidden if hidden <= config.resident else 0, "K_MAJOR": back,
@@ -344,7 +363,7 @@ def _training(
     plan: Plan, which: Pass, narrow: mlp_tune.Config | None, config: mlp_tune.Config, multiprocessors: int
 ) -> _Training:
     """`narrow`: the configuration with everything in registers, where there is one."""
-    net, call, maps = plan.net, plan.call, plan.call.maps
+    net, call, maps = plan.net, plan.call, plan.call.spec.maps
     need_x, need_w, need_b, need_p = which.needs
     one_pass = narrow is not None and not which.saved and not need_p
     if one_pass and net.layers - 1 <= narrow.resident and net.inputs_pad <= 32:
@@ -381,22 +400,24 @@ def _training(
     return _Training(config, one_pass, programs, where, tuple([max(0, at) for at in starts]), constants)
 
 
-def _train(g, x, weights, biases, params, constants, maps, saved, precision: str, needs, loss: _Loss | None):
+def _train(g, x, tensors, spec: Spec, saved, precision: str, needs, loss: _Loss | None):
     """Loss (or None) and gradients, for g or for the loss."""
-    plan = _plan(_call(x, weights, params, constants, maps, precision))
+    parts = Tensors.of(spec, tensors)
+    weights, biases, _ = parts
+    plan, maps = _plan(_call(x, parts, spec, precision)), spec.maps
     net, M, dtype, acc = plan.net, x.shape[0], x.dtype, plan.acc
     L = net.layers
-    need_x, need_w, need_b, need_p = needs
+    need_x, need_w, need_b, need_p = needs[:4]
     if need_p and maps[-1].n_params:
         raise ValueError(f"gradients of the parameters of the last activation, {maps[-1].name}, are not computed here")
     need_b, need_p = need_b and any(b is not None for b in biases), need_p and net.n_params > 0
     back = _has_back(dtype)
     if saved is None:
         buffer = x.new_empty(plan.bias_size + plan.weight_sizes[back], dtype=acc)
-        packed = _pack(plan, buffer, weights, biases, params, back)
+        packed = _pack(plan, buffer, parts, back)
     else:
         packed = _split(saved, plan, back)
-    keeps = _keeps(plan, dtype, need_p if saved is None else any(p is not None for p in params))
+    keeps = _keeps(plan, dtype, need_p if saved is None else any(plan.call.tensors))
     which = Pass(
         (need_x, need_w, need_b, need_p), None if loss is None else loss.map,
         loss is not None and loss.row_weights is not None, saved is not None, keeps,
@@ -431,8 +452,12 @@ def _train(g, x, weights, biases, params, constants, maps, saved, precision: str
             own = 0.0 if hidden is None else hidden[i].view(B, W, C, W)[:, :N, :, :N] * unscale
             gw[1 + i].view(B, N, C, N).copy_(own) if hidden is not None else gw[1 + i].zero_()
     empty = nothing.new_empty(0, dtype=acc)
-    gb = [empty if b is None else b for b in gb]
-    return [*(() if value is None else (value,)), gx, *gw, *gb, *(gp or [empty] * L), empty]
+    results = [gx] if value is None else [value, gx]
+    for i, map in enumerate(maps):
+        results += [gw[i], empty if gb[i] is None else gb[i]]
+        if map.n_params:
+            results.append(gp[i] if i < len(gp) else empty)
+    return results
 
 
 def _rows(loss: _Loss | None, x, g, start: int, stop: int):
@@ -529,9 +554,9 @@ def _hidden_gradient(gz, h, precision: str) -> torch.Tensor:
 
 
 def mlp_backward(
-    g, x, weights, biases, params, constants, maps, saved=None, precision: str = "ieee", needs=(True, True, True, False)
+    g, x, tensors, spec: Spec, saved=None, precision: str = "ieee", needs=(True, True, True, False)
 ) -> list[torch.Tensor]:
-    """Gradients of `mlp` for the cotangent g [M, N_last]: [gx, gw_0 .., gb_0 .., gp_0 ..], one of each a layer.
+    """Gradients of `mlp` for the cotangent g [M, N_last]: gx, then of each layer gw, gb, gp (where it has any).
 
     gx, gw, gb in the types and shapes of x, weights and biases, summed in float32; gp [P, N] in float32: per feature,
     summed over rows, whether the parameters are tensors or not. Empty ([0]) where `needs` (x, weights, biases,
@@ -543,26 +568,32 @@ def mlp_backward(
     """
     if saved is not None and not saved.numel():
         saved = None
-    if needs[3] and saved is not None and x.dtype.itemsize == 2 and not any(p is not None for p in params):
+    if needs[3] and saved is not None and x.dtype.itemsize == 2 and not _any_parameter(spec, tensors):
         saved = None  # gradients of numbers, for which nothing has been kept
-    return _train(g, x, weights, biases, params, constants, maps, saved, precision, needs, None)
+    return _train(g, x, tensors, spec, saved, precision, needs, None)
+
+
+def _any_parameter(spec: Spec, tensors) -> bool:
+    return any(group == Spec.PARAMETER and t is not None for group, t in zip(spec.groups, tensors, strict=True))
 
 
 def mlp_loss(
-    x, target, row_weights, weights, biases, params, constants, maps, loss_map, loss_constants, scale: float = 1.0,
-    precision: str = "ieee", needs=(True, True, True, False),
+    x, target, row_weights, tensors, spec: Spec, criterion: Criterion, precision: str = "ieee",
+    needs=(True, True, True, False),
 ) -> list[torch.Tensor]:  # fmt: skip
-    """[loss, gx, gw_0 .., gb_0 .., gp_0 ..] of loss = scale sum_m row_weights[m] sum_n loss_map(y[m, n], target[m, n]).
+    """[loss, gx, then of each layer gw, gb, gp] of loss = scale sum_m row_weights[m] sum_n f(y[m, n], target[m, n]).
 
-    target: [M, N_last]; row_weights: [M], or None for 1; loss_map: an `ActivationMap` of (prediction, target); the loss
-    is 0-D in float32, y is not rounded to x's type on the way. Gradients are in the types of what they belong to, but
-    in float32 for float16: a loss scaler's factor comes later.
+    target: [M, N_last]; row_weights: [M], or None for 1; criterion: f, a map of (prediction, target), its constants and
+    the scale; the loss is 0-D in float32, y is not rounded to x's type on the way. Gradients are in the types of what
+    they belong to, but in float32 for float16: a loss scaler's factor comes later.
     """
+    scale = criterion.scale
     if row_weights is not None:
         row_weights = row_weights.contiguous()
     if accumulator(x.dtype) == torch.float64:  # a number argument of a kernel is float32
         row_weights = x.new_full((x.shape[0],), scale) if row_weights is None else row_weights.double() * scale
         scale = 1.0
     factor = 2.0 ** -round(math.log2(scale)) if x.dtype == torch.float16 and 0 < scale < 1 else 1.0
-    loss = _Loss(target, row_weights, loss_map, tuple(float(c) for c in loss_constants), float(scale), factor)
-    return _train(None, x, weights, biases, params, constants, maps, None, precision, needs, loss)
+    constants = tuple(float(c) for c in criterion.constants)
+    loss = _Loss(target, row_weights, criterion.map, constants, float(scale), factor)
+    return _train(None, x, tensors, spec, None, precision, needs, loss)

@@ -8,8 +8,8 @@ from fused_inr.bench import ptx
 from fused_inr.kernels import launch
 
 import fused_inr as fi
+from fused_inr import backends
 from fused_inr.functional import linear_act
-from fused_inr.ops import backends
 
 #: operations of PyTorch that launch nothing on a device
 NO_KERNEL = set(

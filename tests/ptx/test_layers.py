@@ -8,8 +8,8 @@ from fused_inr.bench.cases import PRECISIONS, matmul_precision
 from fused_inr.bench.gpu.checks import layer_accuracy
 
 import fused_inr as fi
+from fused_inr import backends
 from fused_inr.functional import linear_act
-from fused_inr.ops import backends
 
 from .tensors import spread, uniform
 

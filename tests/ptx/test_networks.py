@@ -9,9 +9,9 @@ import torch
 from fused_inr.bench import ptx
 from fused_inr.bench.cases import Case, Work, matmul_precision
 from fused_inr.kernels import mlp, mlp_tune
+from operands import operands
 
-from fused_inr import activations
-from fused_inr.ops import backends
+from fused_inr import activations, backends
 
 from .tensors import spread, uniform
 
@@ -108,15 +108,13 @@ def run_raw(name, precision, x, width, outputs, hidden=2, learnable=False, saved
     g = torch.randn(x.shape[0], outputs).to(x.dtype)
     asked = precision if x.dtype == torch.float32 else "ieee"
     needs = (True, True, True, learnable)
-    y, kept = mlp.mlp(x, weights, biases, params, numbers, maps, asked, saved)
-    found = mlp.mlp_backward(g, x, weights, biases, params, numbers, maps, kept if saved else None, asked, needs)
+    tensors, spec = operands(weights, biases, params, numbers, maps)
+    y, kept = mlp.mlp(x, tensors, spec, asked, saved)
+    found = mlp.mlp_backward(g, x, tensors, spec, kept if saved else None, asked, needs)
 
-    def doubles(tensors):
-        return [None if t is None else t.double() for t in tensors]
-
-    lists = doubles(weights), doubles(biases), doubles(params), numbers, maps, [], []
-    exact, _ = REFERENCE.mlp(x.double(), *lists, "ieee", False)
-    gradients = REFERENCE.mlp_backward(g.double(), x.double(), *lists, None, "ieee", (*needs, False))
+    doubles = [None if t is None else t.double() for t in tensors]
+    exact, _ = REFERENCE.mlp(x.double(), doubles, spec, "ieee", False)
+    gradients = REFERENCE.mlp_backward(g.double(), x.double(), doubles, spec, None, "ieee", (*needs, False))
 
     def close(value, expected):
         return (value.double() - expected).abs().max() <= TOLERANCE[precision] * expected.abs().max()
