@@ -100,7 +100,7 @@ $(COMPAT)/torch-%/.installed:
 	@mkdir -p $(COMPAT); free=`df -Pk $(COMPAT) | awk 'END { print $$4 }'`; \
 	    [ $$free -ge $(COMPAT_TORCH_KIB) ] || { echo "$$free KiB free, torch $* takes $(COMPAT_TORCH_KIB)" >&2; exit 1; }
 	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
-	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(@D)/constraints.txt
+	grep -v -e '^torch==' -e '^triton==' -e '^setuptools==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install -q -c $(@D)/constraints.txt 'setuptools>=77' 'torch==$*' numpy matplotlib pillow \
 	    safetensors tqdm sympy pytest pytest-xdist pytest-benchmark hypothesis scipy
 	@touch $@

@@ -24,7 +24,7 @@ from fused_inr.kernels.mlp import forward_kernel, serves, train_kernel
 from operands import mlp, mlp_backward, mlp_loss
 from tolerances import UNIT, Map, Rounded, cat, chunk, times, total, worst
 
-from fused_inr.activations import registered
+from fused_inr.activations import registered, registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in padded columns
 
@@ -478,6 +478,7 @@ class Pole:
     """log: at the zeros of padded columns it and its derivative are infinite."""
 
     name, branches, outputs, n_params, defaults = "log_pole", 1, 1, 0, {}
+    key, generated = "log_pole", True
 
     @staticmethod
     def triton_map(level, learnable=False):
@@ -496,7 +497,8 @@ class Pole:
 
 
 @pytest.mark.parametrize("N", [9, 33])
-def test_padding_does_not_reach_the_sums(N):
+def test_padding_does_not_reach_the_sums(N, monkeypatch):
+    monkeypatch.setitem(registry._DEFINED, Pole.key, Pole)
     net = make("relu", M=21, N=N, hidden=0, out=2)
     net.m, net.x = Pole, net.x.abs() + 1
     net.weights[0], net.biases[0] = net.weights[0].abs() + 1, torch.zeros(N, dtype=F64)

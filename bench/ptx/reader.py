@@ -413,8 +413,8 @@ class _Reader:
         if base in ("add", "sub", "mul", "fma") and len(p) == 4 and p[1] == "rn" and p[2] == "f32":
             # add.rn.f32.bf16: mixed types, the last operand float32
             self.plain(row, f"{base}_f32_{p[3]}", a, *([2] * (len(a) - 2)), 4)
-        elif base == "neg" and kind == "bf16":
-            self.plain(row, "neg_bf16", a, width)
+        elif base in ("add", "sub", "mul", "neg") and kind == "bf16":
+            self.plain(row, f"{base}_bf16", a, width)
         elif base in ("add", "sub", "neg"):
             self.plain(row, f"{base}{ftz}_{unsigned}", a, width)
         elif base == "mul" and "wide" in p:

@@ -113,7 +113,8 @@ def column_sums(
 @triton.jit
 def store_sum(ptr, value, mask, again):
     """*ptr = value, plus what is there if `again`."""
-    old = tl.load(ptr, mask=mask & again, other=0.0)
+    # `again` may be a number of Python's, with which `mask` becomes integers, no mask to the interpreter of Triton 3.9
+    old = tl.load(ptr, mask=(mask & again) != 0, other=0.0)
     tl.store(ptr, old + value, mask=mask)
 
 

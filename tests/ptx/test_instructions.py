@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import operator
 import struct
 from fractions import Fraction
 
@@ -391,6 +392,18 @@ def test_bfloat16_pairs_round_once():
     expected = to_bf16(exact)
     same((found & 0xFFFF).astype(np.uint16), expected)
     same((found >> 16).astype(np.uint16), expected[::-1])
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul"])
+def test_bfloat16(name):
+    a, b = pairs(grid_of("bf16", False), grid_of("bf16", False))
+    finite = np.isfinite(from_bf16(a)) & np.isfinite(from_bf16(b))
+    a, b = a[finite], b[finite]
+    calculate = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}[name]
+    exact = [calculate(Fraction(x), Fraction(y)) for x, y in zip(from_bf16(a).tolist(), from_bf16(b).tolist())]
+    fits = np.array([2.0**-126 < abs(v) < 3.3e38 for v in exact])
+    found = elementwise(f"{name}.bf16 d, a, b", "b16", ("b16",) * 2, a[fits], b[fits])
+    same(found, to_bf16([v for v, f in zip(exact, fits) if f]))
 
 
 @pytest.mark.parametrize("half", ["f16", "bf16"])
