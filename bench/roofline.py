@@ -270,25 +270,25 @@ def _per_row(counts: list[int], trips: float, row: dict, tiles: int) -> float:
 
 
 def _layer(row: dict, kernel: str) -> Work:
-    from ..kernels import tune
+    from ..kernels.configurations import linear_act as layer_configs
 
     B, C, _ = _shape(row)
     size, rate, products = _type(row)
     N, K = row["N"], row["K"]
     if kernel == "weight_grad":
         columns, inner = _multiple(N, row["block_n"]), _multiple(K, row["block_k"])
-        dot = tune.kind(N, K) == tune.DOT and products > 0
+        dot = layer_configs.kind(N, K) == layer_configs.DOT and products > 0
         flops = 2 * columns * inner
         return Work(size * (N + K), flops * products if dot else 0, rate, 0, 0 if dot else flops / 2)
     from_z = kernel == "gz_from_z"
-    kind = tune.MAP if from_z else tune.kind(N, K)
+    kind = layer_configs.MAP if from_z else layer_configs.kind(N, K)
     tiles = math.ceil(N / row["block_n"])
-    inner = K if kind == tune.NARROW_K else _multiple(K, row["block_k"])
+    inner = K if kind == layer_configs.NARROW_K else _multiple(K, row["block_k"])
     flops = 0 if from_z else 2 * B * tiles * row["block_n"] * inner
-    dot = kind == tune.DOT and products > 0
+    dot = kind == layer_configs.DOT and products > 0
     trips = math.ceil(K / row["block_k"])
     # a product by multiply-adds in a loop is counted from its shape, and so are those of no loop by the SASS
-    in_loop = kind == tune.NARROW_N or (kind == tune.DOT and not dot)
+    in_loop = kind == layer_configs.NARROW_N or (kind == layer_configs.DOT and not dot)
     fma = _per_row(row["fp32_at"], 0 if in_loop else trips, row, tiles) + (flops / 2 if in_loop else 0)
     kept = size * C * B * N if size == 2 else 4 * B * N  # derivatives, or pre-activations
     if kernel in ("forward", "forward_save", "input_grad"):
@@ -309,13 +309,14 @@ def _map(row: dict) -> Work:
 
 
 def _network(row: dict, kernel: str) -> Work:
-    from ..kernels import mlp_tune, tune
+    from ..kernels.configurations import linear_act as layer_configs
+    from ..kernels.configurations import mlp as network_configs
 
     B, C, _ = _shape(row)
     size, rate, products = _type(row)
-    K, width = row["K"], mlp_tune.width(row["N"], row["arch"])
+    K, width = row["K"], network_configs.width(row["N"], row["arch"])
     inputs, outputs = max(16, 1 << (K - 1).bit_length()), max(16, MLP_OUTPUTS)
-    narrow = K <= tune.NARROW_K_LIMIT
+    narrow = K <= layer_configs.NARROW_K_LIMIT
     first = 2 * inputs * B * width
     hidden = (MLP_LAYERS - 1) * 2 * B * width * C * width
     last = 2 * C * width * outputs

@@ -87,7 +87,7 @@ def _initialise(cache: str) -> None:
 
 
 def _compile(job: dict) -> dict:
-    from fused_inr.kernels import aot
+    from fused_inr.bench import aot
 
     from . import roofline
 
@@ -139,7 +139,7 @@ def _list_jobs(options: dict) -> list[dict]:
     """In a worker: listing the jobs imports the kernels, which the caller's process may interpret."""
     from dataclasses import asdict
 
-    from fused_inr.kernels import aot
+    from fused_inr.bench import aot
 
     from fused_inr.activations import names
 

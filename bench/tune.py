@@ -1,11 +1,11 @@
 """`fused-inr bench tune`: measure configurations of the kernels on this GPU and rewrite their tables.
 
-The tables are `kernels/tuned.py` (layers) and `kernels/mlp_tuned.py` (whole networks, `tune_networks.py`). For each
-entry: from the configuration in use step by step to better neighbours (one number doubled or halved, a pipeline stage
-more or less, a tile reshaped), all valid by the predicates of `kernels/tune.py` and `kernels/mlp_tune.py`. The results
-of a candidate are held to the bounds of `bounds.py` before it is timed; the candidates of a step are timed interleaved,
-as CUDA graphs, at each of the entry's shapes. One replaces the configuration in use where it is faster by more than
-noise in a second measurement as well, and compiles without spills (networks: without more than `mlp_tune.SPILL`).
+The tables are those of `kernels/configurations/`: `linear_act_table.py` (layers) and `mlp_table.py` (whole networks,
+`tune_networks.py`). For each entry: from the configuration in use step by step to better neighbours (one number doubled
+or halved, a pipeline stage more or less, a tile reshaped), all valid by the predicates there. The results of a
+candidate are held to the bounds of `bounds.py` before it is timed; the candidates of a step are timed interleaved, as
+CUDA graphs, at each of the entry's shapes. One replaces the configuration in use where it is faster by more than noise
+in a second measurement as well, and compiles without spills (networks: without more than `SPILL` there).
 
 Compiling is most of the work. The candidates of several entries are compiled and checked side by side, each in a
 process of its own (`tune_workers.py`), then timed one entry after the other while nothing is compiled.
@@ -110,7 +110,7 @@ _MOVES = (
 
 def is_valid(key: Key, numbers: Numbers) -> bool:
     """Within the ranges, and by the predicate of the kernels at every shape, as it is: no stage has to be dropped."""
-    from ..kernels import tune
+    from ..kernels.configurations import linear_act as layer_configs
 
     arch, op, kind_name, cls, branches = key
     named = dict(zip("mnkws", numbers))
@@ -119,12 +119,13 @@ def is_valid(key: Key, numbers: Numbers) -> bool:
         if not low <= named[name] <= high or (name != "s" and named[name] & (named[name] - 1)):
             return False
     dtype, precision = _type(cls)
-    kind = tune.KINDS.index(kind_name)
-    with tune.using(key, numbers):
-        configs = [tune.pick(arch, op, kind, dtype, precision, branches, N, K) for N, K in SHAPES[kind_name]]
+    kind = layer_configs.KINDS.index(kind_name)
+    with layer_configs.using(key, numbers):
+        configs = [layer_configs.pick(arch, op, kind, dtype, precision, branches, N, K) for N, K in SHAPES[kind_name]]
     stages = 1 if kind_name != "dot" else numbers[4]
     itemsize = 2 if cls == "half" else 4
-    return all(c.num_stages == stages and tune.valid(c, arch, op, kind, branches, itemsize, cls) for c in configs)
+    valid = layer_configs.valid
+    return all(c.num_stages == stages and valid(c, arch, op, kind, branches, itemsize, cls) for c in configs)
 
 
 def _type(cls: str) -> tuple[torch.dtype, str]:
@@ -203,15 +204,15 @@ def _text(numbers: Numbers) -> str:
 
 
 def _numbers(key: Key) -> Numbers:
-    from ..kernels import tune
+    from ..kernels.configurations import linear_act as layer_configs
 
-    return tune.numbers(key)
+    return layer_configs.numbers(key)
 
 
 def _numbers_of_network(key: Key) -> Numbers:
-    from ..kernels import mlp_tune
+    from ..kernels.configurations import mlp as network_configs
 
-    return mlp_tune.numbers(key)
+    return network_configs.numbers(key)
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class Table:
 
 
 LAYERS = Table(
-    "tuned",
+    "linear_act_table",
     ("tuple[str, str, str, str, int]", "tuple[int, int, int, int, int]"),
     _numbers,
     neighbours,
@@ -235,7 +236,7 @@ LAYERS = Table(
     _text,
 )
 NETWORKS = Table(
-    "mlp_tuned", ("tuple[str, str, str, int, int, int]", "tuple[int, int, int, int, int, bool, bool, int]"),
+    "mlp_table", ("tuple[str, str, str, int, int, int]", "tuple[int, int, int, int, int, bool, bool, int]"),
     _numbers_of_network, tune_networks.neighbours, tune_networks.candidates, tune_networks.text,
 )  # fmt: skip
 
@@ -371,7 +372,7 @@ def render(tuned: dict[Key, Numbers], why: dict[Key, str], table: Table = LAYERS
 
 
 def _module(table: Table) -> Any:
-    return importlib.import_module(f"..kernels.{table.module}", __package__)
+    return importlib.import_module(f"..kernels.configurations.{table.module}", __package__)
 
 
 def _literal(key: Key) -> str:
@@ -436,7 +437,8 @@ class Kernels:
         """Output and gradients of a layer with tails in every direction, element by element."""
         if table_of(key) is NETWORKS:
             return self.networks.problem(key, numbers)
-        from ..kernels import linear_act, tune
+        from ..kernels import linear_act
+        from ..kernels.configurations import linear_act as layer_configs
         from . import bounds
 
         kind = key[2]
@@ -444,7 +446,7 @@ class Kernels:
         t = self.tensors(key, 1021 if self.device.type == "cuda" else 67, N, K)
         exact, bound = bounds.layer_bounds(t["x"], t["weight"], t["bias"], t["act"], t["g"], TYPES[key[3]][1])
         try:
-            with tune.using(key, numbers):
+            with layer_configs.using(key, numbers):
                 args = (t["params"], t["constants"])
                 y, z = linear_act.linear_act(
                     t["x"], t["weight"], t["bias"], *args, t["act"].map, t["precision"], kind == "map"
@@ -466,11 +468,11 @@ class Kernels:
 
     def compiled(self, key: Key, numbers: Numbers) -> None:
         """Compile what is timed: launched once at each shape, with few rows."""
-        from ..kernels import tune
+        from ..kernels.configurations import linear_act as layer_configs
 
         if table_of(key) is NETWORKS:
             return  # what is checked is what is timed
-        with tune.using(key, numbers):
+        with layer_configs.using(key, numbers):
             for N, K in SHAPES[key[2]]:
                 self.launch(key, N, K, self.tensors(key, min(self.rows, 1 << 14), N, K))()
 
@@ -479,7 +481,8 @@ class Kernels:
         Operands and outputs are `t`'s; the outputs are put there."""
         import triton
 
-        from ..kernels import linear_act, maps, tune
+        from ..kernels import linear_act, maps
+        from ..kernels.configurations import linear_act as layer_configs
 
         _, op, kind, *_ = key
         act, precision, B, C = t["act"].map, t["precision"], t["act"].branches, t["act"].outputs
@@ -501,8 +504,8 @@ class Kernels:
             if "z" not in t:
                 t["z"] = torch.randn((rows, B * N), device=self.device, dtype=acc)
             z = t["z"]
-        number = tune.MAP if kind == "map" else tune.kind(N, K)
-        config = tune.pick(tune.arch(self.device), "gz", number, x.dtype, precision, B, N, K)
+        number = layer_configs.MAP if kind == "map" else layer_configs.kind(N, K)
+        config = layer_configs.pick(layer_configs.arch(self.device), "gz", number, x.dtype, precision, B, N, K)
         if "gz" not in t:
             t["gz"] = x.new_empty((1, rows, B * N))
         gz = t["gz"]
@@ -516,7 +519,7 @@ class Kernels:
         """Operands are shared, and of about the same size at each shape: larger than a cache."""
         if table_of(key) is NETWORKS:
             return self.networks.milliseconds(key, candidates)
-        from ..kernels import tune
+        from ..kernels.configurations import linear_act as layer_configs
         from . import timing
 
         times: list[list[float]] = [[] for _ in candidates]
@@ -524,7 +527,7 @@ class Kernels:
             operands = self.tensors(key, max(1, self.rows * 256 // max(N, K)), N, K)
             steps: dict[str, Callable[[], object]] = {}
             for i, numbers in enumerate(candidates):
-                with tune.using(key, numbers):
+                with layer_configs.using(key, numbers):
                     call = self.launch(key, N, K, operands)
                     call()
                     # a graph keeps the launch as it is now; without one the launch itself looks the numbers up
@@ -538,14 +541,15 @@ class Kernels:
         """As `fused-inr bench static` has it, at the widest of the entry's table of 256 columns."""
         if table_of(key) is NETWORKS:
             return self.networks.static_problems(key, numbers)
-        from ..kernels import aot, tune
+        from ..kernels.configurations import linear_act as layer_configs
+        from . import aot
 
         arch, op, kind, cls, branches = key
         dtype, precision = _type(cls)
         N, K = SHAPES[kind][0]
         kernel = "gz_from_z" if kind == "map" else op
         name = "-" if op == "weight_grad" else ACTIVATIONS[branches]
-        with tune.using(key, numbers):
+        with layer_configs.using(key, numbers):
             row = aot.compile_job(aot.Job(arch, kernel, dtype, precision, name, N, K))
         found = row["problems"]
         assert isinstance(found, list)
@@ -606,9 +610,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("FUSED_INR_NATIVE", "0")  # nothing here runs on the CPU engine: it is not built
     if options.out is not None:
         prepare_folder(options.out)
-    from ..kernels import tune
+    from ..kernels.configurations import linear_act as layer_configs
 
-    arch = "sm90" if rehearsal else tune.arch(device)
+    arch = "sm90" if rehearsal else layer_configs.arch(device)
     about = {"rehearsal": rehearsal, **report.environment(device, unasked=("cuda",)), "arch": arch}
     name = about["device"]
     if rehearsal:

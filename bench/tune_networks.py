@@ -1,7 +1,7 @@
 """Configurations of whole networks for `fused-inr bench tune`: their candidates, and how one is checked and timed.
 
-As `tune.py` has it for layers: the entries of `kernels/mlp_tuned.py`, candidates by `kernels/mlp_tune.py`'s predicate,
-results held to the bounds of `bounds.py`, times of CUDA graphs.
+As `tune.py` has it for layers: the entries of `kernels/configurations/mlp_table.py`, candidates by `mlp.py`'s
+predicate, results held to the bounds of `bounds.py`, times of CUDA graphs.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ _RANGES: dict[str, tuple] = {
 
 def keys(arch: str) -> Iterator[Key]:
     """The entries of an architecture, those of one branch first."""
-    from ..kernels import mlp_tuned
+    from ..kernels.configurations import mlp_table
 
     operations = list(STEPS)
-    entries = [key for key in mlp_tuned.TUNED if key[0] == arch]
+    entries = [key for key in mlp_table.TUNED if key[0] == arch]
     yield from sorted(entries, key=lambda k: (k[3] * k[4], k[2], k[5], operations.index(k[1])))
 
 
 def is_valid(key: Key, numbers: Numbers) -> bool:
     """Within the ranges, and by the predicate of the kernels."""
-    from ..kernels import mlp_tune
+    from ..kernels.configurations import mlp as network_configs
 
     arch, op, cls, B, C, width = key
     named = dict(zip(_NAMES, numbers))
     if any(named[name] not in _RANGES[name] for name in _FREE[op]):
         return False
-    return mlp_tune.valid(mlp_tune.Config(*numbers), arch, op, B, C, width, 2 if cls == "half" else 4)
+    return network_configs.valid(network_configs.Config(*numbers), arch, op, B, C, width, 2 if cls == "half" else 4)
 
 
 def neighbours(key: Key, numbers: Numbers) -> list[Numbers]:
@@ -122,14 +122,14 @@ class Networks:
 
     def problem(self, key: Key, numbers: Numbers) -> str:
         """Output, loss and gradients of a network whose rows end within a tile, against float64."""
-        from ..kernels import mlp_tune
+        from ..kernels.configurations import mlp as network_configs
         from .cases import Wrong
 
         try:
             for step, way in STEPS[key[1]]:
                 # made on the CPU and then moved: moments of its initialisation are no matter for the kernels
                 work = self.work(key, step, way, 5001 if self.device.type == "cuda" else 37)
-                with mlp_tune.using(key, numbers), self._ours(key):
+                with network_configs.using(key, numbers), self._ours(key):
                     work.check()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -150,7 +150,7 @@ class Networks:
 
     def milliseconds(self, key: Key, candidates: Sequence[Numbers]) -> list[list[float]]:
         """One time for each number of rows."""
-        from ..kernels import mlp_tune
+        from ..kernels.configurations import mlp as network_configs
         from . import cases, timing
 
         times: list[list[float]] = [[] for _ in candidates]
@@ -162,11 +162,11 @@ class Networks:
             with cases.matmul_precision(work.case.precision):
                 for i, numbers in enumerate(candidates):
                     if self.device.type == "cuda":
-                        with mlp_tune.using(key, numbers):
+                        with network_configs.using(key, numbers):
                             call()
                             steps[str(i)] = timing.captured(call)  # keeps the launch as it is now
                     else:
-                        steps[str(i)] = cases.within(lambda numbers=numbers: mlp_tune.using(key, numbers), call)
+                        steps[str(i)] = cases.within(lambda numbers=numbers: network_configs.using(key, numbers), call)
                 timed = timing.interleaved(steps, self.device, seconds=self.seconds, rounds=(5, 50), block_ms=2.0)
             for i, each in enumerate(times):
                 each.append(timed[str(i)].ms)
@@ -174,14 +174,17 @@ class Networks:
 
     def static_problems(self, key: Key, numbers: Numbers) -> list[str]:
         """As `fused-inr bench static` has it: every kernel and type that the entry serves."""
-        from ..kernels import aot, mlp_tune, mlp_tuned, tune
+        from ..kernels.configurations import linear_act as layer_configs
+        from ..kernels.configurations import mlp as network_configs
+        from ..kernels.configurations import mlp_table
+        from . import aot
 
         arch, op, cls, B, C, width = key
-        types = [(dtype, p) for dtype, p in tune.TYPES if tune.type_class(dtype, p) == cls]
+        types = [(dtype, p) for dtype, p in layer_configs.TYPES if layer_configs.type_class(dtype, p) == cls]
         besides = {"forward": "save", "train": "backward"}.get(op, op)
-        serves = {op} if (arch, besides, *key[2:]) in mlp_tuned.TUNED else {op, besides}
+        serves = {op} if (arch, besides, *key[2:]) in mlp_table.TUNED else {op, besides}
         found: list[str] = []
-        with mlp_tune.using(key, numbers):
+        with network_configs.using(key, numbers):
             for dtype, precision in types:
                 for kernel, operation in aot.MLP.items():
                     if operation in serves:

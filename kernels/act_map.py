@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tune
+from .configurations import linear_act as layer_configs
 from .launch import TYPES, accumulator, mode, on_device
 from .maps import load_params, narrow, param_arguments
 from .sums import launch_sum
@@ -82,7 +82,7 @@ def act_map_kernel(
 # ---------------------------------------------------------------- launcher
 
 
-def launch_act_map(inputs, param_args, outputs, function, sizes, config: tune.Config, M: int, N: int) -> None:
+def launch_act_map(inputs, param_args, outputs, function, sizes, config: layer_configs.Config, M: int, N: int) -> None:
     """outputs: row groups [M, k*N] contiguous, parameter gradients [tiles, N] (partial sums), as `sizes` says."""
     if not M * N:
         return
@@ -138,7 +138,7 @@ def act_map(
     M, N = z.shape[0], z.shape[1] // B
     acc = accumulator(z.dtype)
     streams = sum(max(1, k) for k in sizes[0] + sizes[1])
-    config = tune.pick_map(tune.arch(z.device), streams, N)
+    config = layer_configs.pick_map(layer_configs.arch(z.device), streams, N)
     tiles = triton.cdiv(M, config.block_m)
     outputs = [z.new_empty((M, k * N)) if k else z.new_empty((tiles, N), dtype=acc) for k in sizes[1]]
     param_args = param_arguments(params, constants, acc == torch.float64, z.device)

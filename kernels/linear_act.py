@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tune
+from .configurations import linear_act as layer_configs
 from .launch import TYPES, Launcher, accumulator, dot_precision, mode, on_device
 from .maps import INTERPRETED, identity, load_params, narrow, param_arguments, rounded
 from .sums import launch_sum
 
-DOT, NARROW_K, NARROW_N = tune.DOT, tune.NARROW_K, tune.NARROW_N
+DOT, NARROW_K, NARROW_N = layer_configs.DOT, layer_configs.NARROW_K, layer_configs.NARROW_N
 
 # ---------------------------------------------------------------- kernels
 
@@ -296,8 +296,8 @@ def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, 
     if not G * M * N:
         return
     params, param_strides, pointers = param_args
-    kind = tune.kind(N, K)
-    config = tune.pick(tune.arch(x.device), "forward", kind, x.dtype, precision, B, N, K)
+    kind = layer_configs.kind(N, K)
+    config = layer_configs.pick(layer_configs.arch(x.device), "forward", kind, x.dtype, precision, B, N, K)
     arguments = (
         x, weight, bias, params, param_strides, y, z, M, N, K,
         *_layer_strides(x, 2), *_layer_strides(weight, 2), *_layer_strides(bias, 1),
@@ -357,8 +357,8 @@ def launch_gz(g, x, weight, bias, param_args, z, gz, gb, gp, function, B: int, C
     if not G * M * N:
         return
     params, param_strides, pointers = param_args
-    kind = tune.kind(N, K) if z is None else tune.MAP
-    config = tune.pick(tune.arch(x.device), "gz", kind, x.dtype, precision, B, N, K)
+    kind = layer_configs.kind(N, K) if z is None else layer_configs.MAP
+    config = layer_configs.pick(layer_configs.arch(x.device), "gz", kind, x.dtype, precision, B, N, K)
     arguments = (
         g, x, weight, bias, params, param_strides, z, gz, gb, gp, M, N, K,
         *_layer_strides(g, 2), *_layer_strides(x, 2), *_layer_strides(weight, 2), *_layer_strides(bias, 1),
@@ -372,16 +372,16 @@ def launch_gz(g, x, weight, bias, param_args, z, gz, gb, gp, function, B: int, C
         _gz(G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), arguments, constants)
 
 
-def weight_grad_splits(M: int, N: int, K: int, config: tune.Config, layers: int) -> tuple[int, int]:
+def weight_grad_splits(M: int, N: int, K: int, config: layer_configs.Config, layers: int) -> tuple[int, int]:
     """Number of splits and rows in each: enough programs to fill a large device, at least 8 steps each. It depends on
     the shapes alone, so the sum's order (and its bits) does not change from device to device of one architecture."""
     tiles = layers * triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k)
-    wanted = max(1, min(triton.cdiv(tune.TARGET_PROGRAMS, tiles), triton.cdiv(M, 8 * config.block_m)))
+    wanted = max(1, min(triton.cdiv(layer_configs.TARGET_PROGRAMS, tiles), triton.cdiv(M, 8 * config.block_m)))
     rows = triton.cdiv(triton.cdiv(M, wanted), config.block_m) * config.block_m
     return triton.cdiv(M, rows), rows
 
 
-def launch_weight_grad(gz, x, out, splits: int, rows: int, config: tune.Config, precision: str) -> None:
+def launch_weight_grad(gz, x, out, splits: int, rows: int, config: layer_configs.Config, precision: str) -> None:
     """out [G, splits, N, K] = gz^T x by splits of the rows; gz [G, M, N] contiguous, M > 0."""
     G, M, N = gz.shape
     K = x.shape[-1]
@@ -477,8 +477,9 @@ def linear_act_backward(
     if z is not None and (z.numel() == 0 and M * N or z.stride(-1) != 1):
         z = z.contiguous() if z.numel() else None
 
-    rows = triton.cdiv(M, tune.pick(
-        tune.arch(x.device), "gz", tune.kind(N, K) if z is None else tune.MAP, x.dtype, precision, B, N, K
+    rows = triton.cdiv(M, layer_configs.pick(
+        layer_configs.arch(x.device), "gz", layer_configs.kind(N, K) if z is None else layer_configs.MAP, x.dtype,
+        precision, B, N, K
     ).block_m)  # fmt: skip
     gz = x.new_empty((layers, M, B * N)) if need_x or need_w else None
     gb_rows = x.new_empty((layers, rows, B * N), dtype=acc) if need_b else None
@@ -544,7 +545,8 @@ def _weight_gradient(gz, x, weight, precision: str) -> torch.Tensor:
         return gw
     if not M:
         return gw.zero_()
-    config = tune.pick(tune.arch(x.device), "weight_grad", tune.kind(N, K), x.dtype, precision, 1, N, K)
+    arch, kind = layer_configs.arch(x.device), layer_configs.kind(N, K)
+    config = layer_configs.pick(arch, "weight_grad", kind, x.dtype, precision, 1, N, K)
     splits, rows = weight_grad_splits(M, N, K, config, layers)
     shared = weight.dim() == 2
     if splits * (layers if shared else 1) == 1:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tune
+from .configurations import linear_act as layer_configs
 from .launch import TYPES, accumulator, on_device
 from .maps import narrow
 
@@ -39,7 +39,7 @@ def launch_sum(partials: torch.Tensor, out: torch.Tensor) -> None:
     G, S, L = partials.shape
     if not G * L:
         return
-    config = tune.SUM
+    config = layer_configs.SUM
     chunks = 1 if S <= 4 * config.chunk else triton.cdiv(S, config.chunk)
     target = out if chunks == 1 else partials.new_empty((G, chunks, L))
     chunk = triton.cdiv(S, chunks) if chunks == 1 else config.chunk

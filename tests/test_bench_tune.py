@@ -16,11 +16,14 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
-tune = pytest.importorskip("fused_inr.kernels.tune")
+import torch
+
+layer_configs = pytest.importorskip("fused_inr.kernels.configurations.linear_act")
 
 from fused_inr.bench import tune as bench  # noqa: E402
 from fused_inr.bench import tune_networks as networks  # noqa: E402
-from fused_inr.kernels import mlp_tune, mlp_tuned, tuned  # noqa: E402
+from fused_inr.kernels.configurations import linear_act_table, mlp_table  # noqa: E402
+from fused_inr.kernels.configurations import mlp as network_configs  # noqa: E402
 
 from fused_inr.cli import CliError  # noqa: E402
 
@@ -36,14 +39,14 @@ IN_USE = (128, 1, 4, 2, 3, True, False, 0)
 def tables_that_do_not_change(request, monkeypatch):
     """What is searched below starts from these, whatever was measured meanwhile; "shipped" asks for what ships."""
     if "shipped" not in request.keywords:
-        monkeypatch.delitem(tuned.TUNED, KEY)
-        monkeypatch.delitem(tuned.WHY, KEY)
-        monkeypatch.setitem(mlp_tuned.TUNED, NETWORK, IN_USE)
-        monkeypatch.delitem(mlp_tuned.TUNED, ("sm90", "save", *NETWORK[2:]), raising=False)
-        mlp_tune.pick.cache_clear()
+        monkeypatch.delitem(linear_act_table.TUNED, KEY)
+        monkeypatch.delitem(linear_act_table.WHY, KEY)
+        monkeypatch.setitem(mlp_table.TUNED, NETWORK, IN_USE)
+        monkeypatch.delitem(mlp_table.TUNED, ("sm90", "save", *NETWORK[2:]), raising=False)
+        network_configs.pick.cache_clear()
     yield
     monkeypatch.undo()
-    mlp_tune.pick.cache_clear()
+    network_configs.pick.cache_clear()
 
 
 class Machine:
@@ -85,7 +88,7 @@ def test_every_entry_of_an_architecture_has_valid_neighbours(arch):
     assert len(set(keys)) == len(keys) > 50
     assert keys[0] == (arch, "forward", "dot", "half", 1)
     for key in keys:
-        numbers = tune.numbers(key)
+        numbers = layer_configs.numbers(key)
         around = bench.neighbours(key, numbers)
         assert around, key
         assert numbers not in around
@@ -111,7 +114,7 @@ def test_all_candidates_are_valid_and_reach_beyond_the_neighbours():
     assert set(bench.neighbours(KEY, OLD)) < set(everything)
     narrow = ("sm90", "forward", "narrow_k", "half", 1)
     # what the shape decides stays as it is
-    assert {(c[2], c[4]) for c in bench.candidates(narrow, tune.numbers(narrow))} == {(0, 1)}
+    assert {(c[2], c[4]) for c in bench.candidates(narrow, layer_configs.numbers(narrow))} == {(0, 1)}
 
 
 @pytest.mark.parametrize(
@@ -135,14 +138,14 @@ def test_less_shared_memory_leaves_fewer_candidates():
 
 
 def test_looking_does_not_change_the_table():
-    before = dict(tuned.TUNED)
-    found = tune.pick("sm90", "forward", tune.DOT, __import__("torch").bfloat16, "ieee", 1, 256, 256)
+    before = dict(linear_act_table.TUNED)
+    found = layer_configs.pick("sm90", "forward", layer_configs.DOT, torch.bfloat16, "ieee", 1, 256, 256)
     bench.candidates(KEY, OLD)
-    with tune.using(KEY, (64, 64, 32, 4, 2)):
-        inside = tune.pick("sm90", "forward", tune.DOT, __import__("torch").bfloat16, "ieee", 1, 256, 256)
+    with layer_configs.using(KEY, (64, 64, 32, 4, 2)):
+        inside = layer_configs.pick("sm90", "forward", layer_configs.DOT, torch.bfloat16, "ieee", 1, 256, 256)
     assert (inside.block_m, inside.num_warps) == (64, 4)
-    assert tuned.TUNED == before
-    assert tune.pick("sm90", "forward", tune.DOT, __import__("torch").bfloat16, "ieee", 1, 256, 256) == found
+    assert linear_act_table.TUNED == before
+    assert layer_configs.pick("sm90", "forward", layer_configs.DOT, torch.bfloat16, "ieee", 1, 256, 256) == found
 
 
 # -- the choice
@@ -218,7 +221,7 @@ def test_the_search_stops_where_the_time_is_used_up():
 
 
 def result(key=KEY, new=(64, 128, 64, 4, 4), ratio=0.9):
-    return bench.Result(key, tune.numbers(key), new, ratio, 5, {})
+    return bench.Result(key, layer_configs.numbers(key), new, ratio, 5, {})
 
 
 def read(path):
@@ -231,24 +234,24 @@ def read(path):
 def test_the_table_is_as_the_command_writes_it():
     from pathlib import Path
 
-    assert bench.render(tuned.TUNED, tuned.WHY) == Path(tuned.__file__).read_text()
-    assert set(tuned.WHY) == set(tuned.TUNED)
+    assert bench.render(linear_act_table.TUNED, linear_act_table.WHY) == Path(linear_act_table.__file__).read_text()
+    assert set(linear_act_table.WHY) == set(linear_act_table.TUNED)
 
 
 def test_rewriting_keeps_the_rest_and_says_why(tmp_path):
-    path = tmp_path / "tuned.py"
+    path = tmp_path / "linear_act_table.py"
     kept = ("sm90", "gz", "dot", "half", 1)
-    unchanged = bench.Result(kept, tune.numbers(kept), tune.numbers(kept), 1.0, 3, {})
+    unchanged = bench.Result(kept, layer_configs.numbers(kept), layer_configs.numbers(kept), 1.0, 3, {})
     bench.rewrite(path, [result(), unchanged], 'NVIDIA "H200"')
     table, why = read(path)
-    assert table == tuned.TUNED | {KEY: (64, 128, 64, 4, 4)}
+    assert table == linear_act_table.TUNED | {KEY: (64, 128, 64, 4, 4)}
     assert why[KEY].startswith("NVIDIA H200, 20") and "0.900 of the time of 128x128x64 w8 s3" in why[KEY]
-    assert all(why[key] == text for key, text in tuned.WHY.items())
-    assert [p.name for p in tmp_path.iterdir()] == ["tuned.py"]
+    assert all(why[key] == text for key, text in linear_act_table.WHY.items())
+    assert [p.name for p in tmp_path.iterdir()] == ["linear_act_table.py"]
 
 
 def test_half_a_file_never_replaces_a_table(tmp_path, monkeypatch):
-    path = tmp_path / "tuned.py"
+    path = tmp_path / "linear_act_table.py"
     path.write_text("old")
     monkeypatch.setattr(bench, "render", lambda tuned, why, table: "TUNED = {}\nWHY = {}\n")
     with pytest.raises(CliError, match="nothing is changed"):
@@ -258,7 +261,7 @@ def test_half_a_file_never_replaces_a_table(tmp_path, monkeypatch):
     with pytest.raises(CliError, match="No space left"):
         bench.rewrite(path, [result()], "H200")
     assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["tuned.py"]
+    assert [p.name for p in tmp_path.iterdir()] == ["linear_act_table.py"]
 
 
 # -- the command
@@ -279,7 +282,7 @@ def test_a_run_prints_old_and_new_and_writes(tmp_path, capsys):
     assert bench.run("sm90", Machine(distance(target)), options(tmp_path, only="forward dot half 1"), "H200") == 0
     out = capsys.readouterr().out
     assert "forward dot half 1: 128x128x64 w8 s3 -> 64x128x64 w8 s3, 0.500 of the time" in out
-    assert read(tmp_path / "tuned.py")[0][KEY] == target
+    assert read(tmp_path / "linear_act_table.py")[0][KEY] == target
     content = json.loads((tmp_path / "results.json").read_text())
     (entry,) = content["results"]
     assert content["finished"] and content["not_reached"] == 0
@@ -309,7 +312,7 @@ def test_what_several_searches_ask_is_prepared_together(tmp_path):
     machine = Recorded(distance((64, 128, 32, 4, 5)))
     assert bench.run("sm90", machine, options(tmp_path, only="forward dot"), "H200") == 0
     assert max(map(len, rounds)) == bench.TOGETHER
-    assert read(tmp_path / "tuned.py")[0][KEY] == (64, 128, 32, 4, 5)
+    assert read(tmp_path / "linear_act_table.py")[0][KEY] == (64, 128, 32, 4, 5)
 
 
 def test_a_configuration_that_takes_the_process_is_rejected_and_the_rest_is_timed(tmp_path):
@@ -344,7 +347,7 @@ def test_time_is_kept_for_making_sure(tmp_path):
 
     machine = Slow(distance(target))
     bench.run("sm90", machine, options(tmp_path, budget=40.0, only="forward dot half 1"), "H200", clock=lambda: now[0])
-    found = read(tmp_path / "tuned.py")[0][KEY]
+    found = read(tmp_path / "linear_act_table.py")[0][KEY]
     assert found not in (OLD, target)
     assert now[0] == 45.0  # four groups of the descent, then the second measurement
 
@@ -375,7 +378,7 @@ def test_entries_beyond_the_budget_are_counted_and_an_interrupt_keeps_results(tm
             return super().problem(key, numbers)
 
     assert bench.run("sm90", Stopped(distance((64, 128, 64, 8, 3))), options(tmp_path), "H200") == 130
-    assert KEY in read(tmp_path / "tuned.py")[0]
+    assert KEY in read(tmp_path / "linear_act_table.py")[0]
 
 
 def test_one_entry_that_is_wrong_does_not_stop_the_others(tmp_path, capsys):
@@ -419,23 +422,24 @@ def test_what_is_measured_runs():
     code = """
 import torch
 from fused_inr.bench import tune as bench
-from fused_inr.kernels import linear_act, tune
+from fused_inr.kernels import linear_act
+from fused_inr.kernels.configurations import linear_act as layer_configs
 device = torch.device("cpu")
 kernels = bench.Kernels(device, rows=3, seconds=0.0)
 bench.SHAPES.update(dot=((20, 24),), narrow_k=((20, 2),), narrow_n=((3, 24),), map=((20, 24),))
 for key in [("sm90", "forward", "dot", "half", 1), ("sm90", "gz", "dot", "x3", 2), ("sm90", "gz", "map", "ieee", 4),
             ("sm90", "forward", "narrow_n", "ieee", 1), ("sm90", "gz", "narrow_k", "tf32", 1),
             ("sm90", "weight_grad", "dot", "ieee", 1)]:
-    print(key[1:], repr(kernels.problem(key, tune.numbers(key))))
+    print(key[1:], repr(kernels.problem(key, layer_configs.numbers(key))))
     N, K = bench.SHAPES[key[2]][0]
     kernels.launch(key, N, K, kernels.tensors(key, 33, N, K))()
-times = kernels.milliseconds(key, [tune.numbers(key), (16, 64, 64, 4, 2)])
+times = kernels.milliseconds(key, [layer_configs.numbers(key), (16, 64, 64, 4, 2)])
 assert [len(t) for t in times] == [1, 1] and min(min(t) for t in times) > 0
 right = linear_act.launch_weight_grad
 linear_act.launch_weight_grad = lambda gz, *rest: right(gz * 1.01, *rest)
-print("wrong", kernels.problem(key, tune.numbers(key)))
+print("wrong", kernels.problem(key, layer_configs.numbers(key)))
 linear_act.launch_weight_grad = lambda *rest: 1 / 0
-print("fails", kernels.problem(key, tune.numbers(key)))
+print("fails", kernels.problem(key, layer_configs.numbers(key)))
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -451,7 +455,7 @@ def test_processes_check_time_and_compile():
     code = """
 import torch
 from fused_inr.bench import tune, tune_workers
-from fused_inr.kernels import tune as table
+from fused_inr.kernels.configurations import linear_act as table
 if __name__ == "__main__":
     key, bad = ("sm90", "forward", "narrow_k", "half", 1), ("sm90", "forward", "narrow_k", "half", 3)
     numbers = table.numbers(key)
@@ -503,7 +507,7 @@ def test_every_network_has_valid_neighbours(arch):
     assert len(set(keys)) == len(keys) > 30
     assert keys[0][1:] == ("forward", "half", 1, 1, 32)
     for key in keys:
-        numbers = mlp_tune.numbers(key)
+        numbers = network_configs.numbers(key)
         assert networks.is_valid(key, numbers), key
         around = networks.neighbours(key, numbers)
         assert around and numbers not in around, key
@@ -522,9 +526,9 @@ def test_no_training_entry_leaves_the_cache_for_its_programs(arch, multiprocesso
         _, op, _, B, C, width = key
         if op not in ("train", "backward"):
             continue
-        programs = mlp_tune.Config(*mlp_tune.numbers(key)).resident_programs
+        programs = network_configs.Config(*network_configs.numbers(key)).resident_programs
         one = multiprocessors * networks.HIDDEN * B * C * width * width * 4
-        assert programs == 1 or programs * one <= mlp_tune.SUMS_BYTES, key
+        assert programs == 1 or programs * one <= network_configs.SUMS_BYTES, key
 
 
 @pytest.mark.parametrize(
@@ -547,9 +551,9 @@ def test_a_network_is_searched_and_written(tmp_path, capsys):
     assert bench.run("sm90", machine, options(tmp_path, only="network forward half 1 1 64"), "H200") == 0
     out = capsys.readouterr().out
     assert "network forward half 1 1 64: 128 rows, 1 tiles, w4 s2 r3 -> 64 rows, 1 tiles, w4 s1 r0, " in out
-    assert tables(tmp_path) == ["mlp_tuned.py"]
-    table, why = read(tmp_path / "mlp_tuned.py")
-    assert table == mlp_tuned.TUNED | {NETWORK: target}
+    assert tables(tmp_path) == ["mlp_table.py"]
+    table, why = read(tmp_path / "mlp_table.py")
+    assert table == mlp_table.TUNED | {NETWORK: target}
     assert "of the time of 128 rows, 1 tiles, w4 s2 r3" in why[NETWORK]
 
 
@@ -560,7 +564,7 @@ def test_both_tables_in_one_run(tmp_path, capsys):
             return [[1 / sum(map(float, c))] * shapes for c in candidates]
 
     assert bench.run("sm90", Both(None), options(tmp_path, only="forward"), "H200") == 0
-    assert tables(tmp_path) == ["mlp_tuned.py", "tuned.py"]
+    assert tables(tmp_path) == ["linear_act_table.py", "mlp_table.py"]
     out = capsys.readouterr().out
     assert out.index("network forward half 1 1 32") < out.index("forward dot half 1") < out.index("half 4 1 32")
 
@@ -569,22 +573,23 @@ def test_both_tables_in_one_run(tmp_path, capsys):
 def test_the_networks_table_is_as_the_command_writes_it():
     from pathlib import Path
 
-    assert bench.render(mlp_tuned.TUNED, mlp_tuned.WHY, bench.NETWORKS) == Path(mlp_tuned.__file__).read_text()
-    assert set(mlp_tuned.WHY) <= set(mlp_tuned.TUNED)
+    assert bench.render(mlp_table.TUNED, mlp_table.WHY, bench.NETWORKS) == Path(mlp_table.__file__).read_text()
+    assert set(mlp_table.WHY) <= set(mlp_table.TUNED)
 
 
 def test_looking_at_networks_does_not_change_the_table():
     import torch
 
-    before = dict(mlp_tuned.TUNED)
-    found = mlp_tune.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64)
+    before = dict(mlp_table.TUNED)
+    found = network_configs.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64)
     networks.candidates(NETWORK, IN_USE)
-    with mlp_tune.using(NETWORK, (32, 2, 8, 1, 0, True, False, 0)):
-        inside = mlp_tune.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64)
-        assert mlp_tune.pick("sm90", "save", torch.bfloat16, "ieee", 1, 1, 64) == inside  # served by the same entry
+    with network_configs.using(NETWORK, (32, 2, 8, 1, 0, True, False, 0)):
+        inside = network_configs.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64)
+        # served by the same entry
+        assert network_configs.pick("sm90", "save", torch.bfloat16, "ieee", 1, 1, 64) == inside
     assert (inside.block_m, inside.tiles, inside.num_warps, inside.resident_programs) == (32, 2, 8, 1)
-    assert mlp_tuned.TUNED == before
-    assert mlp_tune.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64) == found
+    assert mlp_table.TUNED == before
+    assert network_configs.pick("sm90", "forward", torch.bfloat16, "ieee", 1, 1, 64) == found
 
 
 def test_what_is_measured_of_networks_runs():
@@ -592,20 +597,21 @@ def test_what_is_measured_of_networks_runs():
     code = """
 import torch
 from fused_inr.bench import tune as bench
-from fused_inr.kernels import mlp, mlp_tune
+from fused_inr.kernels import mlp
+from fused_inr.kernels.configurations import mlp as network_configs
 kernels = bench.Kernels(torch.device("cpu"), rows=4, seconds=0.0)
 for op in ("forward", "save", "train", "one_pass"):
     numbers = (16, 1, 1, 1, 2, True, False, 0)  # the interpreter has its own; 16 columns: one pass in registers
     print(op, repr(kernels.problem(("sm90", op, "half", 1, 1, 16), numbers)))
 key = ("sm90", "forward", "half", 1, 1, 32)
-times = kernels.milliseconds(key, [mlp_tune.numbers(key), (16, 1, 4, 1, 0, True, False, 0)])
+times = kernels.milliseconds(key, [network_configs.numbers(key), (16, 1, 4, 1, 0, True, False, 0)])
 assert [len(t) for t in times] == [2, 2] and min(min(t) for t in times) > 0
 right = mlp.mlp
 def wrong(*arguments):
     y, saved = right(*arguments)
     return y * 1.1, saved
 mlp.mlp = wrong
-print("wrong", kernels.problem(key, mlp_tune.numbers(key)))
+print("wrong", kernels.problem(key, network_configs.numbers(key)))
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

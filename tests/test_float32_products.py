@@ -180,8 +180,8 @@ def test_explain_on_a_cpu():
 def test_a_product_in_ieee_goes_to_the_library_only_where_that_is_what_the_library_does(of_pytorch, monkeypatch):
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     torch.backends.cuda.matmul.fp32_precision = of_pytorch
-    tune = pytest.importorskip("fused_inr.kernels.tune")
-    monkeypatch.setattr(tune, "arch", lambda device: "sm80")
+    layer_configs = pytest.importorskip("fused_inr.kernels.configurations.linear_act")
+    monkeypatch.setattr(layer_configs, "arch", lambda device: "sm80")
     x, weight = torch.ones(1, 64), SimpleNamespace(shape=(64, 64), is_cuda=True)
     for op in ("forward", "input_grad", "weight_grad"):
         assert backends.Triton._by_library(op, x, weight, "ieee") == (of_pytorch == "ieee")
@@ -191,7 +191,7 @@ def test_a_product_in_ieee_goes_to_the_library_only_where_that_is_what_the_libra
             assert backends.Triton._by_library(op, x, narrow, "ieee") == (by_library and of_pytorch == "ieee")
         for precision in ("tf32x3", "bf16x3"):
             assert not backends.Triton._by_library(op, x, weight, precision)
-        monkeypatch.setitem(tune.LIBRARY, ("sm80", op, "tf32"), 64)
+        monkeypatch.setitem(layer_configs.LIBRARY, ("sm80", op, "tf32"), 64)
         assert backends.Triton._by_library(op, x, weight, "tf32") == (of_pytorch == "tf32")
 
 

@@ -22,8 +22,9 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
-from fused_inr.kernels import maps, primitives, tune  # noqa: E402
+from fused_inr.kernels import maps, primitives  # noqa: E402
 from fused_inr.kernels.act_map import act_map, groups  # noqa: E402
+from fused_inr.kernels.configurations import linear_act as layer_configs  # noqa: E402
 from fused_inr.kernels.linear_act import (  # noqa: E402
     launch_forward,
     launch_gz,
@@ -470,10 +471,10 @@ def test_poisoned_outputs():
 
     y, z = poisoned(70, C * N), poisoned(70, B * N)
     launch_forward(x, weight, bias, arguments, y[1], z[1], m.triton_map(0), B, C, "ieee")
-    tiles = triton.cdiv(70, tune.pick("interpreter", "gz", tune.DOT, F64, "ieee", B, N, 17).block_m)
+    tiles = triton.cdiv(70, layer_configs.pick("interpreter", "gz", layer_configs.DOT, F64, "ieee", B, N, 17).block_m)
     gz, gb, gp = poisoned(1, 70, B * N), poisoned(1, tiles, B * N), poisoned(1, tiles, m.n_params * N)
     launch_gz(g, x, weight, bias, arguments, None, gz[1], gb[1], gp[1], m.triton_map(1, True), B, C, "ieee")
-    config = tune.pick("interpreter", "weight_grad", tune.DOT, F64, "ieee", 1, B * N, 17)
+    config = layer_configs.pick("interpreter", "weight_grad", layer_configs.DOT, F64, "ieee", 1, B * N, 17)
     splits, rows = weight_grad_splits(70, B * N, 17, config, 1)
     gw, total = poisoned(1, splits, B * N, 17), poisoned(1, B * N)
     launch_weight_grad(gz[1], x, gw[1], splits, rows, config, "ieee")
@@ -484,7 +485,7 @@ def test_poisoned_outputs():
 
 def test_long_sums():
     """Row splits of the weight gradient, and a sum in two passes: every row once, the order fixed."""
-    config = tune.pick("interpreter", "weight_grad", tune.DOT, F64, "ieee", 1, 20, 18)
+    config = layer_configs.pick("interpreter", "weight_grad", layer_configs.DOT, F64, "ieee", 1, 20, 18)
     for M in (1, 15, 16, 127, 128, 129, 1000, 4097):
         splits, rows = weight_grad_splits(M, 20, 18, config, 1)
         assert (splits - 1) * rows < M <= splits * rows and rows % config.block_m == 0
@@ -492,7 +493,7 @@ def test_long_sums():
     m = MAPS["sine"]
     for K, N in ((18, 20), (2, 20), (18, 2)):
         check(m, *make(m, 2100, K, N))
-    partials = torch.randn(2, 4 * tune.SUM.chunk + 3, 70, dtype=F64)
+    partials = torch.randn(2, 4 * layer_configs.SUM.chunk + 3, 70, dtype=F64)
     out = torch.full((2, 70), float("nan"), dtype=F64)
     launch_sum(partials, out)
     assert error(out, partials.sum(1)) <= CLOSE
@@ -569,21 +570,22 @@ def test_maps():
 
 
 def test_table_of_block_sizes():
-    for entry in tune.shipped():
+    for entry in layer_configs.shipped():
         itemsize = entry.dtype.itemsize
-        cls = tune.type_class(entry.dtype, entry.precision)
-        assert tune.valid(entry.config, entry.arch, entry.op, entry.kind, entry.branches, itemsize, cls), entry
-    assert tune.arch_of_capability(8, 0) == "sm80" and tune.arch_of_capability(9, 0) == "sm90"
-    assert tune.arch_of_capability(10, 0) == "sm100"
-    assert {tune.arch_of_capability(*c) for c in ((8, 6), (8, 9), (12, 0))} == {"sm86"}
+        cls = layer_configs.type_class(entry.dtype, entry.precision)
+        assert layer_configs.valid(entry.config, entry.arch, entry.op, entry.kind, entry.branches, itemsize, cls), entry
+    assert layer_configs.arch_of_capability(8, 0) == "sm80" and layer_configs.arch_of_capability(9, 0) == "sm90"
+    assert layer_configs.arch_of_capability(10, 0) == "sm100"
+    assert {layer_configs.arch_of_capability(*c) for c in ((8, 6), (8, 9), (12, 0))} == {"sm86"}
     # many branches still fit, whatever a user's formula brings
-    for arch in tune.ARCHITECTURES:
-        for dtype, precision in tune.TYPES:
+    for arch in layer_configs.ARCHITECTURES:
+        for dtype, precision in layer_configs.TYPES:
             for op in ("forward", "gz"):
                 for branches in (3, 5, 8):
-                    config = tune.pick(arch, op, tune.DOT, dtype, precision, branches, 256, 256)
-                    cls = tune.type_class(dtype, precision)
-                    assert tune.valid(config, arch, op, tune.DOT, branches, dtype.itemsize, cls), (config, branches)
+                    config = layer_configs.pick(arch, op, layer_configs.DOT, dtype, precision, branches, 256, 256)
+                    cls = layer_configs.type_class(dtype, precision)
+                    valid = layer_configs.valid(config, arch, op, layer_configs.DOT, branches, dtype.itemsize, cls)
+                    assert valid, (config, branches)
 
 
 def test_rows_are_no_key():
@@ -594,7 +596,7 @@ def test_rows_are_no_key():
     from fused_inr.kernels import act_map as act_map_module
     from fused_inr.kernels import linear_act as linear_act_module
 
-    assert "M" not in inspect.signature(tune.pick.__wrapped__).parameters
+    assert "M" not in inspect.signature(layer_configs.pick.__wrapped__).parameters
     kernels = (
         linear_act_module.forward_kernel,
         linear_act_module.gz_kernel,

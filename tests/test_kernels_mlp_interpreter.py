@@ -19,7 +19,8 @@ if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "on"):
     pytest.skip("needs a process with TRITON_INTERPRET=1 (make test starts one)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fused_inr.kernels import maps, mlp_tune
+from fused_inr.kernels import maps
+from fused_inr.kernels.configurations import mlp as network_configs
 from fused_inr.kernels.mlp import forward_kernel, serves, train_kernel
 from operands import mlp, mlp_backward, mlp_loss
 from tolerances import UNIT, Map, Rounded, cat, chunk, times, total, worst
@@ -355,27 +356,27 @@ def launches(monkeypatch):
 @pytest.mark.parametrize(("name", "M"), [("sine", 149), ("sine", 128), ("sine", 10), ("complex_gabor", 80)])
 def test_factors_that_wait_take_one_launch(name, M, monkeypatch, launches):
     """Two tiles wait at a time, and fewer at the end of a program's: 10 tiles for 2 programs, 8, 1 for one program."""
-    monkeypatch.setattr(mlp_tune, "LATER_ROWS", 32)
+    monkeypatch.setattr(network_configs, "LATER_ROWS", 32)
     train_both_ways(name, M, 33, hidden=2 if name == "sine" else 1)
     assert launches == ["_train_pass"] * 2
 
 
 def test_factors_that_wait_in_feature_tiles(monkeypatch, launches):
     """The sums lie row by row then, not block by block."""
-    pick = mlp_tune.pick
+    pick = network_configs.pick
 
     def later(arch, op, *rest):
         return None if op == "one_pass" else replace(pick(arch, op, *rest), sums=False)
 
-    monkeypatch.setattr(mlp_tune, "pick", later)
+    monkeypatch.setattr(network_configs, "pick", later)
     train_both_ways("sine", 50, 20, hidden=2)
     assert launches == ["_train_pass"] * 2
 
 
 def test_chunks_of_rows(monkeypatch, launches):
     """Where sums of a program would leave the cache, and there are more rows than a chunk's scratch holds."""
-    monkeypatch.setattr(mlp_tune, "SUMS_BYTES", 1)
-    monkeypatch.setattr(mlp_tune, "CHUNK_BYTES", 32 * 128 * 8)  # 32 rows of gz and h
+    monkeypatch.setattr(network_configs, "SUMS_BYTES", 1)
+    monkeypatch.setattr(network_configs, "CHUNK_BYTES", 32 * 128 * 8)  # 32 rows of gz and h
     train_both_ways("sine", 50, 33, hidden=1)
     assert launches == ["_train_pass", "launch_weight_grad"] * 4
 
@@ -383,7 +384,7 @@ def test_chunks_of_rows(monkeypatch, launches):
 def test_deep_networks_leave_the_sums(monkeypatch):
     net = make("sine", M=20, hidden=2)
     expected = mlp_backward(net.g, net.x, *net.arguments(), None)
-    monkeypatch.setattr(mlp_tune, "SUMS_BYTES", 1)
+    monkeypatch.setattr(network_configs, "SUMS_BYTES", 1)
     agree(mlp_backward(net.g, net.x, *net.arguments(), None), [t if t.numel() else None for t in expected])
 
 
@@ -510,7 +511,7 @@ def test_rows_are_no_key():
     import inspect
     import re
 
-    assert "M" not in inspect.signature(mlp_tune.pick.__wrapped__).parameters
+    assert "M" not in inspect.signature(network_configs.pick.__wrapped__).parameters
     for kernel in (forward_kernel, train_kernel):
         source = inspect.getsource(kernel.fn)
         assert not re.search(r"\bM: tl.constexpr", source) and re.search(r"\bM, L\b", source)
@@ -551,9 +552,10 @@ def test_serves():
 
 
 def test_table():
-    for (arch, op, cls, B, C, width), numbers in mlp_tune.TUNED.items():
-        config, itemsize = mlp_tune.Config(*numbers), 2 if cls == "half" else 4
-        assert mlp_tune.valid(config, arch, op, B, C, width, itemsize), (arch, op, cls, B, C, width, config)
-    assert mlp_tune.width(33, "sm90") == 64 and mlp_tune.width(1, "sm90") == 32
-    served = {arch: {k[1:] for k in mlp_tune.TUNED if k[0] == arch and k[1] in ("forward", "train")} for arch in ARCHS}
+    for (arch, op, cls, B, C, width), numbers in network_configs.TUNED.items():
+        config, itemsize = network_configs.Config(*numbers), 2 if cls == "half" else 4
+        assert network_configs.valid(config, arch, op, B, C, width, itemsize), (arch, op, cls, B, C, width, config)
+    assert network_configs.width(33, "sm90") == 64 and network_configs.width(1, "sm90") == 32
+    keys = [k for k in network_configs.TUNED if k[1] in ("forward", "train")]
+    served = {arch: {k[1:] for k in keys if k[0] == arch} for arch in ARCHS}
     assert served["sm80"] <= served["sm86"]  # 99 KB are enough for whatever 163 KB serve

@@ -71,7 +71,7 @@ def test_bf16x3_is_three_products_of_bfloat16():
     """The small pieces first; no product of float32 is left, and none of the two smaller pieces."""
     code = """
 import re, torch
-from fused_inr.kernels import aot
+from fused_inr.bench import aot
 for kernel, N in (("mlp_forward", 32), ("input_grad", 64)):
     job = aot.Job("sm90", kernel, torch.float32, "bf16x3", "identity" if N == 64 else "sine", N, 64 if N == 64 else 2)
     arguments, options = aot.build(job)
@@ -94,7 +94,7 @@ def test_row_offsets_are_64_bit():
     row is multiplied in fewer."""
     code = """
 import re, torch
-from fused_inr.kernels import aot
+from fused_inr.bench import aot
 for kernel in ("mlp_forward", "mlp_save", "mlp_loss", "mlp_one_pass"):
     job = aot.Job("sm90", kernel, torch.bfloat16, "ieee", "sine", 32, 2)
     arguments, options = aot.build(job)

@@ -128,7 +128,7 @@ def test_moments_of_every_activation():
 def test_the_sample_has_each_kernel_in_each_type():
     """On every architecture, and each activation and width somewhere: what `make compat` compiles."""
     code = """
-from fused_inr.kernels import aot
+from fused_inr.bench import aot
 sample, every = aot.jobs(scope="sample"), aot.jobs()
 assert {(j.arch, j.kernel, j.dtype, j.precision, j.level) for j in sample} == {
     (j.arch, j.kernel, j.dtype, j.precision, j.level) for j in every}
@@ -157,7 +157,7 @@ def test_row_offsets_are_64_bit():
     """Read in the TTIR: every row index is widened before it meets a stride."""
     code = """
 import torch, triton
-from fused_inr.kernels import aot
+from fused_inr.bench import aot
 cases = [("forward", 256, 256), ("forward", 256, 2), ("forward", 3, 256), ("gz", 256, 256), ("gz_from_z", 256, 256)]
 cases += [("weight_grad", 256, 256), ("weight_grad", 256, 2), ("act_map", 256, 256)]
 for kernel, n, k in cases:

@@ -103,8 +103,8 @@ def test_a_plain_checkout_is_a_package(tmp_path):
     code = f"""
 import subprocess, sys
 import fused_inr, fused_inr.kernels, fused_inr.bench.process as process
-import fused_inr.kernels.tuned, fused_inr.bench.gpu.cells
-for module in (fused_inr, fused_inr.kernels.tuned, fused_inr.bench.gpu.cells):
+import fused_inr.kernels.configurations.linear_act_table, fused_inr.bench.gpu.cells
+for module in (fused_inr, fused_inr.kernels.configurations.linear_act_table, fused_inr.bench.gpu.cells):
     assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
 try:
     import fused_inr.tests

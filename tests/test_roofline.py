@@ -180,7 +180,7 @@ forward_kernel:
 
 
 def test_loops_are_found_in_the_sass():
-    aot = pytest.importorskip("fused_inr.kernels.aot")
+    aot = pytest.importorskip("fused_inr.bench.aot")
     assert aot.by_depth(SASS, aot._SPECIAL) == [1, 0, 1]
     assert aot.by_depth(SASS, aot._FLOAT32) == [1, 3, 1]
     assert aot.by_depth("", aot._FLOAT32) == [0]
@@ -206,7 +206,7 @@ kernel:
 
 def test_what_a_jump_skips_is_told_from_what_is_usual():
     """A path for rare arguments is left out; a loop that may run no time is not."""
-    aot = pytest.importorskip("fused_inr.kernels.aot")
+    aot = pytest.importorskip("fused_inr.bench.aot")
     assert aot.by_depth(SKIPPING, aot._FLOAT32) == [1, 4]
     assert aot.by_depth(SKIPPING, aot._FLOAT32, usual=True) == [1, 2]
 

@@ -81,7 +81,7 @@ def read(sass: str) -> Code:
 
 def assemble(ptx: str, assembler: str, target: str = "sm_90a") -> str:
     """The machine code that an assembler (a path) makes of a PTX text, with Triton's options, as text."""
-    from ...kernels import aot
+    from .. import aot
 
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")

@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import backends
-from ...kernels import mlp_tune, tune
+from ...kernels.configurations import linear_act as layer_configs
+from ...kernels.configurations import mlp as network_configs
 from .device import Device, Options, triton_driver
 
 
@@ -39,8 +40,8 @@ class _Emulated(backends.Triton):
     def _by_library(self, op, x, weight, precision):
         if not self.by_library or (x.dtype == torch.float32 and precision not in ("ieee", "tf32")):
             return False
-        arch = tune.arch_of_capability(*divmod(self.capability, 10))
-        return tune.library(arch, op, x.dtype, precision, *weight.shape[-2:])
+        arch = layer_configs.arch_of_capability(*divmod(self.capability, 10))
+        return layer_configs.library(arch, op, x.dtype, precision, *weight.shape[-2:])
 
     def serves_network(self, x, layers, precision, direction):
         from ...kernels import mlp
@@ -88,12 +89,12 @@ def emulated(capability: int = 80, options: Options | None = None, *, by_library
     """
     serving = _Emulated(capability)
     serving.by_library = by_library
-    arch = tune.arch_of_capability(*divmod(capability, 10))
+    arch = layer_configs.arch_of_capability(*divmod(capability, 10))
     with (
         triton_driver(capability, options) as device,
         mock.patch.dict(backends.TABLE, triton=serving),
         mock.patch.object(backends.choice, "precision_of", _precision_of),
-        mock.patch.object(tune, "arch", return_value=arch),
+        mock.patch.object(layer_configs, "arch", return_value=arch),
         backends.use("triton"),
         _LibraryProducts(),
     ):
@@ -104,9 +105,9 @@ def emulated(capability: int = 80, options: Options | None = None, *, by_library
 def few_programs(count: int) -> Iterator[None]:
     """Whole networks run as so many programs within the block, not one or more for each multiprocessor: so that few
     rows make several tiles of each."""
-    mlp_tune.pick.cache_clear()
+    network_configs.pick.cache_clear()
     try:
-        with mock.patch.object(tune, "multiprocessors", return_value=count):
+        with mock.patch.object(layer_configs, "multiprocessors", return_value=count):
             yield
     finally:
-        mlp_tune.pick.cache_clear()
+        network_configs.pick.cache_clear()

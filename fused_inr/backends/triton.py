@@ -63,18 +63,18 @@ class Triton(Backend):
     @staticmethod
     def _by_library(op: str, x: Tensor, weight: Tensor, precision: str) -> bool:
         """Whether a matrix product is left to the library, with the map as one pointwise kernel: where it is the faster
-        one (`kernels/tune.py`), which includes ieee, that no tensor core computes.
+        one (`kernels/configurations/linear_act.py`), which includes ieee, that no tensor core computes.
 
         The library goes by PyTorch's settings as they are now: where those are not the precision (`float32_products`,
         or changed since the forward), ours compute it.
         """
         if interpreted() or not weight.is_cuda:
             return False
-        from fused_inr.kernels import tune
+        from fused_inr.kernels.configurations import linear_act as layer_configs
 
         if x.dtype == torch.float32 and precision != pytorch_products():
             return False
-        return tune.library(tune.arch(x.device), op, x.dtype, precision, *weight.shape[-2:])
+        return layer_configs.library(layer_configs.arch(x.device), op, x.dtype, precision, *weight.shape[-2:])
 
     def linear_act(self, x, weight, bias, params, constants, map, precision, keep):
         from fused_inr.kernels import act_map, linear_act

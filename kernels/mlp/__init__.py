@@ -23,7 +23,8 @@ import triton
 
 from fused_inr.network import Criterion, Spec
 
-from .. import mlp_tune, tune
+from ..configurations import linear_act as layer_configs
+from ..configurations import mlp as network_configs
 from ..launch import TYPES, Launcher, accumulator, contiguous_rows, dot_precision, mode, on_device
 from ..linear_act import launch_weight_grad, weight_grad_splits
 from ..maps import INTERPRETED, identity
@@ -41,11 +42,12 @@ def _network(shapes: Sequence[tuple[int, int]], maps: Sequence, arch: str) -> Ne
     hidden = maps[0]
     B, C = hidden.branches, hidden.outputs
     N = shapes[0][0] // B
-    return Network(shapes[0][1], shapes[-1][0], len(shapes) - 1, N, B, C, hidden.n_params, mlp_tune.width(N, arch))
+    width = network_configs.width(N, arch)
+    return Network(shapes[0][1], shapes[-1][0], len(shapes) - 1, N, B, C, hidden.n_params, width)
 
 
 def _arch(capability: int | None) -> str:
-    return "interpreter" if capability is None else tune.arch_of_capability(capability // 10, capability % 10)
+    return "interpreter" if capability is None else layer_configs.arch_of_capability(capability // 10, capability % 10)
 
 
 def serves(
@@ -82,10 +84,10 @@ def serves(
     K, out = shapes[0][1], shapes[-1][0]
     if min(K, out, N) < 1:
         return "a layer is empty"
-    if K > mlp_tune.MAX_INPUTS:
-        return f"{K} inputs; the kernels take {mlp_tune.MAX_INPUTS}"
-    if out > mlp_tune.MAX_OUTPUTS:
-        return f"{out} outputs; the kernels take {mlp_tune.MAX_OUTPUTS}"
+    if K > network_configs.MAX_INPUTS:
+        return f"{K} inputs; the kernels take {network_configs.MAX_INPUTS}"
+    if out > network_configs.MAX_OUTPUTS:
+        return f"{out} outputs; the kernels take {network_configs.MAX_OUTPUTS}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) and not (dtype == torch.float64 and INTERPRETED):
         return f"{dtype} is not served"
     name = _arch(arch)
@@ -94,8 +96,8 @@ def serves(
     if dtype == torch.float32 and precision == "ieee":
         return "float32 products in precision 'ieee' take the layers one by one; tf32, bf16x3 and tf32x3 are served"
     op = "forward" if direction == "forward" else "train"
-    WIDTH = mlp_tune.width(N, name)
-    if mlp_tune.pick(name, op, dtype, precision, B, C, WIDTH) is None:
+    WIDTH = network_configs.width(N, name)
+    if network_configs.pick(name, op, dtype, precision, B, C, WIDTH) is None:
         kind = f"{B} branches and {C} outputs" if (B, C) != (1, 1) else "one branch"
         products = f"float32 in {precision}" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
         return f"no configuration for width {N}, {kind}, {products} on {name} ({direction})"
@@ -134,11 +136,11 @@ class Plan:
     bias_size: int
     weight_sizes: tuple[int, int]
 
-    def pick(self, op: str) -> mlp_tune.Config | None:
+    def pick(self, op: str) -> network_configs.Config | None:
         call, net = self.call, self.net
-        return mlp_tune.pick(call.arch, op, call.dtype, call.precision, net.branches, net.channels, net.width)
+        return network_configs.pick(call.arch, op, call.dtype, call.precision, net.branches, net.channels, net.width)
 
-    def config(self, op: str) -> mlp_tune.Config:
+    def config(self, op: str) -> network_configs.Config:
         config = self.pick(op)
         if config is None:  # whoever asked `serves` is not here
             call = self.call
@@ -161,7 +163,7 @@ def _plan(call: Call) -> Plan:
     sets = [tuple(values[i * P : (i + 1) * P]) for i in range(L)] if P and not table else [()]
     while len(sets) > 1 and sets[-1] == sets[-2]:
         sets.pop()
-    narrow_k = net.inputs <= tune.NARROW_K_LIMIT
+    narrow_k = net.inputs <= layer_configs.NARROW_K_LIMIT
     constants = {
         "MODE": mode(call.dtype, call.precision), "B": net.branches, "C": net.channels, "P": P, "SETS": len(sets),
         "TABLE": table, "N": net.features, "NARROW": narrow_k,
@@ -177,7 +179,7 @@ def _plan(call: Call) -> Plan:
     return Plan(call, net, acc, numbers, len(sets), table, last_params, constants, bias, tuple(words))
 
 
-def _of_config(plan: Plan, config: mlp_tune.Config) -> dict[str, object]:
+def _of_config(plan: Plan, config: network_configs.Config) -> dict[str, object]:
     width = plan.net.width
     return {**plan.constants, "BLOCK_M": config.block_m, "BLOCK_T": width // config.tiles, **config.options()}
 
@@ -206,7 +208,7 @@ class Tensors(NamedTuple):
 def _call(x, tensors: Tensors, spec: Spec, precision: str) -> Call:
     return Call(
         tuple([w.shape for w in tensors.weights]), spec, tuple([p is not None for p in tensors.params]), x.dtype,
-        precision, tune.arch(x.device),
+        precision, layer_configs.arch(x.device),
     )  # fmt: skip
 
 
@@ -290,7 +292,7 @@ _forward = Launcher(forward_kernel)
 
 
 @functools.lru_cache(maxsize=256)
-def _forward_constants(plan: Plan, config: mlp_tune.Config, keeps: int, back: bool) -> dict[str, object]:
+def _forward_constants(plan: Plan, config: network_configs.Config, keeps: int, back: bool) -> dict[str, object]:
     maps, hidden = plan.call.spec.maps, plan.net.layers - 1
     return {
         "MAP": maps[0].triton_jet() if keeps == JETS else maps[0].triton_map(0, False), "LAST": _last_map(maps[-1], 0),
@@ -299,7 +301,9 @@ def _forward_constants(plan: Plan, config: mlp_tune.Config, keeps: int, back: bo
     }  # fmt: skip
 
 
-def launch_forward(x, plan: Plan, packed: _Packed, y, saved, keeps: int, config: mlp_tune.Config, back: bool) -> None:
+def launch_forward(
+    x, plan: Plan, packed: _Packed, y, saved, keeps: int, config: network_configs.Config, back: bool
+) -> None:
     """y [M, OUT] and what `keeps` says; M > 0."""
     net, M = plan.net, x.shape[0]
     arguments = (
@@ -326,12 +330,12 @@ class _Loss:
     factor: float
 
 
-def by_sums(net: Network, config: mlp_tune.Config, programs: int) -> mlp_tune.Config:
+def by_sums(net: Network, config: network_configs.Config, programs: int) -> network_configs.Config:
     """The configuration for this depth, with the way of the hidden weights' gradients settled: `sums`, unless those of
     so many layers would leave the cache; of the factors of `later` tiles where the entry says so."""
-    if programs * (net.layers - 1) * net.square * 4 > mlp_tune.SUMS_BYTES:
+    if programs * (net.layers - 1) * net.square * 4 > network_configs.SUMS_BYTES:
         return replace(config, sums=False)
-    later = 0 if config.sums else max(1, mlp_tune.LATER_ROWS // config.block_m)
+    later = 0 if config.sums else max(1, network_configs.LATER_ROWS // config.block_m)
     return replace(config, sums=True, later=later)
 
 
@@ -350,7 +354,7 @@ class Pass:
 class _Training:
     """A pass settled: its configuration, where its sums lie, the constants of its kernel."""
 
-    config: mlp_tune.Config
+    config: network_configs.Config
     one_pass: bool
     programs: int
     where: pack.Segments
@@ -360,7 +364,7 @@ class _Training:
 
 @functools.lru_cache(maxsize=256)
 def _training(
-    plan: Plan, which: Pass, narrow: mlp_tune.Config | None, config: mlp_tune.Config, multiprocessors: int
+    plan: Plan, which: Pass, narrow: network_configs.Config | None, config: network_configs.Config, multiprocessors: int
 ) -> _Training:
     """`narrow`: the configuration with everything in registers, where there is one."""
     net, call, maps = plan.net, plan.call, plan.call.spec.maps
@@ -423,7 +427,7 @@ def _train(g, x, tensors, spec: Spec, saved, precision: str, needs, loss: _Loss 
         loss is not None and loss.row_weights is not None, saved is not None, keeps,
     )  # fmt: skip
     op = "train" if saved is None else "backward"
-    training = _training(plan, which, plan.pick("one_pass"), plan.config(op), tune.multiprocessors(x.device))
+    training = _training(plan, which, plan.pick("one_pass"), plan.config(op), layer_configs.multiprocessors(x.device))
     # float16 gradients of a loss leave in float32: they are multiplied by the factor of a loss scaler later
     out_type = torch.float32 if loss is not None and dtype == torch.float16 else None
     gx = x.new_empty((M, net.inputs) if need_x else (0,), dtype=out_type)
@@ -501,7 +505,7 @@ def _passes(plan: Plan, packed: _Packed, training: _Training, which: Pass, x, g,
     chunk, hidden = M, None
     if not config.sums and need_w:
         row_bytes = max(1, L - 1) * (net.rows + net.columns) * x.dtype.itemsize
-        chunk = min(M, max(1, mlp_tune.CHUNK_BYTES // row_bytes // config.block_m) * config.block_m)
+        chunk = min(M, max(1, network_configs.CHUNK_BYTES // row_bytes // config.block_m) * config.block_m)
         hidden = x.new_zeros((L - 1, net.rows, net.columns), dtype=plan.acc)
     programs = min(training.programs, triton.cdiv(chunk, config.block_m))
     sums = x.new_empty((programs, training.where.total), dtype=plan.acc)
@@ -542,7 +546,8 @@ def _hidden_gradient(gz, h, precision: str) -> torch.Tensor:
     """gz^T h of a chunk for all hidden products at once, [L-1, B*WIDTH, C*WIDTH] in float32."""
     layers, rows, N = gz.shape
     K = h.shape[-1]
-    config = tune.pick(tune.arch(gz.device), "weight_grad", tune.kind(N, K), gz.dtype, precision, 1, N, K)
+    arch, kind = layer_configs.arch(gz.device), layer_configs.kind(N, K)
+    config = layer_configs.pick(arch, "weight_grad", kind, gz.dtype, precision, 1, N, K)
     splits, per_split = weight_grad_splits(rows, N, K, config, layers)
     partials = gz.new_empty((layers, splits, N * K), dtype=accumulator(gz.dtype))
     launch_weight_grad(gz, h, partials, splits, per_split, config, precision)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import tune
+from ..configurations import linear_act as layer_configs
 from ..launch import TYPES, Launcher, accumulator, dot_precision, on_device
 from ..maps import factor, narrow
 
@@ -44,7 +44,7 @@ class Network:
 
     @property
     def outputs_pad(self) -> int:
-        return max(16, tune._power_of_two(self.outputs))
+        return max(16, layer_configs._power_of_two(self.outputs))
 
     @property
     def rows(self) -> int:

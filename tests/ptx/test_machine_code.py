@@ -14,7 +14,8 @@ import triton
 from fused_inr.bench import ptx
 from fused_inr.bench.cases import Case, Work, matmul_precision
 from fused_inr.bench.ptx import machine_code
-from fused_inr.kernels import assembler, mlp_tune
+from fused_inr.kernels import assembler
+from fused_inr.kernels.configurations import mlp as network_configs
 
 import fused_inr as fi
 
@@ -91,8 +92,8 @@ def test_layers(gpu, name, precision):
 
 def entries(patch, table) -> None:
     for key, numbers in table.items():
-        patch.setitem(mlp_tune.TUNED, key, numbers)
-    mlp_tune.pick.cache_clear()
+        patch.setitem(network_configs.TUNED, key, numbers)
+    network_configs.pick.cache_clear()
 
 
 @hopper
@@ -102,7 +103,7 @@ def test_an_assembler_with_this_fault_is_found_out(gpu, monkeypatch):
         pytest.skip(f"Triton {triton.__version__} brings ptxas {tool.version}, which is right")
     entries(monkeypatch, WRONG)
     launches = [x for x in products_of(gpu, network(64, "recompute", "bf16")) if x.name == "train_kernel"]
-    mlp_tune.pick.cache_clear()
+    network_configs.pick.cache_clear()
     (theirs,) = verdicts(launches, tool.path)
     assert len(theirs.wrong) == 3 and not theirs.hazards
     assert all("the descriptor of B comes from elsewhere" in text for text in theirs.wrong)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from fused_inr.bench import ptx
 from fused_inr.bench.cases import Case, Work, matmul_precision
-from fused_inr.kernels import mlp, mlp_tune
+from fused_inr.kernels import mlp
+from fused_inr.kernels.configurations import mlp as network_configs
 from operands import operands
 
 from fused_inr import activations, backends
@@ -128,10 +129,10 @@ def run_raw(name, precision, x, width, outputs, hidden=2, learnable=False, saved
 @contextlib.contextmanager
 def little_memory():
     """Gradients of hidden weights by chunks of rows, as with many layers."""
-    with mock.patch.multiple(mlp_tune, SUMS_BYTES=1, CHUNK_BYTES=200_000):
-        mlp_tune.pick.cache_clear()
+    with mock.patch.multiple(network_configs, SUMS_BYTES=1, CHUNK_BYTES=200_000):
+        network_configs.pick.cache_clear()
         yield
-    mlp_tune.pick.cache_clear()
+    network_configs.pick.cache_clear()
 
 
 SHAPES = {

@@ -1,8 +1,8 @@
 """Block sizes: data, one predicate of validity, and `pick`, which is a look-up and never a measurement.
 
-The lists here are general; what an architecture does better otherwise stands in `tuned.py`, which `fused-inr bench
-tune` rewrites. They hold what `fused-inr bench static` has compiled for every architecture without a spill; the row
-count is in none of the keys (it may change every step), so no new kernel is compiled when it does.
+The lists here are general; what an architecture does better otherwise stands in `linear_act_table.py`, which `fused-inr
+bench tune` rewrites. They hold what `fused-inr bench static` has compiled for every architecture without a spill; the
+row count is in none of the keys (it may change every step), so no new kernel is compiled when it does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from .tuned import TUNED, Key, Numbers
+from .linear_act_table import TUNED, Key, Numbers
 
 K, V = TypeVar("K"), TypeVar("V")
 
@@ -147,7 +147,7 @@ _OTHERS: dict[int, dict[int, tuple[int, int, int, int, int]]] = {
 
 
 def numbers(key: Key) -> Numbers:
-    """What the tables say: `tuned.py`, or else the general lists here."""
+    """What the tables say: `linear_act_table.py`, or else the general lists here."""
     _, op, kind, cls, b = key
     return TUNED.get(key) or (_DOT[op, cls, b] if kind == "dot" else _OTHERS[KINDS.index(kind)][b])
 

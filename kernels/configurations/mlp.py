@@ -1,4 +1,4 @@
-"""Configurations of the whole-network kernels: one predicate of validity, and `pick`, a look-up in `mlp_tuned.py`.
+"""Configurations of the whole-network kernels: one predicate of validity, and `pick`, a look-up in `mlp_table.py`.
 
 The table there holds what `fused-inr bench static` has compiled for every architecture, without spills that matter;
 `fused-inr bench tune` rewrites it. What is not in it is not served: the layers then run one by one.
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import tune
-from .mlp_tuned import TUNED, WHY, Key, Numbers
+from . import linear_act as layer_configs
+from .mlp_table import TUNED, WHY, Key, Numbers
 
 #: What the programs' sums of weight gradients may take before a chunk of rows at a time is cheaper, in bytes; and what
 #: the scratch of a chunk takes. Both stay in the L2 cache (50 MB on an H200).
@@ -66,12 +66,12 @@ class Config:
 
     def programs(self, device: torch.device) -> int:
         """Persistent programs of a launch. The order of sums depends on them: the same bits on devices of one kind."""
-        return tune.multiprocessors(device) * self.resident_programs
+        return layer_configs.multiprocessors(device) * self.resident_programs
 
 
 def width(N: int, arch: str) -> int:
     """N as the kernels hold it: a power of two, at least 32 (16 in the interpreter)."""
-    return max(16 if arch == "interpreter" else 32, tune._power_of_two(N))
+    return max(16 if arch == "interpreter" else 32, layer_configs._power_of_two(N))
 
 
 def valid(config: Config, arch: str, op: str, B: int, C: int, WIDTH: int, itemsize: int) -> bool:
@@ -89,8 +89,8 @@ def valid(config: Config, arch: str, op: str, B: int, C: int, WIDTH: int, itemsi
         return False
     weights = block_t * itemsize * block_t * c.stages
     resident = c.resident * B * C * WIDTH * WIDTH * itemsize
-    if arch in tune.SHARED_LIMIT:
-        limit = tune.SHARED_LIMIT[arch]
+    if arch in layer_configs.SHARED_LIMIT:
+        limit = layer_configs.SHARED_LIMIT[arch]
         if weights + block_t * itemsize * c.block_m + resident > limit:
             return False
         # activations may pass through registers; each program takes a KB besides, and a multiprocessor has a KB more
@@ -122,7 +122,7 @@ def pick(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int,
 
 def entry(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int, WIDTH: int) -> Key | None:
     """The entry of the table that a launch goes by."""
-    cls = tune.type_class(dtype, precision)
+    cls = layer_configs.type_class(dtype, precision)
     # what writes or reads pre-activations takes more registers, and sometimes another tile
     ways = (op, {"save": "forward", "backward": "train"}.get(op, op))
     return next((key for o in ways if (key := (arch, o, cls, B, C, WIDTH)) in TUNED), None)
@@ -138,7 +138,7 @@ def granted_spill(key: Key) -> float:
 
 def using(key: Key, value: Numbers) -> contextlib.AbstractContextManager[None]:
     """Another entry of the table within the block: for whoever measures."""
-    return tune.replaced(TUNED, key, value, pick.cache_clear)
+    return layer_configs.replaced(TUNED, key, value, pick.cache_clear)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def shipped(arch: str, types, kinds) -> Iterator[Shipped]:
     besides = {"forward": ("forward", "save"), "train": ("train", "backward"), "one_pass": ("one_pass",)}
     for a, op, cls, B, C, WIDTH in TUNED:
         for dtype, precision in types:
-            if a == arch and tune.type_class(dtype, precision) == cls and (B, C) in kinds:
+            if a == arch and layer_configs.type_class(dtype, precision) == cls and (B, C) in kinds:
                 for each in besides.get(op, ()):
                     if each == "save" and entry(arch, "backward", dtype, precision, B, C, WIDTH) is None:
                         continue  # nothing reads what it would save: such networks train layer by layer

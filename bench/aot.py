@@ -26,7 +26,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import act_map, assembler, launch, linear_act, maps, mlp, mlp_tune, moments, sums, tune
+from ..kernels import act_map, assembler, launch, linear_act, maps, mlp, moments, sums
+from ..kernels.configurations import linear_act as layer_configs
+from ..kernels.configurations import mlp as network_configs
 
 ROWS = 65536
 _POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -111,7 +113,7 @@ class _Arguments:
                 self.constants[path, i] = 1
                 continue
             entries.append(t)
-            if t.startswith("*") and self.aligned or t == "i32" and self.aligned:
+            if (t.startswith("*") and self.aligned) or (t == "i32" and self.aligned):
                 self.attributes[path, i] = [["tt.divisibility", 16]]
         self.signature[name] = tuple(entries)
 
@@ -165,16 +167,17 @@ def build(job: Job) -> tuple[_Arguments, dict]:
         arguments = _Arguments(sums.sum_kernel, job.aligned)
         arguments.pointer("in_ptr", f32)
         arguments.pointer("out_ptr", job.dtype)
-        arguments.integers(S=ROWS, L=job.N, chunk=tune.SUM.chunk, CHUNKS=256)
-        arguments.constant(ACC=tl.float32, BLOCK_S=tune.SUM.block_s, BLOCK_L=tune.SUM.block_l)
-        return arguments, {"num_warps": tune.SUM.num_warps, "enable_fp_fusion": True}
+        arguments.integers(S=ROWS, L=job.N, chunk=layer_configs.SUM.chunk, CHUNKS=256)
+        arguments.constant(ACC=tl.float32, BLOCK_S=layer_configs.SUM.block_s, BLOCK_L=layer_configs.SUM.block_l)
+        return arguments, {"num_warps": layer_configs.SUM.num_warps, "enable_fp_fusion": True}
     B, C, P = (1, 1, 0) if job.kernel in ("input_grad", "weight_grad") else _shape(job.activation)
     precision = launch.dot_precision(job.dtype, job.precision)
     common: dict[str, object] = {"PRECISION": precision, "UPCAST": False, "ACC": tl.float32}
     N, K = job.N, job.K
     if job.kernel == "weight_grad":
         arguments = _Arguments(linear_act.weight_grad_kernel, job.aligned)
-        config = tune.pick(job.arch, "weight_grad", tune.kind(N, K), job.dtype, job.precision, 1, N, K)
+        kind = layer_configs.kind(N, K)
+        config = layer_configs.pick(job.arch, "weight_grad", kind, job.dtype, job.precision, 1, N, K)
         arguments.pointer("gz_ptr", job.dtype)
         arguments.pointer("x_ptr", job.dtype)
         arguments.pointer("out_ptr", f32)
@@ -191,8 +194,8 @@ def build(job: Job) -> tuple[_Arguments, dict]:
     forward = job.kernel in ("forward", "forward_save", "input_grad")
     kernel = linear_act.forward_kernel if forward else linear_act.gz_kernel
     op = "forward" if forward else "gz"
-    kind = tune.MAP if job.kernel == "gz_from_z" else tune.kind(N, K)
-    config = tune.pick(job.arch, op, kind, job.dtype, job.precision, B, N, K)
+    kind = layer_configs.MAP if job.kernel == "gz_from_z" else layer_configs.kind(N, K)
+    config = layer_configs.pick(job.arch, op, kind, job.dtype, job.precision, B, N, K)
     arguments = _Arguments(kernel, job.aligned)
     arguments.pointer("x_ptr", job.dtype)
     arguments.pointer("w_ptr", job.dtype)
@@ -230,13 +233,13 @@ def build(job: Job) -> tuple[_Arguments, dict]:
     return arguments, config.options()
 
 
-def _blocks(config: tune.Config) -> dict[str, int]:
+def _blocks(config: layer_configs.Config) -> dict[str, int]:
     return {k: v for k, v in config.options().items() if k.startswith("BLOCK")}
 
 
 #: Jobs of single layers that multiply matrices.
 _PRODUCTS = ("forward", "forward_save", "input_grad", "gz", "weight_grad")
-#: Jobs of the whole-network kernels; what `mlp_tune.pick` calls their operation.
+#: Jobs of the whole-network kernels; what `network_configs.pick` calls their operation.
 MLP = {
     "mlp_forward": "forward",
     "mlp_stream": "forward",
@@ -249,10 +252,10 @@ MLP = {
 MLP_HIDDEN, MLP_OUTPUTS = 3, 3
 
 
-def mlp_config(job: Job) -> mlp_tune.Config:
+def mlp_config(job: Job) -> network_configs.Config:
     B, C, _ = _shape(job.activation)
-    width = mlp_tune.width(job.N, job.arch)
-    config = mlp_tune.pick(job.arch, MLP[job.kernel], job.dtype, job.precision, B, C, width)
+    width = network_configs.width(job.N, job.arch)
+    config = network_configs.pick(job.arch, MLP[job.kernel], job.dtype, job.precision, B, C, width)
     if config is None:
         raise ValueError(f"{job.kernel}: no configuration for width {job.N}, {job.activation}, {job.dtype}")
     return config
@@ -261,11 +264,11 @@ def mlp_config(job: Job) -> mlp_tune.Config:
 def _build_mlp(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
     f32, op = torch.float32, MLP[job.kernel]
     config = mlp_config(job)
-    W = mlp_tune.width(job.N, job.arch)
+    W = network_configs.width(job.N, job.arch)
     net = mlp.Network(job.K, MLP_OUTPUTS, MLP_HIDDEN + 1, job.N, B, C, P, W)
     kernels = {"train": mlp.train_kernel, "backward": mlp.train_kernel, "one_pass": mlp.one_pass_kernel}
     arguments = _Arguments(kernels.get(op, mlp.forward_kernel), job.aligned)
-    narrow = job.K <= tune.NARROW_K_LIMIT
+    narrow = job.K <= layer_configs.NARROW_K_LIMIT
     half, back = job.dtype.itemsize == 2, job.dtype == f32
     keeps = mlp.PREACTIVATIONS if job.learnable or not half else mlp.JETS
     arguments.pointer("packed_ptr", job.dtype)
@@ -296,7 +299,7 @@ def _build_mlp(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
         )  # fmt: skip
         return arguments, config.options()
     loss = job.kernel in ("mlp_loss", "mlp_one_pass")
-    settled = mlp.by_sums(net, config, tune.MULTIPROCESSORS[job.arch] * config.resident_programs)
+    settled = mlp.by_sums(net, config, layer_configs.MULTIPROCESSORS[job.arch] * config.resident_programs)
     pointer = _POINTER[job.dtype]
     data = mlp.Rows(pointer, None if loss else pointer, pointer if loss else None, _POINTER[f32] if loss else None)
     arguments.group("data", data)
@@ -346,7 +349,7 @@ class Squared:
 def _build_act_map(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
     sizes = act_map.groups(job.level, job.learnable, B, C, P)
     streams = sum(max(1, k) for k in sizes[0] + sizes[1])
-    config = tune.pick_map(job.arch, streams, job.N)
+    config = layer_configs.pick_map(job.arch, streams, job.N)
     arguments = _Arguments(act_map.act_map_kernel, job.aligned)
     f32 = _POINTER[torch.float32]
     arguments.tuple("in_ptrs", [f32] * len(sizes[0]))
@@ -407,8 +410,8 @@ def compile_job(job: Job) -> dict[str, object]:
         row.update({k.lower(): v for k, v in options.items() if k != "enable_fp_fusion"})
         row.update({k.lower(): v for k, v in _block_constants(arguments).items()})
         if job.kernel in MLP:
-            row["programs"] = tune.MULTIPROCESSORS[job.arch] * mlp_config(job).resident_programs
-        compiled = arguments.compile(tune.CAPABILITY[job.arch], options)
+            row["programs"] = layer_configs.MULTIPROCESSORS[job.arch] * mlp_config(job).resident_programs
+        compiled = arguments.compile(layer_configs.CAPABILITY[job.arch], options)
         row.update(inspect(compiled))
     except Exception as error:  # a row of its own, not the end of the report
         first = next(iter(str(error).strip().splitlines()), "")
@@ -512,7 +515,7 @@ def inspect(compiled) -> dict[str, object]:
 def broken(job: Job, row: dict) -> list[str]:
     """What cannot run, or computes nothing: wrong under any version of the compiler."""
     found = []
-    limit = tune.SHARED_LIMIT[job.arch]
+    limit = layer_configs.SHARED_LIMIT[job.arch]
     if row["shared"] > limit:
         found.append(f"{row['shared']} bytes of shared memory, {job.arch} has {limit}")
     if row["tmem"] > 512:
@@ -539,9 +542,10 @@ def _granted_spill(job: Job) -> float:
     if not job.aligned or job.learnable or job.K > 16:
         return math.inf
     B, C, _ = _shape(job.activation)
-    width = mlp_tune.width(job.N, job.arch)
-    key = mlp_tune.entry(job.arch, MLP[job.kernel], job.dtype, job.precision, B, C, width)
-    return mlp_tune.granted_spill(key) if key is not None and key[1] == MLP[job.kernel] else mlp_tune.SPILL
+    width = network_configs.width(job.N, job.arch)
+    key = network_configs.entry(job.arch, MLP[job.kernel], job.dtype, job.precision, B, C, width)
+    own = key is not None and key[1] == MLP[job.kernel]
+    return network_configs.granted_spill(key) if own else network_configs.SPILL
 
 
 def slow(job: Job, row: dict) -> list[str]:
@@ -550,7 +554,7 @@ def slow(job: Job, row: dict) -> list[str]:
     if max(row["spilled"], row["local"]) > _granted_spill(job):
         found.append(f"{row['spilled']} bytes of stack, {row['local']} local loads and stores")
     product = job.kernel in _PRODUCTS
-    dot = product and tune.kind(job.N, job.K) == tune.DOT or job.kernel in MLP
+    dot = (product and layer_configs.kind(job.N, job.K) == layer_configs.DOT) or job.kernel in MLP
     ieee = job.dtype == torch.float32 and job.precision == "ieee"
     if dot and not ieee and not row["tensor"]:
         found.append("no tensor-core instruction")
@@ -589,21 +593,21 @@ def jobs(
         op = {"input_grad": "forward", "forward_save": "forward", "gz_from_z": "gz"}.get(job.kernel, job.kernel)
         key: object = job
         if op in ("forward", "gz", "weight_grad"):
-            kind = tune.MAP if job.kernel == "gz_from_z" else tune.kind(job.N, job.K)
+            kind = layer_configs.MAP if job.kernel == "gz_from_z" else layer_configs.kind(job.N, job.K)
             B = 1 if job.activation == "-" else _shape(job.activation)[0]
-            config = tune.pick(job.arch, op, kind, job.dtype, job.precision, B, job.N, job.K)
+            config = layer_configs.pick(job.arch, op, kind, job.dtype, job.precision, B, job.N, job.K)
             multiples = (job.N % 16 == 0, job.K % 16 == 0, job.N == 1)
             key = (replace(job, N=0, K=0), kind, config, multiples)
         result.setdefault(key, job)
 
     quick, full = scope == "quick", scope == "full"
-    widths = (256,) if quick else tune.WIDTHS
+    widths = (256,) if quick else layer_configs.WIDTHS
     # the widest first: the rest repeats it where it is no different
     shapes = [(w, w) for w in reversed(widths)] + [(256, 2)]
     shapes += [] if quick else [(3, 256)]
     shapes += [(256, 3), (1, 256)] if full else []
     products = shapes + ([] if quick else [(256, 64), (64, 256)])
-    types = ((torch.float32, "tf32"), (torch.bfloat16, "ieee")) if quick else tune.TYPES
+    types = ((torch.float32, "tf32"), (torch.bfloat16, "ieee")) if quick else layer_configs.TYPES
     for arch in archs:
         for dtype, precision in types:
             for aligned in (True, False) if full else (True,):
@@ -619,7 +623,7 @@ def jobs(
                 for N, K in products:
                     add(kernel="weight_grad", activation="-", N=N, K=K, **base)
                     add(kernel="input_grad", activation="identity", N=K, K=N, **base)
-        for what in mlp_tune.shipped(arch, types, tuple(_shape(name)[:2] for name in activations)):
+        for what in network_configs.shipped(arch, types, tuple(_shape(name)[:2] for name in activations)):
             name = next(n for n in activations if _shape(n)[:2] == what.kind)
             base = {"arch": arch, "dtype": what.dtype, "precision": what.precision, "activation": name}
             for kernel in (k for k, op in MLP.items() if op == what.op):
@@ -654,7 +658,7 @@ def _sample(wanted: Iterable[Job]) -> list[Job]:
     """One job of each group that differ in activation and width only; the n-th group gives its n-th, cyclically."""
     groups: dict[object, list[Job]] = {}
     for job in wanted:
-        kind = tune.kind(job.N, job.K) if job.kernel in _PRODUCTS else None
+        kind = layer_configs.kind(job.N, job.K) if job.kernel in _PRODUCTS else None
         key = (job.arch, job.kernel, kind, job.dtype, job.precision, job.aligned, job.learnable, job.level)
         groups.setdefault(key, []).append(job)
     return [group[i % len(group)] for i, group in enumerate(groups.values())]

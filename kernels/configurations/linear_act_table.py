@@ -22,11 +22,11 @@ TUNED: dict[Key, Numbers] = {
 
 WHY: dict[Key, str] = {
     ("sm100", "forward", "dot", "ieee", 2): "ptxas aims at 128 registers with eight warps and spills 8 bytes for it",
-    ("sm100", "forward", "dot", "tf32", 2): "with more stages x is overwritten while products of other branches read it (tune.valid)",
-    ("sm100", "forward", "dot", "tf32", 4): "with more stages x is overwritten while products of other branches read it (tune.valid)",
+    ("sm100", "forward", "dot", "tf32", 2): "with more stages x is overwritten while products of other branches read it (layer_configs.valid)",
+    ("sm100", "forward", "dot", "tf32", 4): "with more stages x is overwritten while products of other branches read it (layer_configs.valid)",
     ("sm100", "gz", "dot", "half", 1): "ptxas aims at 80 registers with eight warps and spills 8 bytes for it",
-    ("sm100", "gz", "dot", "tf32", 2): "with more stages x is overwritten while products of other branches read it (tune.valid)",
-    ("sm100", "gz", "dot", "tf32", 4): "with more stages x is overwritten while products of other branches read it (tune.valid)",
+    ("sm100", "gz", "dot", "tf32", 2): "with more stages x is overwritten while products of other branches read it (layer_configs.valid)",
+    ("sm100", "gz", "dot", "tf32", 4): "with more stages x is overwritten while products of other branches read it (layer_configs.valid)",
     ("sm80", "forward", "dot", "x3", 4): "without wgmma the split operands stay in registers: 64 columns spill",
     ("sm80", "gz", "dot", "tf32", 4): "a third stage spills 40 bytes where operands are not aligned",
     ("sm80", "weight_grad", "dot", "x3", 1): "ptxas aims at 128 registers with eight warps and spills 8 bytes for it",
