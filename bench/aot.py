@@ -233,7 +233,7 @@ def build(job: Job) -> tuple[_Arguments, dict]:
     return arguments, config.options()
 
 
-def _blocks(config: layer_configs.Config) -> dict[str, int]:
+def _blocks(config: layer_configs.LayerConfig) -> dict[str, int]:
     return {k: v for k, v in config.options().items() if k.startswith("BLOCK")}
 
 
@@ -252,7 +252,7 @@ MLP = {
 MLP_HIDDEN, MLP_OUTPUTS = 3, 3
 
 
-def mlp_config(job: Job) -> network_configs.Config:
+def mlp_config(job: Job) -> network_configs.NetworkConfig:
     B, C, _ = _shape(job.activation)
     width = network_configs.width(job.N, job.arch)
     config = network_configs.pick(job.arch, MLP[job.kernel], job.dtype, job.precision, B, C, width)
@@ -265,7 +265,7 @@ def _build_mlp(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
     f32, op = torch.float32, MLP[job.kernel]
     config = mlp_config(job)
     W = network_configs.width(job.N, job.arch)
-    net = mlp.Network(job.K, MLP_OUTPUTS, MLP_HIDDEN + 1, job.N, B, C, P, W)
+    net = mlp.NetworkSizes(job.K, MLP_OUTPUTS, MLP_HIDDEN + 1, job.N, B, C, P, W)
     kernels = {"train": mlp.train_kernel, "backward": mlp.train_kernel, "one_pass": mlp.one_pass_kernel}
     arguments = _Arguments(kernels.get(op, mlp.forward_kernel), job.aligned)
     narrow = job.K <= layer_configs.NARROW_K_LIMIT

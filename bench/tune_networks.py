@@ -70,7 +70,8 @@ def is_valid(key: Key, numbers: Numbers) -> bool:
     named = dict(zip(_NAMES, numbers))
     if any(named[name] not in _RANGES[name] for name in _FREE[op]):
         return False
-    return network_configs.valid(network_configs.Config(*numbers), arch, op, B, C, width, 2 if cls == "half" else 4)
+    config, itemsize = network_configs.NetworkConfig(*numbers), 2 if cls == "half" else 4
+    return network_configs.valid(config, arch, op, B, C, width, itemsize)
 
 
 def neighbours(key: Key, numbers: Numbers) -> list[Numbers]:

@@ -82,7 +82,9 @@ def act_map_kernel(
 # ---------------------------------------------------------------- launcher
 
 
-def launch_act_map(inputs, param_args, outputs, function, sizes, config: layer_configs.Config, M: int, N: int) -> None:
+def launch_act_map(
+    inputs, param_args, outputs, function, sizes, config: layer_configs.LayerConfig, M: int, N: int
+) -> None:
     """outputs: row groups [M, k*N] contiguous, parameter gradients [tiles, N] (partial sums), as `sizes` says."""
     if not M * N:
         return

@@ -372,7 +372,7 @@ def launch_gz(g, x, weight, bias, param_args, z, gz, gb, gp, function, B: int, C
         _gz(G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), arguments, constants)
 
 
-def weight_grad_splits(M: int, N: int, K: int, config: layer_configs.Config, layers: int) -> tuple[int, int]:
+def weight_grad_splits(M: int, N: int, K: int, config: layer_configs.LayerConfig, layers: int) -> tuple[int, int]:
     """Number of splits and rows in each: enough programs to fill a large device, at least 8 steps each. It depends on
     the shapes alone, so the sum's order (and its bits) does not change from device to device of one architecture."""
     tiles = layers * triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k)
@@ -381,7 +381,7 @@ def weight_grad_splits(M: int, N: int, K: int, config: layer_configs.Config, lay
     return triton.cdiv(M, rows), rows
 
 
-def launch_weight_grad(gz, x, out, splits: int, rows: int, config: layer_configs.Config, precision: str) -> None:
+def launch_weight_grad(gz, x, out, splits: int, rows: int, config: layer_configs.LayerConfig, precision: str) -> None:
     """out [G, splits, N, K] = gz^T x by splits of the rows; gz [G, M, N] contiguous, M > 0."""
     G, M, N = gz.shape
     K = x.shape[-1]

@@ -155,7 +155,7 @@ def moments_kernel(
 
 
 @dataclass(frozen=True)
-class Config:
+class MomentsConfig:
     """Warps of a program and slices of its chunk: what the normals of B branches and the sums of C (1 + B) values leave
     of a thread's registers. The order of the sums depends on it, so it depends on the map alone."""
 
@@ -163,10 +163,10 @@ class Config:
     slices: int
 
 
-def config(B: int, C: int) -> Config:
+def config(B: int, C: int) -> MomentsConfig:
     if C * (1 + B) <= 2:
-        return Config(8, 1)
-    return Config(16, 2) if B <= 2 else Config(8, 2)
+        return MomentsConfig(8, 1)
+    return MomentsConfig(16, 2) if B <= 2 else MomentsConfig(8, 2)
 
 
 # ---------------------------------------------------------------- launchers

@@ -526,7 +526,7 @@ def test_no_training_entry_leaves_the_cache_for_its_programs(arch, multiprocesso
         _, op, _, B, C, width = key
         if op not in ("train", "backward"):
             continue
-        programs = network_configs.Config(*network_configs.numbers(key)).resident_programs
+        programs = network_configs.NetworkConfig(*network_configs.numbers(key)).resident_programs
         one = multiprocessors * networks.HIDDEN * B * C * width * width * 4
         assert programs == 1 or programs * one <= network_configs.SUMS_BYTES, key
 

@@ -553,7 +553,7 @@ def test_serves():
 
 def test_table():
     for (arch, op, cls, B, C, width), numbers in network_configs.TUNED.items():
-        config, itemsize = network_configs.Config(*numbers), 2 if cls == "half" else 4
+        config, itemsize = network_configs.NetworkConfig(*numbers), 2 if cls == "half" else 4
         assert network_configs.valid(config, arch, op, B, C, width, itemsize), (arch, op, cls, B, C, width, config)
     assert network_configs.width(33, "sm90") == 64 and network_configs.width(1, "sm90") == 32
     keys = [k for k in network_configs.TUNED if k[1] in ("forward", "train")]

@@ -33,7 +33,7 @@ from . import raw
 
 
 @dataclass(frozen=True)
-class Config:
+class LayerCall:
     """What a call needs besides tensors (no tuple: functorch would take it apart)."""
 
     activation: str
@@ -71,7 +71,7 @@ def _run_act_map(inputs, params, constants, activation, backend, level, learnabl
     return raw.act_map(inputs, params, constants, activation, backend, level, learnable)
 
 
-def _refuse_nested_forward_mode(config: Config) -> None:
+def _refuse_nested_forward_mode(config: LayerCall) -> None:
     # PyTorch computes wrong values silently for a Function here (pytorch issue 197867)
     if forward_levels() > 1:
         raise NotImplementedError(
@@ -88,13 +88,13 @@ def _transposed(t: Tensor) -> Tensor:
     return t.transpose(-1, -2)
 
 
-def _by_pytorch(config: Config) -> bool:
+def _by_pytorch(config: LayerCall) -> bool:
     """Whether bare products are PyTorch's, which are differentiable as they are: on a CPU each of ours costs more
     around it than it saves (`fused-inr bench calls --only maml`)."""
     return config.backend in ("cpu", "reference")
 
 
-def _linear(config: Config, x: Tensor, weight: Tensor) -> Tensor:
+def _linear(config: LayerCall, x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, differentiable, by the backend that runs everything else."""
     if _by_pytorch(config):
         return x @ _transposed(weight)
@@ -105,7 +105,7 @@ def _linear(config: Config, x: Tensor, weight: Tensor) -> Tensor:
     return apply(LinearAct, x, weight, None, plain)[0]
 
 
-def _weight_gradient(config: Config, gz: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(config: LayerCall, gz: Tensor, x: Tensor) -> Tensor:
     """gz^T x, differentiable: with `_linear` a closed set, each the derivative of the other."""
     if _by_pytorch(config):
         return _transposed(gz) @ x
@@ -114,7 +114,7 @@ def _weight_gradient(config: Config, gz: Tensor, x: Tensor) -> Tensor:
     return apply(WeightGradient, config, gz, x)
 
 
-def _linear_backward(config: Config, needs, gz: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None):
+def _linear_backward(config: LayerCall, needs, gz: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None):
     gx = _linear(config, gz, _transposed(weight.to(gz.dtype))).to(x.dtype) if needs[0] else None
     gw = _weight_gradient(config, gz, x.to(gz.dtype)).to(weight.dtype) if needs[1] else None
     gb = gz.sum(-2).to(bias_dtype) if needs[2] else None
@@ -187,7 +187,7 @@ class Preactivation(torch.autograd.Function):
 
 
 def _tangent_of_z(
-    config: Config, x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None
+    config: LayerCall, x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None
 ) -> Tensor:
     return exactly(x.device, _linear_jvp, config, x, weight, tx, tw, tb)
 
@@ -247,7 +247,7 @@ class ActMap(torch.autograd.Function):
         return _pushforward(ctx.config, ctx.level, ctx.learnable, inputs, params, d[:count], d[count:])
 
 
-def _like_parameters(out: Sequence[Tensor], config: Config, level: int, learnable: bool, params) -> list[Tensor]:
+def _like_parameters(out: Sequence[Tensor], config: LayerCall, level: int, learnable: bool, params) -> list[Tensor]:
     """Gradients of parameters come per feature; those of one number a layer are summed to it."""
     out = list(out)
     if learnable and level:
@@ -271,12 +271,12 @@ def _pushforward(config, level, learnable, inputs, params, d_inputs, d_params) -
     return tuple(results[-len(outputs) :])
 
 
-def _composite_map(config: Config, level: int, learnable: bool, inputs, params) -> list[Tensor]:
+def _composite_map(config: LayerCall, level: int, learnable: bool, inputs, params) -> list[Tensor]:
     out = backends.reference_map(lookup(config.activation), inputs, params, config.constants, level, learnable)
     return _like_parameters(out, config, level, learnable, params)
 
 
-def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tensor], params) -> list[Tensor]:
+def apply_map(config: LayerCall, level: int, learnable: bool, inputs: Sequence[Tensor], params) -> list[Tensor]:
     """The map of a level, differentiable; beyond the generated levels PyTorch differentiates the highest one."""
     top = MAX_LEARNABLE_LEVEL if learnable else MAX_LEVEL
     if level > top:
@@ -300,7 +300,7 @@ def apply_map(config: Config, level: int, learnable: bool, inputs: Sequence[Tens
 # -- the fused operation
 
 
-def _bare_preactivation(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _bare_preactivation(config: LayerCall, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with torch.no_grad():
         _, z = _run_linear_act(x, weight, bias, [], [], "identity", config.backend, config.precision, "preactivations")
     return z
@@ -344,7 +344,7 @@ def _differentiable_backward(config, needs, g, g_z, x, weight, bias, z, params):
     return *linear, None, *((gp[j] if n else None) for j, n in enumerate(needs[3:]))
 
 
-def _all_tensors(config: Config, params, like: Tensor) -> list[Tensor]:
+def _all_tensors(config: LayerCall, params, like: Tensor) -> list[Tensor]:
     """Where some parameters are learnable, the constants among the others become tensors too."""
     return [like.new_tensor(c) if p is None else p for p, c in zip(params, config.constants, strict=True)]
 
@@ -487,7 +487,7 @@ def linear_act(
     keep = ""
     if track and activation.map.key != "identity":
         keep = backends.implementation(backend).keeps(x.dtype, activation.has_tensors)
-    config = Config(activation.map.key, activation.constants, backend, precision, keep, compiling)
+    config = LayerCall(activation.map.key, activation.constants, backend, precision, keep, compiling)
     if compiling:
         return exactly(x.device, _CompiledLinearAct.apply, x, weight, bias, config, *params)[0]
     return exactly(x.device, apply, LinearAct, x, weight, bias, config, *params)[0]

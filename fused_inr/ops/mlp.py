@@ -71,7 +71,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Call:
+class NetworkCall:
     """What a call of a network needs besides tensors (no tuple: functorch would take it apart)."""
 
     spec: Spec
@@ -98,15 +98,15 @@ class Decision:
     #: "network": as one operation; "layers": one operation a layer; "plain": by PyTorch's functions
     way: str = "network"
     #: the calls themselves, by whether they save
-    calls: dict[bool, Call] = field(default_factory=dict)
+    calls: dict[bool, NetworkCall] = field(default_factory=dict)
     #: what became of their gradients; None where calls are compiled
     history: History | None = None
 
-    def call(self, spec: Spec, save: bool) -> Call:
+    def call(self, spec: Spec, save: bool) -> NetworkCall:
         """The call of a network: the same object for all of one kind."""
         found = self.calls.get(save)
         if found is None:
-            found = self.calls[save] = Call(spec, self.backend, self.precision, save, self.history)
+            found = self.calls[save] = NetworkCall(spec, self.backend, self.precision, save, self.history)
         return found
 
 
@@ -316,7 +316,7 @@ def why_not(
 # -- the operation
 
 
-def _run(name: str, call: Call, head: Sequence[Tensor | None], tensors: Sequence[Tensor | None], *rest):
+def _run(name: str, call: NetworkCall, head: Sequence[Tensor | None], tensors: Sequence[Tensor | None], *rest):
     """The raw operation `name` of (*head, network, *rest).
 
     Where nothing looks at operations (a mode, a subclass, a transformation, the profiler), the backend is called
@@ -342,7 +342,7 @@ def through_layers(x: Tensor, layers: Sequence[Layer], chosen: tuple[str, str] |
     return in_sequence(x, steps(layers, one))
 
 
-def _through_layers(x: Tensor, call: Call, tensors: Sequence[Tensor | None]) -> Tensor:
+def _through_layers(x: Tensor, call: NetworkCall, tensors: Sequence[Tensor | None]) -> Tensor:
     """The same from a call's operands, weights and biases in the type of the rows."""
     layers = [
         layer._replace(weight=layer.weight.to(x.dtype), bias=None if layer.bias is None else layer.bias.to(x.dtype))
@@ -351,7 +351,7 @@ def _through_layers(x: Tensor, call: Call, tensors: Sequence[Tensor | None]) -> 
     return through_layers(x, layers, (call.backend, call.precision))
 
 
-def _gradients(call: Call, tensors, results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(call: NetworkCall, tensors, results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """gx and the gradients of `tensors` from a raw operation's results; None where not needed."""
     grads: list[Tensor | None] = [results[0] if needs[0] else None]
 

@@ -37,7 +37,7 @@ MULTIPROCESSORS = {"sm80": 108, "sm86": 128, "sm90": 132, "sm100": 148}
 
 
 @dataclass(frozen=True)
-class Config:
+class LayerConfig:
     """Tile [block_m, block_n] with a reduction by block_k (weight gradient: tile [block_n, block_k], rows by
     block_m)."""
 
@@ -73,7 +73,7 @@ class SumConfig:
 SUM = SumConfig(block_s=32, block_l=64, chunk=256, num_warps=4)
 
 
-def valid(config: Config, arch: str, op: str, kind: int, branches: int, itemsize: int, cls: str) -> bool:
+def valid(config: LayerConfig, arch: str, op: str, kind: int, branches: int, itemsize: int, cls: str) -> bool:
     """Whether a configuration can be right: powers of two, tensor-core minima, operands within shared memory,
     accumulators within a thread's registers and (sm_100) a multiprocessor's tensor memory.
 
@@ -231,7 +231,9 @@ def _branch_class(branches: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def pick(arch: str, op: str, kind: int, dtype: torch.dtype, precision: str, branches: int, N: int, K: int) -> Config:
+def pick(
+    arch: str, op: str, kind: int, dtype: torch.dtype, precision: str, branches: int, N: int, K: int
+) -> LayerConfig:
     """The configuration of one launch; op is "forward", "gz" or "weight_grad" (there N counts all branches'
     columns)."""
     if arch == "interpreter":
@@ -242,21 +244,21 @@ def pick(arch: str, op: str, kind: int, dtype: torch.dtype, precision: str, bran
     if op == "weight_grad" and kind != DOT:
         block_n, block_k = min(64, width), min(64, _power_of_two(K))
         narrow = min(block_n, block_k)
-        config = Config(max(4, 64 // narrow), block_n, block_k, 4, 1, dot=False)
+        config = LayerConfig(max(4, 64 // narrow), block_n, block_k, 4, 1, dot=False)
         return replace(config, block_m=max(4, min(32, 8192 // (block_n * block_k))))
     cls = type_class(dtype, precision)
     m, n, k, warps, stages = numbers((arch, op, KINDS[kind], cls, b))
     if kind == NARROW_K:
-        return Config(max(1, m // extra), min(n, max(16, width)), K, warps, 1, dot=False)
+        return LayerConfig(max(1, m // extra), min(n, max(16, width)), K, warps, 1, dot=False)
     if kind == NARROW_N:
-        return Config(max(1, m // extra), width, k, warps, 1, dot=False)
+        return LayerConfig(max(1, m // extra), width, k, warps, 1, dot=False)
     if kind == MAP:
-        return Config(max(1, m // extra), min(n, max(16, width)), 16, warps, 1, dot=False)
+        return LayerConfig(max(1, m // extra), min(n, max(16, width)), 16, warps, 1, dot=False)
     if op == "weight_grad":
-        return Config(m, min(n, max(32, width)), min(k, max(32, _power_of_two(K))), warps, stages)
+        return LayerConfig(m, min(n, max(32, width)), min(k, max(32, _power_of_two(K))), warps, stages)
     if extra > 1:
         m = max(16, m // extra)
-    config = Config(m, min(n, max(32, width)) if n > 32 else n, k, warps, stages)
+    config = LayerConfig(m, min(n, max(32, width)) if n > 32 else n, k, warps, stages)
     itemsize = 2 if cls == "half" else 4
     while not valid(config, arch, op, kind, branches, itemsize, cls) and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
@@ -285,22 +287,22 @@ def using(key: Key, value: Numbers) -> contextlib.AbstractContextManager[None]:
 
 
 @functools.lru_cache(maxsize=1024)
-def pick_map(arch: str, streams: int, N: int) -> Config:
+def pick_map(arch: str, streams: int, N: int) -> LayerConfig:
     """The tile of `act_map`: fewer elements a thread where many streams are alive."""
     if arch == "interpreter":
-        return Config(64, min(64, max(16, _power_of_two(N))), 1, 1, 1, dot=False)
+        return LayerConfig(64, min(64, max(16, _power_of_two(N))), 1, 1, 1, dot=False)
     elements = 128 * (8 if streams <= 4 else 4 if streams <= 16 else 2)
     block_n = min(64, _power_of_two(N))
-    return Config(elements // block_n, block_n, 1, 4, 1, dot=False)
+    return LayerConfig(elements // block_n, block_n, 1, 4, 1, dot=False)
 
 
-def _interpreter(op: str, kind: int, N: int, K: int) -> Config:
+def _interpreter(op: str, kind: int, N: int, K: int) -> LayerConfig:
     """Small tiles, so that small tests see several of each, in all directions."""
     if op == "weight_grad":
         side = 16 if kind == DOT else 8
-        return Config(16, min(side, _power_of_two(N)), min(side, _power_of_two(K)), 1, 1, dot=kind == DOT)
+        return LayerConfig(16, min(side, _power_of_two(N)), min(side, _power_of_two(K)), 1, 1, dot=kind == DOT)
     block_n = _power_of_two(N) if kind == NARROW_N else min(64, max(16, _power_of_two(N)))
-    return Config(64, block_n, K if kind == NARROW_K else 16, 1, 1, dot=kind == DOT)
+    return LayerConfig(64, block_n, K if kind == NARROW_K else 16, 1, 1, dot=kind == DOT)
 
 
 #: Widths that reach every different configuration of a table entry.
@@ -308,7 +310,7 @@ WIDTHS = (32, 64, 256)
 
 
 @dataclass(frozen=True)
-class Shipped:
+class ShippedLayer:
     """One entry of what is shipped: everything that `pick` looks at, and what it answers."""
 
     arch: str
@@ -319,7 +321,7 @@ class Shipped:
     branches: int
     N: int
     K: int
-    config: Config
+    config: LayerConfig
 
 
 TYPES: tuple[tuple[torch.dtype, str], ...] = (
@@ -332,7 +334,7 @@ TYPES: tuple[tuple[torch.dtype, str], ...] = (
 )
 
 
-def shipped(archs: tuple[str, ...] = ARCHITECTURES, branches: tuple[int, ...] = (1, 2, 4)) -> Iterator[Shipped]:
+def shipped(archs: tuple[str, ...] = ARCHITECTURES, branches: tuple[int, ...] = (1, 2, 4)) -> Iterator[ShippedLayer]:
     """Every different configuration, with shapes that lead to it."""
     seen = set()
     for a in archs:
@@ -349,4 +351,4 @@ def shipped(archs: tuple[str, ...] = ARCHITECTURES, branches: tuple[int, ...] = 
                             key = (a, op, k, dtype, precision, b, config)
                             if key not in seen:
                                 seen.add(key)
-                                yield Shipped(a, op, k, dtype, precision, b, N, K, config)
+                                yield ShippedLayer(a, op, k, dtype, precision, b, N, K, config)

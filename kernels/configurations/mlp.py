@@ -38,7 +38,7 @@ KINDS = ((1, 1), (2, 1), (2, 2), (4, 1))
 
 
 @dataclass(frozen=True)
-class Config:
+class NetworkConfig:
     """Rows of a tile, feature tiles of the width, warps; stages of the weights' pipeline over the layers; hidden
     products whose weights may stay on chip (one_pass: whose gradients may stay in registers); gradients of the hidden
     weights as part of a tile's backward, or of factors that stay in memory until the registers are free;
@@ -74,7 +74,7 @@ def width(N: int, arch: str) -> int:
     return max(16 if arch == "interpreter" else 32, layer_configs._power_of_two(N))
 
 
-def valid(config: Config, arch: str, op: str, B: int, C: int, WIDTH: int, itemsize: int) -> bool:
+def valid(config: NetworkConfig, arch: str, op: str, B: int, C: int, WIDTH: int, itemsize: int) -> bool:
     """Whether a configuration can be right: powers of two, tensor-core minima, weights that stay on chip and the
     operands of one product within shared memory, tensor memory (sm_100), a thread's registers."""
     c = config
@@ -107,17 +107,17 @@ def numbers(key: Key) -> Numbers:
 
 
 @functools.lru_cache(maxsize=1024)
-def pick(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int, WIDTH: int) -> Config | None:
+def pick(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int, WIDTH: int) -> NetworkConfig | None:
     """The configuration of a launch, or None: op is "forward", "save" (a forward that keeps z), "train", "backward" (a
     training pass that reads z), "one_pass"."""
     if arch == "interpreter":  # small tiles and few programs, so that small tests see several of each
         if op == "one_pass":
-            return Config(16, 1, 1, resident=2, reload=True, per_sm=1) if WIDTH == 16 else None
+            return NetworkConfig(16, 1, 1, resident=2, reload=True, per_sm=1) if WIDTH == 16 else None
         tiles = 2 if WIDTH == 32 else 1
         resident = 2 if WIDTH == 16 else 0
-        return Config(16, tiles, 1, resident=resident, sums=WIDTH <= 32, reload=WIDTH == 32, per_sm=1)
+        return NetworkConfig(16, tiles, 1, resident=resident, sums=WIDTH <= 32, reload=WIDTH == 32, per_sm=1)
     key = entry(arch, op, dtype, precision, B, C, WIDTH)
-    return None if key is None else Config(*TUNED[key])
+    return None if key is None else NetworkConfig(*TUNED[key])
 
 
 def entry(arch: str, op: str, dtype: torch.dtype, precision: str, B: int, C: int, WIDTH: int) -> Key | None:
@@ -142,7 +142,7 @@ def using(key: Key, value: Numbers) -> contextlib.AbstractContextManager[None]:
 
 
 @dataclass(frozen=True)
-class Shipped:
+class ShippedNetwork:
     """One entry of the table, with a type that leads to it."""
 
     op: str
@@ -152,7 +152,7 @@ class Shipped:
     width: int
 
 
-def shipped(arch: str, types, kinds) -> Iterator[Shipped]:
+def shipped(arch: str, types, kinds) -> Iterator[ShippedNetwork]:
     """The entries of an architecture for these types and kinds of maps, and what they serve besides."""
     besides = {"forward": ("forward", "save"), "train": ("train", "backward"), "one_pass": ("one_pass",)}
     for a, op, cls, B, C, WIDTH in TUNED:
@@ -161,4 +161,4 @@ def shipped(arch: str, types, kinds) -> Iterator[Shipped]:
                 for each in besides.get(op, ()):
                     if each == "save" and entry(arch, "backward", dtype, precision, B, C, WIDTH) is None:
                         continue  # nothing reads what it would save: such networks train layer by layer
-                    yield Shipped(each, dtype, precision, (B, C), WIDTH)
+                    yield ShippedNetwork(each, dtype, precision, (B, C), WIDTH)

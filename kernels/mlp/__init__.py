@@ -31,19 +31,19 @@ from ..maps import INTERPRETED, identity
 from ..sums import launch_sum
 from . import pack
 from .forward import JETS, NOTHING, PREACTIVATIONS, forward_kernel
-from .pack import Network
+from .pack import NetworkSizes
 from .tiles import Rows
 from .train import BIAS_COLUMNS, one_pass_kernel, train_kernel
 
 # ---------------------------------------------------------------- whether a network is served
 
 
-def _network(shapes: Sequence[tuple[int, int]], maps: Sequence, arch: str) -> Network:
+def _network(shapes: Sequence[tuple[int, int]], maps: Sequence, arch: str) -> NetworkSizes:
     hidden = maps[0]
     B, C = hidden.branches, hidden.outputs
     N = shapes[0][0] // B
     width = network_configs.width(N, arch)
-    return Network(shapes[0][1], shapes[-1][0], len(shapes) - 1, N, B, C, hidden.n_params, width)
+    return NetworkSizes(shapes[0][1], shapes[-1][0], len(shapes) - 1, N, B, C, hidden.n_params, width)
 
 
 def _arch(capability: int | None) -> str:
@@ -124,7 +124,7 @@ class Plan:
     """A call's sizes, its numbers, and the constants that its kernels share."""
 
     call: Call
-    net: Network
+    net: NetworkSizes
     acc: torch.dtype
     numbers: tuple[float, ...]  # of the maps, in as few sets as there are different layers from the front
     sets: int
@@ -136,11 +136,11 @@ class Plan:
     bias_size: int
     weight_sizes: tuple[int, int]
 
-    def pick(self, op: str) -> network_configs.Config | None:
+    def pick(self, op: str) -> network_configs.NetworkConfig | None:
         call, net = self.call, self.net
         return network_configs.pick(call.arch, op, call.dtype, call.precision, net.branches, net.channels, net.width)
 
-    def config(self, op: str) -> network_configs.Config:
+    def config(self, op: str) -> network_configs.NetworkConfig:
         config = self.pick(op)
         if config is None:  # whoever asked `serves` is not here
             call = self.call
@@ -179,7 +179,7 @@ def _plan(call: Call) -> Plan:
     return Plan(call, net, acc, numbers, len(sets), table, last_params, constants, bias, tuple(words))
 
 
-def _of_config(plan: Plan, config: network_configs.Config) -> dict[str, object]:
+def _of_config(plan: Plan, config: network_configs.NetworkConfig) -> dict[str, object]:
     width = plan.net.width
     return {**plan.constants, "BLOCK_M": config.block_m, "BLOCK_T": width // config.tiles, **config.options()}
 
@@ -292,7 +292,7 @@ _forward = Launcher(forward_kernel)
 
 
 @functools.lru_cache(maxsize=256)
-def _forward_constants(plan: Plan, config: network_configs.Config, keeps: int, back: bool) -> dict[str, object]:
+def _forward_constants(plan: Plan, config: network_configs.NetworkConfig, keeps: int, back: bool) -> dict[str, object]:
     maps, hidden = plan.call.spec.maps, plan.net.layers - 1
     return {
         "MAP": maps[0].triton_jet() if keeps == JETS else maps[0].triton_map(0, False), "LAST": _last_map(maps[-1], 0),
@@ -302,7 +302,7 @@ def _forward_constants(plan: Plan, config: network_configs.Config, keeps: int, b
 
 
 def launch_forward(
-    x, plan: Plan, packed: _Packed, y, saved, keeps: int, config: network_configs.Config, back: bool
+    x, plan: Plan, packed: _Packed, y, saved, keeps: int, config: network_configs.NetworkConfig, back: bool
 ) -> None:
     """y [M, OUT] and what `keeps` says; M > 0."""
     net, M = plan.net, x.shape[0]
@@ -330,7 +330,7 @@ class _Loss:
     factor: float
 
 
-def by_sums(net: Network, config: network_configs.Config, programs: int) -> network_configs.Config:
+def by_sums(net: NetworkSizes, config: network_configs.NetworkConfig, programs: int) -> network_configs.NetworkConfig:
     """The configuration for this depth, with the way of the hidden weights' gradients settled: `sums`, unless those of
     so many layers would leave the cache; of the factors of `later` tiles where the entry says so."""
     if programs * (net.layers - 1) * net.square * 4 > network_configs.SUMS_BYTES:
@@ -354,7 +354,7 @@ class Pass:
 class _Training:
     """A pass settled: its configuration, where its sums lie, the constants of its kernel."""
 
-    config: network_configs.Config
+    config: network_configs.NetworkConfig
     one_pass: bool
     programs: int
     where: pack.Segments
@@ -364,7 +364,11 @@ class _Training:
 
 @functools.lru_cache(maxsize=256)
 def _training(
-    plan: Plan, which: Pass, narrow: network_configs.Config | None, config: network_configs.Config, multiprocessors: int
+    plan: Plan,
+    which: Pass,
+    narrow: network_configs.NetworkConfig | None,
+    config: network_configs.NetworkConfig,
+    multiprocessors: int,
 ) -> _Training:
     """`narrow`: the configuration with everything in registers, where there is one."""
     net, call, maps = plan.net, plan.call, plan.call.spec.maps

@@ -26,7 +26,7 @@ FINISH_BLOCK, FINISH_ROWS = 64, 32
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkSizes:
     """Sizes of a network of `layers` equal layers and a last one."""
 
     inputs: int
@@ -150,7 +150,7 @@ def pack_kernel(
         tl.store(bias_ptr + L * ROWS + offs_o, v)
 
 
-def sizes(net: Network, back: bool, table: bool) -> tuple[int, int]:
+def sizes(net: NetworkSizes, back: bool, table: bool) -> tuple[int, int]:
     """Elements of the packed weights, and of biases and table."""
     weights = net.rows * net.inputs_pad + (net.layers - 1) * net.square * (2 if back else 1)
     weights += net.outputs_pad * net.columns
@@ -161,7 +161,7 @@ _pack = Launcher(pack_kernel)
 
 
 @functools.lru_cache(maxsize=256)
-def _pack_constants(net: Network, back: bool, table: bool, dtype: torch.dtype, precision: str) -> tuple[int, dict]:
+def _pack_constants(net: NetworkSizes, back: bool, table: bool, dtype: torch.dtype, precision: str) -> tuple[int, dict]:
     programs = (sizes(net, False, False)[0]) // PACK_BLOCK + net.layers + 1
     return programs, {
         "B": net.branches, "C": net.channels, "P": net.n_params, "L": net.layers, "N": net.features,
@@ -172,7 +172,7 @@ def _pack_constants(net: Network, back: bool, table: bool, dtype: torch.dtype, p
 
 
 def launch_pack(
-    net: Network, packed, bias, weights: Sequence, biases: Sequence, params: Sequence, numbers: Sequence[float],
+    net: NetworkSizes, packed, bias, weights: Sequence, biases: Sequence, params: Sequence, numbers: Sequence[float],
     back: bool, table: bool, dtype: torch.dtype, precision: str,
 ) -> None:  # fmt: skip
     """packed and bias, of the elements that `sizes` says, from the network's own tensors; params and numbers: of the
@@ -211,7 +211,7 @@ class Segments:
 
 
 @functools.lru_cache(maxsize=256)
-def segments(net: Network, needs_w: bool, needs_b: bool, needs_p: bool, loss: bool, hidden: bool, block: int):
+def segments(net: NetworkSizes, needs_w: bool, needs_b: bool, needs_p: bool, loss: bool, hidden: bool, block: int):
     """The layout of the sums that are needed."""
     lengths = {
         "first": net.rows * net.inputs_pad if needs_w else 0,
@@ -302,7 +302,7 @@ _finish = Launcher(finish_kernel)
 
 
 @functools.lru_cache(maxsize=256)
-def _finish_constants(net: Network, where: Segments, acc: torch.dtype) -> dict:
+def _finish_constants(net: NetworkSizes, where: Segments, acc: torch.dtype) -> dict:
     return {
         "B": net.branches, "C": net.channels, "P": net.n_params, "L": net.layers, "N": net.features,
         "WIDTH": net.width, "K_PAD": net.inputs_pad, "OUT_PAD": net.outputs_pad, "FIRST": where.first,
@@ -313,8 +313,9 @@ def _finish_constants(net: Network, where: Segments, acc: torch.dtype) -> dict:
 
 
 def launch_finish(
-    net: Network, where: Segments, sums, weights: Sequence, biases: Sequence, map_params: Sequence, loss, scale: float
-) -> None:
+    net: NetworkSizes, where: Segments, sums, weights: Sequence, biases: Sequence, map_params: Sequence, loss,
+    scale: float,
+) -> None:  # fmt: skip
     """The network's gradients and the loss from sums [programs, where.total]; what there is none of is None."""
     arguments = (
         sums,
