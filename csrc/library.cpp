@@ -213,7 +213,9 @@ std::string stamp() { return FUSED_INR_STAMP; }
 TORCH_LIBRARY(fused_inr_native, m) {
   m.def("primitive(str name, Tensor[] arguments) -> Tensor[]");
   m.def("register_activation(str key, int branches, int outputs, int params, int[] tables) -> ()",
-        [](const std::string& key, int64_t b, int64_t c, int64_t p, at::ArrayRef<int64_t> t) { register_activation(key, b, c, p, t); });
+        [](const std::string& key, int64_t b, int64_t c, int64_t p, at::ArrayRef<int64_t> t) {
+          register_activation(key, b, c, p, t);
+        });
   m.def("has_activation(str key, int level=0, bool learnable=False) -> bool",
         [](const std::string& key, int64_t level, bool learnable) { return has_activation(key, level, learnable); });
   m.def("capability() -> str", []() { return capability(); });
@@ -222,7 +224,8 @@ TORCH_LIBRARY(fused_inr_native, m) {
   m.def("set_capability(str name) -> ()", [](const std::string& name) { set_capability(name); });
   m.def("product_floor(float operations, int width, bool float64=False) -> ()",
         [](double operations, int64_t width, bool float64) {
-          TORCH_CHECK_VALUE(operations > 0 && width > 0, "operations, width: expected more than 0, got ", operations, ", ", width);
+          TORCH_CHECK_VALUE(operations > 0 && width > 0, "operations, width: expected more than 0, got ", operations, ", ",
+                            width);
           current().load()->product_floor[float64](operations, width, parallel, threads());
         });
   m.def("stamp() -> str", []() { return stamp(); });

@@ -8,19 +8,20 @@
 namespace fused_inr {
 namespace {
 
-// x, weight and bias of a call, checked and in a form that the engine takes.
-struct Operands : LayerSizes {
-  const Engine* engine;
+// The engine that runs, and an activation of its.
+struct Activated {
+  const Engine* engine = current().load();
   Activation activation;
+
+  explicit Activated(c10::string_view key) : activation(activation_of(engine, key)) {}
+};
+
+// x, weight and bias of a call, checked and in a form that the engine takes.
+struct Operands : Activated, LayerSizes {
   Tensor x, weight, bias;
 
   Operands(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, c10::string_view key)
-      : Operands(current().load(), x_, weight_, bias_, key) {}
-  Operands(const Engine* engine_, const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, c10::string_view key)
-      : Operands(engine_, activation_of(engine_, key), x_, weight_, bias_) {}
-  Operands(const Engine* engine_, const Activation& activation_, const Tensor& x_, const Tensor& weight_,
-           const OptionalTensor& bias_)
-      : LayerSizes(x_, weight_, bias_, activation_), engine(engine_), activation(activation_) {
+      : Activated(key), LayerSizes(x_, weight_, bias_, activation) {
     x = with_unit_columns(x_);
     weight = with_unit_columns(weight_.to(compute));
     if (bias_ && bias_->defined()) bias = bias_->to(compute).contiguous();

@@ -354,7 +354,7 @@ def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SH
             units.append(
                 ("cpu/maps.cpp", [*_kernel_flags(name), "-O2", f"-DFUSED_INR_SCALAR={scalar}"], f"maps_{scalar}_{name}")
             )
-        for source in ("network", "engine", "moments"):
+        for source in ("mlp_training", "mlp_forward", "linear_act", "moments", "engine"):
             units.append((f"cpu/{source}.cpp", [*_kernel_flags(name), "-O3"], f"{source}_{name}"))
 
     with Build(target, verbose) as build:
