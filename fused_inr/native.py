@@ -70,7 +70,7 @@ def sources() -> Path:
     """The folder of the C++ sources: `fused_inr/_csrc` where installed, `csrc` in a checkout."""
     here = Path(__file__).resolve().parent
     for folder in (here / "_csrc", here.parent / "csrc"):
-        if (folder / "ops.cpp").is_file():
+        if (folder / "library.cpp").is_file():
             return folder
     raise RuntimeError("the C++ sources of the native engine are not installed")
 
@@ -346,13 +346,15 @@ def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SH
         "-isystem",
         str(include / "torch" / "csrc" / "api" / "include"),
     ]
-    units: list[tuple[str, list[str], str]] = [("ops.cpp", ops, "ops")]  # the longest first
+    units: list[tuple[str, list[str], str]] = []  # the longest first
+    for source in ("linear_act", "mlp", "library", "moments"):
+        units.append((f"{source}.cpp", ops, f"ops_{source}"))
     for name in reversed(capabilities):
         for scalar in ("float", "double"):
             units.append(
                 ("cpu/maps.cpp", [*_kernel_flags(name), "-O2", f"-DFUSED_INR_SCALAR={scalar}"], f"maps_{scalar}_{name}")
             )
-        for source in ("network", "engine", "moments"):
+        for source in ("mlp_training", "mlp_forward", "linear_act", "moments", "engine"):
             units.append((f"cpu/{source}.cpp", [*_kernel_flags(name), "-O3"], f"{source}_{name}"))
 
     with Build(target, verbose) as build:

@@ -83,8 +83,8 @@ def _runs_on(architecture: int, capability: int, newest: bool) -> bool:
 
 def _source_hash(folder: Path) -> str:
     digest = hashlib.sha256()
-    shared = (folder / "primitives.h", folder / "philox.h", folder / "generated" / "activations.h")
-    for path in [*sorted((folder / "cuda").iterdir()), *shared]:
+    shared = ("primitives.h", "philox.h", "streams.h", "maps.h", "operands.h", "generated/activations.h")
+    for path in [*sorted((folder / "cuda").iterdir()), *(folder / name for name in shared)]:
         digest.update(f"{path.name}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-// What the objects of each capability offer to ops.cpp: plain structs and raw pointers.
+// What the objects of each capability offer to the operators (../native.h): plain structs and raw pointers.
 //
 // This header and everything under csrc/cpu stays free of PyTorch: those objects are compiled with their own machine
 // flags, and an inline function of a shared header compiled for AVX-512 must not end up serving the rest of the program.
@@ -6,9 +6,9 @@
 
 #include <stdint.h>
 
-namespace fused_inr {
+#include "../streams.h"
 
-enum class Storage : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+namespace fused_inr {
 
 // void map(n, in, stride, out): n elements of a map; a stride is 0 (one value for all) or 1
 template <class T>

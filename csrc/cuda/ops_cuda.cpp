@@ -20,7 +20,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "../held.h"
+#include "../operands.h"
 #include "moments.h"
 #include "rows.h"
 
@@ -44,10 +44,6 @@ extern "C" __attribute__((used, visibility("default"))) const char fused_inr_cud
     "FUSED_INR_STAMP=" FUSED_INR_STAMP ";";
 
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using OptionalTensors = c10::List<OptionalTensor>;
 
 // -- device, stream, dispatch
 
@@ -157,18 +153,6 @@ std::string refusal([[maybe_unused]] int64_t device) {
 // -- tensors
 
 bool is_half(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
-
-Storage storage_of(const Tensor& t, const char* name) {
-  held(t, name);
-  switch (t.scalar_type()) {
-    case at::kFloat: return Storage::float32;
-    case at::kDouble: return Storage::float64;
-    case at::kBFloat16: return Storage::bfloat16;
-    case at::kHalf: return Storage::float16;
-    default: break;
-  }
-  TORCH_CHECK_TYPE(false, name, ": expected float32, float64, bfloat16 or float16, got ", t.scalar_type());
-}
 
 // The kernels of float64 read and write float64; those of float32 half types, too.
 bool readable(at::ScalarType type, at::ScalarType compute) { return type == compute || (compute == at::kFloat && is_half(type)); }

@@ -3,9 +3,9 @@
 
 #include <stdint.h>
 
-namespace fused_inr {
+#include "../streams.h"
 
-enum class Storage : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+namespace fused_inr {
 
 constexpr int kSlots = 6;     // levels 0 to 3 with constant parameters, levels 1 and 2 with learnable ones
 constexpr int kMaxIn = 20;    // groups of streams of one map; with kMaxOut and kMaxSums, what fits a kernel's arguments
