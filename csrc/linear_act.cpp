@@ -120,9 +120,10 @@ std::vector<Tensor> act_map(at::TensorList inputs, const OptionalTensors& params
   const Engine* engine = current().load();
   const Activation a = activation_of(engine, key);
   expect_level(level);
+  const bool float64 = !inputs.empty() && compute_type(inputs[0]) == at::kDouble;
+  void* map = map_of(a, key, float64, static_cast<int>(level), learnable);
   const Streams streams(a, static_cast<int>(level), learnable);
   const MapSizes o(inputs, streams, a);
-  void* map = map_of(a, key, o.float64(), static_cast<int>(level), learnable);
   const Params p(params, constants, a, o.features, o.compute);
 
   MapRows f;
@@ -170,7 +171,7 @@ std::vector<Tensor> act_map(at::TensorList inputs, const OptionalTensors& params
     }
     group.data = results.back().data_ptr();
   }
-  if (!o.empty()) engine->map_rows[o.float64()](f);
+  if (!o.empty()) engine->map_rows[float64](f);
   return results;
 }
 

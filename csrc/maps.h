@@ -5,6 +5,7 @@
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "streams.h"
@@ -16,10 +17,13 @@ struct Shape {
   int branches = 1, outputs = 1, params = 0;
 };
 
-// Activations that are added at run time, by key. Any thread may ask.
+// Activations by key, to which any thread may add.
 template <class Activation>
 class Registry {
  public:
+  Registry() = default;
+  explicit Registry(std::unordered_map<std::string, Activation> table) : table_(std::move(table)) {}
+
   bool find(const std::string& key, Activation* found) const {
     const std::shared_lock lock(mutex_);
     const auto it = table_.find(key);

@@ -123,7 +123,6 @@ struct MapSizes {
     for (int64_t d = 0; d + 1 < z.dim(); ++d) rows *= z.size(d);
   }
 
-  bool float64() const { return compute == at::kDouble; }
   bool empty() const { return rows * features == 0; }
   // [M, width * N], with as many dimensions before the last as z has
   std::vector<int64_t> shape(int64_t width) const {

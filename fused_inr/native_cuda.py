@@ -159,7 +159,7 @@ def build(
         ([*kernels, "-DFUSED_INR_SCALAR=double"], "maps.cu", "maps_double"),
         ([*kernels, "-DFUSED_INR_SCALAR=float"], "maps.cu", "maps_float"),
         (kernels, "moments.cu", "moments"),
-        (ops, "ops_cuda.cpp", "ops"),
+        *((ops, f"{name}.cpp", f"ops_{name}") for name in ("linear_act", "library", "moments")),
         (kernels, "probe.cu", "probe"),
     ]
     with native.Build(target, verbose) as build:

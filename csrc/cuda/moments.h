@@ -1,4 +1,4 @@
-// The moments kernels, as ops_cuda.cpp sees them: plain structs and raw pointers.
+// The moments kernels, as operators see them: plain structs and raw pointers.
 #pragma once
 
 #include <stdint.h>

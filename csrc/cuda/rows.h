@@ -1,4 +1,4 @@
-// What the CUDA kernels offer to ops_cuda.cpp: plain structs and raw pointers, no PyTorch and no CUDA header.
+// What the CUDA kernels offer to operators: plain structs and raw pointers, no PyTorch and no CUDA header.
 #pragma once
 
 #include <stdint.h>
