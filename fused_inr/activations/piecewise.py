@@ -10,6 +10,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
+
+from . import primitives, printing
+from .tape import Program, Tape, from_sympy
+
 #: Points at which pieces are tried, in this order; of several branches, their combinations.
 _POINTS = (1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.0, 0.1, -0.1, 4.0, -4.0, 10.0, -10.0, 50.0, -50.0)
 _MOST_POINTS = 1 << 12
@@ -59,7 +64,6 @@ def _bottom_up(expression: Any, rewrite: Any) -> Any:
 def _point(piece: Any, elsewhere: Any, inside: tuple, symbols: tuple, values: dict[Any, float]) -> list[float] | None:
     """Where the piece is taken, and finite with its first two derivatives; None where no such point is found."""
     import sympy
-    import torch
 
     taken = sympy.Piecewise((0, elsewhere), (1, True), evaluate=False)
     run = _function([piece, taken], (*symbols, *values))
@@ -83,15 +87,10 @@ def _point(piece: Any, elsewhere: Any, inside: tuple, symbols: tuple, values: di
 
 def _function(expressions: list, arguments: tuple) -> Any:
     """Sympy expressions as a PyTorch function of `arguments`."""
-    import torch
-
-    from . import emit, primitives
-    from .tape import Program, Tape, from_sympy
-
     tape = Tape()
     for symbol in arguments:
         tape.input(symbol.name)
     nodes = from_sympy(expressions, tape)
     program = Program(tape, [(s.name, (s.name,)) for s in arguments], [("y", tuple(nodes))])
-    source = emit.torch_function("pieces", program)
-    return emit.execute(source, "<fused_inr pieces>", {"p": primitives, "torch": torch})["pieces"]
+    source = printing.torch_function("pieces", program)
+    return printing.execute(source, "<fused_inr pieces>", {"p": primitives, "torch": torch})["pieces"]

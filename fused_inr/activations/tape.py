@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+#: Orders of differentiation with generated code: constant parameters, learnable parameters.
+MAX_LEVEL, MAX_LEARNABLE_LEVEL = 3, 2
 ARITHMETIC = ("add", "sub", "mul", "div", "neg")
 COMPARISONS = ("gt", "ge", "lt", "le", "eq")
 SINC_ORDERS = 7
