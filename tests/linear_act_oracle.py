@@ -20,8 +20,6 @@ import fused_inr as fi
 from fused_inr.activations import Activation
 
 NAMES = fi.activations.names()
-#: Derivatives differ from those of the value, so finite differences do not apply.
-DETACHED = {"finer_detached"}
 
 
 def pytest_generate_tests(metafunc):

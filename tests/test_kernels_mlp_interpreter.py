@@ -23,7 +23,7 @@ from fused_inr.kernels import maps, mlp_tune
 from fused_inr.kernels.mlp import forward_kernel, mlp, mlp_backward, mlp_loss, serves, train_kernel
 from tolerances import UNIT, Map, Rounded, cat, chunk, times, total, worst
 
-from fused_inr.activations import registered
+from fused_inr.activations import registered, registered_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in padded columns
 
@@ -326,13 +326,9 @@ def test_gradients_of_a_float16_loss_stay_within_its_range(N):
 
 
 def test_loss_of_the_registry():
-    pytest.importorskip("fused_inr.activations.losses")
-    from fused_inr.activations import lookup
-
     net = make("sine", M=20, hidden=0)
-    for key in ("squared_error", "absolute_error", "huber_error"):
-        loss_map = lookup(key)
-        constants = list(loss_map.defaults.values())
+    for loss_map in registered_losses():
+        constants = list({**loss_map.defaults, **loss_map.facts.test_values}.values())
         value, gradients = reference(net, lambda y: loss_map.torch_map(0)(y, net.g, *constants)[0].sum())  # noqa: B023
         agree(mlp_loss(net.x, net.g, None, *net.arguments(), loss_map, constants), [value, *gradients])
 

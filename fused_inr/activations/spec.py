@@ -139,7 +139,7 @@ class ActivationMap:
         for name in (*z_names, *own_names):
             tape.input(name)
         nodes = from_sympy(expressions, tape)
-        used = {n.value for n in tape.nodes if n.op == "input"}
+        used = {str(n.value) for n in tape.nodes if n.op == "input"}
         unknown = used - set(z_names) - set(own_names)
         if unknown:
             raise ValueError(

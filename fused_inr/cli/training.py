@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import losses
+from .. import losses, models
 from ..init.siren import TUNED, siren_init_
-from ..models import MLP, SIREN, SplitNet
 from . import CliError
 from .activation import parse_activation
 from .options import FitOptions
@@ -65,28 +64,19 @@ def build_model(options: FitOptions, channels: int) -> nn.Module:
     activation = parse_activation(options.activation)
     shape = (2, options.width, options.depth, channels)
     params: dict[str, Any] = activation.params
-    learnable = tuple(activation.learnable)
+    facts = activation.map.facts
+    make: Any = getattr(models, facts.model)
+    own: dict[str, Any] = {"activation": activation}
+    if facts.model_arguments is not None:
+        own = {**facts.model_arguments(**params), "learnable": tuple(activation.learnable)}
     init: dict[str, Any] = {} if options.init == "paper" else {"init": options.init}
-    residual, norm = options.residual, options.norm
     if options.init == "siren-tuned":
-        own = partial(siren_init_, flic=TUNED["flic"], initc=TUNED["initc"])
-        init = TUNED if activation.name == "sine" else {"init": own}
+        tuned = partial(siren_init_, flic=TUNED["flic"], initc=TUNED["initc"])
+        init = TUNED if make is models.SIREN else {"init": tuned}
+    elif options.init == "paper" and make is models.MLP and facts.init != "default":
+        init = {"init": facts.init}
     try:
-        model: nn.Module
-        if activation.name == "sine":
-            omega = params["omega"]
-            model = SIREN(
-                *shape, omega=omega, first_omega=omega, learnable=learnable, residual=residual, norm=norm, **init
-            )
-        elif activation.name == "split":
-            omegas = params["w1"], params["w2"], params["w3"], params["w4"]
-            model = SplitNet(
-                *shape, m=params["m"], omegas=omegas, learnable=learnable, residual=residual, norm=norm, **init
-            )
-        else:
-            if options.init == "paper" and activation.name in ("finer", "finer_detached", "incode"):
-                init = {"init": "siren"}
-            model = MLP(*shape, activation=activation, residual=residual, norm=norm, **init)
+        model: nn.Module = make(*shape, **own, residual=options.residual, norm=options.norm, **init)
     except (TypeError, ValueError) as error:
         raise CliError(f"--activation {options.activation}, --init {options.init}: {error}") from error
     return model.double() if options.precision == "float64" else model
@@ -146,7 +136,7 @@ class Trainer:
 
     def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with self.autocast():
-            if self.forward is self.model and isinstance(self.model, (MLP, SIREN, SplitNet)):
+            if self.forward is self.model and isinstance(self.model, (models.MLP, models.SIREN, models.SplitNet)):
                 return losses.mse(self.model, x, y)  # in one pass with the network and all gradients
             output = self.forward(x)
         return nn.functional.mse_loss(output.to(y.dtype), y)

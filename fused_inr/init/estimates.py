@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import activations
-from .._checks import one_of, positive_int
+from .._checks import described, one_of, positive_int
 from ..activations import Activation, ActivationMap
 from ..ops import moments as raw
-from .siren import _described
 
 METHODS = ("auto", "montecarlo", "quadrature")
 #: Chunks of draws from which their spread tells the covariance of second moments; with fewer, a bound serves.
@@ -127,14 +126,14 @@ def moments(
     Returns `Moments` of shape [..]. Raises TypeError or ValueError for other arguments, and where f or its derivative
     is not finite.
     """
-    f = _function(activation)
+    f = function_of(activation)
     method = one_of("method", method, METHODS)
     samples = positive_int("samples", samples, minimum=2)
     seed = _seed(seed)
     start = positive_int("start", start, minimum=0)
     if start % 4 or start + samples >= 1 << 63:
         raise ValueError(f"start must be a multiple of 4 such that start + samples < 2^63, got {start}")
-    grid = _Grid(f, sigma, parameters, device)
+    grid = Grid(f, sigma, parameters, device)
     if method != "montecarlo":
         from .quadrature import NotConverged, integrate
 
@@ -149,7 +148,12 @@ def moments(
 # -- arguments
 
 
-def _function(activation: object) -> Activation | Callable[[Tensor], Tensor]:
+def function_of(activation: object) -> Activation | Callable[[Tensor], Tensor]:
+    """The function that an argument `activation` means: an activation of this package, or a callable on tensors.
+
+    Raises:
+        TypeError: it is neither a callable nor a name.
+    """
     f = activations.get(activation) if isinstance(activation, str | ActivationMap) else activation
     if not callable(f):
         raise TypeError(
@@ -165,8 +169,14 @@ def _seed(seed: object) -> int:
     return seed
 
 
-class _Grid:
-    """The settings, flat: sigmas [G, B], params [G, P], float64; `shape` is theirs, `features` are averaged over."""
+class Grid:
+    """The settings of a call to `moments`, broadcast against each other and flat.
+
+    Attributes:
+        sigmas, params: [G, B] and [G, P] in float64; G is the number of settings times that of features.
+        shape: of the settings as they were given.
+        features: how many features of the activation the moments are averaged over, 0 for none.
+    """
 
     def __init__(self, f, sigma, parameters, device) -> None:
         self.f = f
@@ -300,7 +310,7 @@ def value_and_derivative(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tens
 def checked_values(f: object, y: object, z: Tensor) -> Tensor:
     """y = f(z) of a callable, if it is what an activation returns."""
     if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
-        got = _described(y) if isinstance(y, Tensor) else type(y).__name__
+        got = described(y) if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"activation must return a floating-point or complex tensor, got {got} from {f!r}")
     if y.shape != z.shape:
         raise ValueError(
@@ -313,7 +323,7 @@ def checked_values(f: object, y: object, z: Tensor) -> Tensor:
 # -- Monte Carlo
 
 
-def _drawn(grid: _Grid, samples: int, seed: int, start: int):
+def _drawn(grid: Grid, samples: int, seed: int, start: int):
     sigmas = grid.sigmas.float().to(grid.device)
     if grid.map is not None:
         sums = raw.sums(sigmas, grid.params.float().to(grid.device), samples, seed, grid.map, start)
@@ -327,7 +337,7 @@ def _drawn(grid: _Grid, samples: int, seed: int, start: int):
 CALL = 4 * raw.CHUNK
 
 
-def _callable_part(grid: _Grid, sigmas: Tensor, seed: int):
+def _callable_part(grid: Grid, sigmas: Tensor, seed: int):
     def part(start: int, samples: int) -> Tensor:
         out = []
         for at in range(0, samples, CALL):

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._checks import finite_float, one_of, positive_int
-from .siren import _described
+from .._checks import described, finite_float, one_of, positive_int
 from .walk import chain, fused_layers, is_fused, refuse_computed, warn_of_others, watch
 from .weights import vi3nr_orthogonal_
 
@@ -65,7 +64,7 @@ def lsuv_init_(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a network or a layer, got {type(module).__name__}")
     if not isinstance(sample_input, Tensor) or not sample_input.is_floating_point():
-        raise TypeError(f"sample_input must be a floating-point tensor, got {_described(sample_input)}")
+        raise TypeError(f"sample_input must be a floating-point tensor, got {described(sample_input)}")
     if sample_input.dim() == 0:
         raise ValueError("sample_input must have shape [.., in_features], got a scalar")
     if sample_input.numel() == 0 or not bool(torch.isfinite(sample_input).all()):

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import positive_int
+from .._checks import described, positive_int
 from .estimates import moments
 from .network import drawn_moments
-from .siren import _described
 from .walk import Link, chain, watch
 
 
@@ -130,7 +129,7 @@ def report(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a network or a layer, got {type(model).__name__}")
     if not isinstance(sample_input, Tensor) or not sample_input.is_floating_point():
-        raise TypeError(f"sample_input must be a floating-point tensor, got {_described(sample_input)}")
+        raise TypeError(f"sample_input must be a floating-point tensor, got {described(sample_input)}")
     if sample_input.dim() == 0:
         raise ValueError("sample_input must have shape [.., in_features], got a scalar")
     if sample_input.numel() == 0:

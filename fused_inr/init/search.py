@@ -19,7 +19,6 @@ from ..activations import Activation
 from . import estimates, quadrature
 from .estimates import METHODS, Moments
 
-STATUSES = ("solved", "everywhere", "limit_zero", "limit_infinity", "never")
 _PER_DECADE = 8
 #: Draws of the first look at the whole range.
 _COARSE_SAMPLES = 1 << 17
@@ -105,7 +104,7 @@ def search_sigma_p(
     lower = max(lower, math.sqrt(bias_variance) * (1 + 1e-6))
     if lower >= upper:
         raise ValueError(f"upper must exceed lower and the root of bias_variance, {lower:g}, got {upper:g}")
-    f = estimates._function(activation)
+    f = estimates.function_of(activation)
     if method == "auto" and isinstance(f, Activation) and f.branches > 2:
         method = "montecarlo"  # a product rule would take seconds a value
     problem = _Problem(f, fan_ratio, bias_variance, method, samples, dict(seed=seed, device=device))
@@ -123,7 +122,7 @@ class _Problem:
             return self.log_condition(*sigma.tolist())
         samples = min(_COARSE_SAMPLES, self.samples)
         value, error, m = self._of(estimates.moments(self.f, sigma, method="montecarlo", samples=samples, **self.own))
-        grid = estimates._Grid(self.f, sigma, None, None)
+        grid = estimates.Grid(self.f, sigma, None, None)
         if self.method == "auto" and grid.branches == 1 and not grid.features:
             last, off, good = quadrature.smooth(grid)
             if bool(good.any()):

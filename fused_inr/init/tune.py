@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._checks import finite_float, positive_int
+from .._checks import described, finite_float, positive_int
 from .network import vi3nr_init_
-from .siren import _described
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -107,7 +106,7 @@ def tune_sigma_p(
         raise TypeError(f"model must be a network, got {type(model).__name__}")
     for name, value in (("x", x), ("target", target)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {_described(value)}")
+            raise TypeError(f"{name} must be a floating-point tensor, got {described(value)}")
     if not isinstance(sigma_p, Sequence) or isinstance(sigma_p, str) or not sigma_p:
         raise ValueError(f"sigma_p must be a sequence of candidates, got {sigma_p!r}")
     if not isinstance(first_sigma_p, Sequence) or isinstance(first_sigma_p, str) or not first_sigma_p:

@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import activations
-from .._checks import finite_float, positive_int
+from .._checks import described, finite_float, positive_int
 from ..activations import Activation, ActivationMap
 from ..ops import moments as raw
 from . import estimates
-from .siren import _described
 
 # -- gains
 
@@ -154,7 +152,7 @@ def _features(activation: Activation) -> int:
 
 def _check_values(f: object, y: object, shape: tuple[int, ...]) -> None:
     if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
-        got = _described(y) if isinstance(y, Tensor) else type(y).__name__
+        got = described(y) if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"act_func must return a floating-point or complex tensor, got {got} from {f!r}")
     if tuple(y.shape) != shape:
         raise ValueError(
@@ -169,65 +167,20 @@ def _check_values(f: object, y: object, shape: tuple[int, ...]) -> None:
 def default_sigma_p(activation: Activation) -> float:
     """The sigma_p that `vi3nr_init_` takes where none is given (for z before omega; but see its `first_sigma_p`).
 
-    | activation | sigma_p | reason |
-    | --- | --- | --- |
-    | gaussian | 1.5538 sigma, 1.0987 / scale | solves the backward condition too |
-    | sinc | 2.2233 / omega | the same |
-    | wavelet | 0.8705 | the same |
-    | sigmoid | 6.7546 | the same |
-    | tanh | 0.25 | the condition holds only in the limit 0; nearly there, and still not linear |
-    | sine, finer, incode, gabor | 1 / omega | no solution: the phase omega z gets SIREN's standard deviation 1 |
-    | hosc | 1 / (beta omega) | the same: tanh and sine both at the end of their linear range |
-    | others | 1 | relu: every sigma_p solves it; split: LSUV's target for each branch |
+    The file of each activation states its own, and why (`Facts.sigma_p`); 1 where it states none. It is the sigma_p
+    that solves the backward condition beside the forward one, if there is one. If the condition holds only in the
+    limit 0, it is one at which it nearly holds. If there is no solution and the activation has a frequency omega, it
+    is 1 / omega: the phase omega z gets SIREN's standard deviation 1.
+
+    Raises:
+        ValueError: the parameters give no positive number, omega = 0 for instance.
     """
     params = {k: v.double().mean().item() if isinstance(v, Tensor) else v for k, v in activation.params.items()}
-    rule = _SIGMA_P.get(activation.name)
-    sigma_p = 1.0 if rule is None else abs(rule(params))
+    rule = activation.map.facts.sigma_p
+    try:
+        sigma_p = 1.0 if rule is None else abs(rule(**params))
+    except ZeroDivisionError:
+        sigma_p = math.nan
     if not (math.isfinite(sigma_p) and sigma_p > 0):
         raise ValueError(f"sigma_p: no default for {activation!r}; give it")
     return sigma_p
-
-
-def _over(numerator: float, *names: str) -> Callable[[dict[str, float]], float]:
-    def rule(params: dict[str, float]) -> float:
-        product = math.prod(params[n] for n in names)
-        return numerator / product if product else math.nan
-
-    return rule
-
-
-_GAUSSIAN = math.sqrt(1 + math.sqrt(2))
-_SIGMA_P: dict[str, Callable[[dict[str, float]], float]] = {
-    "gaussian": lambda p: _GAUSSIAN * p["sigma"],
-    "gaussian_scale": _over(_GAUSSIAN / math.sqrt(2), "scale"),
-    "sinc": _over(2.2233, "omega"),
-    "wavelet": lambda p: 0.8705,
-    "sigmoid": lambda p: 6.7546,
-    "tanh": lambda p: 0.25,
-    "sine": _over(1.0, "omega"),
-    "finer": _over(1.0, "omega"),
-    "finer_detached": _over(1.0, "omega"),
-    "incode": _over(1.0, "omega"),
-    "gabor": _over(1.0, "omega"),
-    "complex_gabor": _over(1.0, "omega"),
-    "hosc": _over(1.0, "beta", "omega"),
-}
-
-
-def _known_moment(activation: Activation, sigma: float, samples: int, seed: int) -> float:
-    """`_second_moment`, remembered where plain numbers describe the activation: 40 ms a split layer otherwise."""
-    plain = {}
-    for name, value in activation.params.items():
-        if isinstance(value, Tensor):
-            number = value.flatten()[0].item()
-            if bool((value == number).all()):
-                plain[name] = number
-    activation = activation.with_params(**plain)
-    if activation.has_tensors:
-        return _second_moment(sigma, activation, samples, seed=seed)
-    return _remembered_moment(activation, sigma, samples, seed)
-
-
-@lru_cache(maxsize=256)
-def _remembered_moment(activation: Activation, sigma: float, samples: int, seed: int) -> float:
-    return _second_moment(sigma, activation, samples, seed=seed)

@@ -10,7 +10,6 @@ Modules are told by their interface, so that `init` imports no layer.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -397,6 +396,21 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+def candidates_at_zero(value: float, slope: float, curve: float) -> list[Activation]:
+    """The registered activations of one feature that a function with these derivatives at 0 may be.
+
+    Those without parameters come first; the others have the parameters that their files read off the derivatives.
+    """
+    found = []
+    for map in sorted(activations.registered(), key=lambda m: m.n_params):
+        if map.branches == map.outputs == 1:
+            read = map.facts.at_zero
+            parameters = read(value, slope, curve) if read is not None else None if map.n_params else {}
+            if parameters is not None:
+                found.append(map().with_params(**parameters))
+    return found
+
+
 def identified(link: Link) -> Activation | None:
     """The registered activation that `link.function` is, found by its values and first derivatives at 0."""
 
@@ -413,13 +427,7 @@ def identified(link: Link) -> Activation | None:
                 curve = torch.autograd.grad(slope.sum(), zero, allow_unused=True)[0]
                 curve = slope.detach() * 0 if curve is None else curve
     f0, f1, f2 = value.item(), slope.item(), curve.item()
-    candidates = [activations.get(n) for n in ("identity", "relu", "silu", "gelu", "tanh", "sigmoid", "wavelet")]
-    if f1:
-        candidates += [activations.sine(omega=f1), activations.finer(omega=f1)]
-    if f2 < 0:
-        candidates += [activations.gaussian(sigma=(-f2) ** -0.5), activations.sinc(omega=(-3 * f2) ** 0.5)]
-    if f0 > 0:
-        candidates.append(activations.softplus(beta=math.log(2) / f0))
+    candidates = candidates_at_zero(f0, f1, f2)
     rng = torch.Generator().manual_seed(1)
     z = torch.randn(4096, generator=rng, dtype=torch.float64) * 10 ** (4 * torch.rand(4096, generator=rng).double() - 3)
     with torch.no_grad():

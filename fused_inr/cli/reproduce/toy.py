@@ -74,9 +74,8 @@ _FILL = {"uniform": init.vi3nr_uniform_, "normal": init.vi3nr_normal_, "orthogon
 def activation_of(text: str) -> Activation:
     """ "gaussian:0.05": a name and the value of its first parameter."""
     name, _, value = text.partition(":")
-    if name == "gaussian":
-        return activations.gaussian(sigma=float(value))
-    return activations.sine(omega=float(value)) if name == "sine" else activations.get(name)
+    activation = activations.get(name)
+    return activation.with_params(**{activation.param_names[0]: float(value)}) if value else activation
 
 
 def solved_rows() -> list[Row]:
