@@ -7,6 +7,7 @@ They are no activations: `names()` does not list them, `registered_losses()` doe
 from __future__ import annotations
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from .facts import Facts
 from .registry import loss
@@ -26,9 +27,14 @@ def absolute_error(prediction, target):
     return Abs(prediction - target)
 
 
+def _huber(prediction, target, delta):
+    number = delta.item() if isinstance(delta, Tensor) else delta  # PyTorch's takes a number only
+    return F.huber_loss(prediction, target, reduction="none", delta=number)
+
+
 @loss(
     Facts(
-        eager=lambda prediction, target, delta: F.huber_loss(prediction, target, reduction="none", delta=float(delta)),
+        eager=_huber,
         test_values={"delta": 0.3},
         public="huber",
     ),
