@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def committed_files() -> dict[Path, str]:
-    """What each committed file should hold, by its path."""
+    """Return what each committed file should hold, by its path."""
     maps = [*registered(), *registered_losses()]
     return {
         ROOT / "fused_inr/activations/generated.py": torch_source(maps),

@@ -1,4 +1,4 @@
-"""What an activation is known for beside its formula: stated once, in the activation's own file."""
+"""States what an activation is known for beside its formula, once, in the activation's own file."""
 
 from __future__ import annotations
 

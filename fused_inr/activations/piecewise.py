@@ -1,4 +1,4 @@
-"""Pieces of a formula that are evaluated where they are not taken: harmless there, so that no 0 times infinity arises.
+"""Guards the pieces of a formula where they are not taken, so that no 0 times infinity arises.
 
 `Piecewise((z, z > 0), (exp(z) - 1, True))` at z = 100 takes z; but its derivative also passes 0 through that of
 exp(100), which is NaN where exp overflows. So each piece is given, in place of arguments for which it is not taken, a
@@ -21,7 +21,7 @@ _MOST_POINTS = 1 << 12
 
 
 def guarded(expression: Any, symbols: tuple, values: dict[Any, float]) -> Any:
-    """A sympy expression with harmless arguments in the pieces that are not taken.
+    """Return a sympy expression with harmless arguments in the pieces that are not taken.
 
     Args:
         symbols: the pre-activations.
@@ -62,7 +62,7 @@ def _bottom_up(expression: Any, rewrite: Any) -> Any:
 
 
 def _point(piece: Any, elsewhere: Any, inside: tuple, symbols: tuple, values: dict[Any, float]) -> list[float] | None:
-    """Where the piece is taken, and finite with its first two derivatives; None where no such point is found."""
+    """Find where the piece is taken, and finite with its first two derivatives; None where no such point is found."""
     import sympy
 
     taken = sympy.Piecewise((0, elsewhere), (1, True), evaluate=False)
@@ -86,7 +86,7 @@ def _point(piece: Any, elsewhere: Any, inside: tuple, symbols: tuple, values: di
 
 
 def _function(expressions: list, arguments: tuple) -> Any:
-    """Sympy expressions as a PyTorch function of `arguments`."""
+    """Make a PyTorch function of `arguments` from sympy expressions."""
     tape = Tape()
     for symbol in arguments:
         tape.input(symbol.name)

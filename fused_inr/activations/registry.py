@@ -1,4 +1,4 @@
-"""The registry: one entry a file in this folder, and what users define at run time."""
+"""Registers activations, one entry a file in this folder, and what users define at run time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _unpickle_map = unpickle_map
 
 
 def register(facts: Facts | None = None, /, **parameters: float) -> Callable[[Callable], ActivationMap]:
-    """Decorator of a formula: its function name becomes the activation's, the keywords its parameters' defaults.
+    """Decorate a formula: its function name becomes the activation's, the keywords its parameters' defaults.
 
     A leading underscore is dropped: it leaves the public name to a `factory`. `facts` is what else is known of it.
     """
@@ -30,7 +30,7 @@ def register(facts: Facts | None = None, /, **parameters: float) -> Callable[[Ca
 
 
 def loss(facts: Facts | None = None, /, **parameters: float) -> Callable[[Callable], ActivationMap]:
-    """Decorator of the formula of an elementwise loss of (prediction, target)."""
+    """Decorate the formula of an elementwise loss of (prediction, target); arguments as of `register`."""
 
     def decorate(formula: Callable) -> ActivationMap:
         LOSSES[formula.__name__] = ActivationMap(formula.__name__, formula, parameters, facts=facts)
@@ -40,28 +40,28 @@ def loss(facts: Facts | None = None, /, **parameters: float) -> Callable[[Callab
 
 
 def factory(function: Callable[..., Activation]) -> Callable[..., Activation]:
-    """Decorator of the public constructor of a registered map of the same name."""
+    """Decorate the public constructor of a registered map of the same name."""
     _FACTORIES[function.__name__] = function
     return function
 
 
 def registered() -> list[ActivationMap]:
-    """The activations whose code is committed, sorted by name."""
+    """Return the activations whose code is committed, sorted by name."""
     return [REGISTERED[name] for name in sorted(REGISTERED)]
 
 
 def registered_losses() -> list[ActivationMap]:
-    """The losses whose code is committed, sorted by name."""
+    """Return the losses whose code is committed, sorted by name."""
     return [LOSSES[name] for name in sorted(LOSSES)]
 
 
 def names() -> tuple[str, ...]:
-    """Names of the registered activations."""
+    """Return the names of the registered activations."""
     return tuple(sorted(REGISTERED))
 
 
 def get(activation: str | Activation | ActivationMap | None) -> Activation:
-    """An `Activation` from a name (with default parameters), a map, None (identity) or itself.
+    """Return an `Activation` from a name (with default parameters), a map, None (identity) or itself.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -92,7 +92,7 @@ def get(activation: str | Activation | ActivationMap | None) -> Activation:
 
 
 def define(name: str, formula: Callable, **parameters: float) -> Activation:
-    """An activation from a formula, with the standing of the registered ones: every order, layer and backend.
+    """Make an activation from a formula, with the standing of the registered ones: every order, layer and backend.
 
     ```python
     chirp = fused_inr.activations.define("chirp", lambda z, omega: sympy.sin(omega * z**2), omega=2.0)

@@ -78,10 +78,12 @@ class ActivationMap:
 
     @property
     def n_params(self) -> int:
+        """The number of parameters."""
         return len(self.param_names)
 
     @property
     def outputs(self) -> int:
+        """The number of values that the map returns for an element."""
         if self._outputs is None:
             if self.generated:
                 from . import generated
@@ -103,7 +105,7 @@ class ActivationMap:
     # -- programs
 
     def program(self, level: int, learnable: bool = False) -> Program:
-        """The straight-line program of the level-th derivative map (see docs/architecture.md); needs sympy."""
+        """Return the straight-line program of the level-th derivative map (see docs/architecture.md); needs sympy."""
         if level == 0:
             learnable = False
         if (level, learnable) not in self._programs:
@@ -117,7 +119,7 @@ class ActivationMap:
         return self._programs[level, learnable]
 
     def jet(self, learnable: bool = False) -> Program:
-        """The program of the value and its derivatives together (docs/architecture.md, section 1)."""
+        """Return the program of the value and its derivatives together (docs/architecture.md, section 1)."""
         value = self.program(0)
         if learnable:
             value = Program(value.tape, value.inputs, value.outputs, value.parameters)
@@ -150,7 +152,7 @@ class ActivationMap:
         return Program(tape, inputs, [("y", tuple(nodes))], own_names, frozenset(own_names))
 
     def _expressions(self, symbols, parameters) -> list:
-        """What the formula returns for these symbols, as a list of sympy expressions."""
+        """Return what the formula gives for these symbols, as a list of sympy expressions."""
         import sympy
 
         assert self.formula is not None  # a map without one comes with its program
@@ -180,13 +182,15 @@ class ActivationMap:
     # -- generated code
 
     def function_name(self, level: int, learnable: bool) -> str:
+        """Return what the generated function of a level is called, on every target."""
         return f"{self.key}_{'p' if learnable and level else 'l'}{level}"
 
     def jet_name(self, learnable: bool) -> str:
+        """Return what the generated function of the value and its derivatives is called, on every target."""
         return f"{self.key}_j{'p' if learnable else ''}"
 
     def torch_map(self, level: int, learnable: bool = False) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The map as a plain PyTorch function of its streams; see docs/architecture.md for their order."""
+        """Return the map as a plain PyTorch function of its streams; see docs/architecture.md for their order."""
         cached = self._torch.get((level, learnable))
         if cached is None:
             if self.generated:
@@ -200,7 +204,7 @@ class ActivationMap:
         return cached
 
     def torch_jet(self, learnable: bool = False) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """Value and derivatives together as a plain PyTorch function; see docs/architecture.md for their order."""
+        """Return value and derivatives together as a plain PyTorch function of the streams (docs/architecture.md)."""
         name = self.jet_name(learnable)
         if self.generated:
             from . import generated
@@ -209,7 +213,7 @@ class ActivationMap:
         return _compiled(name, self.jet(learnable))
 
     def triton_map(self, level: int, learnable: bool = False):
-        """The map as a `triton.jit` function (imports Triton)."""
+        """Return the map as a `triton.jit` function (imports Triton)."""
         cached = self._triton.get((level, learnable))
         if cached is None:
             from fused_inr.kernels import maps
@@ -223,7 +227,7 @@ class ActivationMap:
         return cached
 
     def triton_jet(self):
-        """Value and derivatives together as a `triton.jit` function (imports Triton); parameters constant."""
+        """Return value and derivatives together as a `triton.jit` function, parameters constant (imports Triton)."""
         if self._triton_jet is None:
             from fused_inr.kernels import maps
 
@@ -235,11 +239,18 @@ class ActivationMap:
         return self._triton_jet
 
     def cpp_source(self) -> str:
-        """Every level as C++ functions, with the table macro, as in csrc/generated/activations.h."""
+        """Print every level as C++ functions, with the table macro, as in csrc/generated/activations.h."""
         return printing.cpp_source([self])
 
     def eager(self, z: torch.Tensor, *params: float | torch.Tensor) -> torch.Tensor:
-        """The map as people write it in PyTorch (`Facts.eager`): z [.., B*N], branches side by side, to [.., C*N]."""
+        """Compute the map as people write it in PyTorch (`Facts.eager`).
+
+        Args:
+            z: [.., B*N], branches side by side.
+            params: numbers, or tensors that broadcast against one branch.
+
+        Returns [.., C*N], outputs side by side.
+        """
         streams = z.chunk(self.branches, -1) if self.branches > 1 else (z,)
         function = self.facts.eager or self.torch_map(0)
         outputs = function(*streams, *params)
@@ -256,7 +267,7 @@ class ActivationMap:
         per_feature: bool = False,
         **values: float | torch.Tensor,
     ) -> Activation:
-        """An `Activation`: this map with values (floats, or tensors of shape [] or [features]) for its parameters."""
+        """Make an `Activation`: this map with values (numbers, tensors [] or [features]) for its parameters."""
         unknown = set(values) - set(self.param_names)
         if unknown:
             accepted = ", ".join(self.param_names) or "none"
@@ -309,22 +320,26 @@ class Activation:
 
     @property
     def name(self) -> str:
+        """The name of the map."""
         return self.map.name
 
     @property
     def branches(self) -> int:
+        """The number of pre-activations of an element."""
         return self.map.branches
 
     @property
     def outputs(self) -> int:
+        """The number of values that the map returns for an element."""
         return self.map.outputs
 
     @property
     def param_names(self) -> tuple[str, ...]:
+        """The names of the parameters, in order."""
         return self.map.param_names
 
     def with_params(self, **values: float | torch.Tensor) -> Activation:
-        """A copy with other values for some parameters."""
+        """Return a copy with other values for some parameters."""
         unknown = set(values) - set(self.param_names)
         if unknown:
             accepted = ", ".join(self.param_names) or "none"
@@ -388,19 +403,20 @@ def _checked(name: str, parameter: str, value: object) -> float | torch.Tensor:
 
 
 def check_name(name: object) -> str:
+    """Return an activation's name; raises ValueError where it is no Python identifier."""
     if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9_]*", name):
         raise ValueError(f"name: an activation's name is a Python identifier such as 'chirp', got {name!r}")
     return name
 
 
 def _compiled(name: str, program: Program) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """The program as a PyTorch function of this name."""
+    """Compile the program to a PyTorch function of this name."""
     source = printing.torch_function(name, program)
     return printing.execute(source, f"<fused_inr torch map {name}>", {"p": primitives, "torch": torch})[name]
 
 
 def unpickle_map(name: str, defaults: dict[str, float], branches: int, program: Program | None) -> ActivationMap:
-    """The map that a pickle describes: a registered one by its name, or one of a user by its program."""
+    """Return the map that a pickle describes: a registered one by its name, or one of a user by its program."""
     if program is None:
         return lookup(name)
     map = ActivationMap(name, None, defaults, branches=branches, generated=False)

@@ -1,4 +1,4 @@
-"""The maps that this process knows, by key: what `registry` fills, and what unpickling and the raw operations read."""
+"""Holds the maps that this process knows, for the registry, for unpickling and for the raw operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFINED: dict[str, ActivationMap] = {}
 
 
 def lookup(key: str) -> ActivationMap:
-    """The map with this key (`ActivationMap.key`): what the raw operations receive.
+    """Return the map with this key (`ActivationMap.key`), which is what the raw operations receive.
 
     Raises:
         ValueError: this process has no such map.

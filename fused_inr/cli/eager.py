@@ -1,4 +1,4 @@
-"""What `--compare` compares with: the network as people write it, `nn.Linear` and PyTorch's own functions."""
+"""Writes a network as people do, with `nn.Linear` and PyTorch's own functions: what `--compare` compares with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..models import Chain
 
 
 class EagerLayer(nn.Module):
-    """activation(linear(x)) with the weights of a fused layer, as two modules would compute it."""
+    """Computes activation(linear(x)) with the weights of a fused layer, as two modules would."""
 
     def __init__(self, layer: FusedLayer):
         super().__init__()
@@ -36,6 +36,7 @@ class EagerLayer(nn.Module):
                 self.register_buffer(name, value.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer."""
         z = self.linear(x)
         names = self.activation.param_names
         params = [getattr(self, n) if v is None else v for n, v in zip(names, self.values)]
@@ -43,7 +44,7 @@ class EagerLayer(nn.Module):
 
 
 class EagerNetwork(nn.Module):
-    """Plain layers with the skip connections and the LayerNorms of `model`."""
+    """A network of plain layers with the skip connections and the LayerNorms of `model`."""
 
     def __init__(self, layers: list[EagerLayer], model: nn.Module):
         super().__init__()
@@ -53,10 +54,11 @@ class EagerNetwork(nn.Module):
             self.norms = norms
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the network."""
         return self.net(x)
 
 
 def eager_twin(model: nn.Module) -> nn.Module:
-    """A network of plain PyTorch layers with the weights that `model` (an `MLP`, `SIREN` or `SplitNet`) has now."""
+    """Make a network of plain PyTorch layers with the weights that `model` (`MLP`, `SIREN` or `SplitNet`) has now."""
     layers = [EagerLayer(layer) for layer in model.modules() if isinstance(layer, FusedLayer)]
     return EagerNetwork(layers, model) if isinstance(getattr(model, "net", None), Chain) else nn.Sequential(*layers)

@@ -1,4 +1,4 @@
-"""One fit: coordinates -> model -> loss -> Adam, step by step, and its state as one file."""
+"""Runs one fit step by step, from coordinates over model and loss to Adam, and keeps its state as one file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MODEL, _ADAM = "model.", ("step", "exp_avg", "exp_avg_sq")  # names of a checkp
 
 
 def _adam(field: str, name: str) -> str:
-    """What a checkpoint calls a part of Adam's state of the parameter `name`."""
+    """Return what a checkpoint calls a part of Adam's state of the parameter `name`."""
     return f"adam.{field}.{name}"
 
 
@@ -55,7 +55,7 @@ def check_memory(options: FitOptions, height: int, width: int, channels: int) ->
 
 
 def build_model(options: FitOptions, channels: int) -> nn.Module:
-    """The fused network of a fit: 2 coordinates, one first and `depth` hidden layers of `width`, `channels` outputs.
+    """Make the network of a fit: 2 coordinates, one first and `depth` hidden layers of `width`, `channels` outputs.
 
     `init="paper"`: SIREN's for sine and its relatives with an omega, VI3NR's for split, PyTorch's for the rest.
     `init="siren-tuned"`: SIREN's with flic 2 and initc 40. `residual` and `norm` as of `MLP`.
@@ -107,11 +107,12 @@ class Trainer:
 
     @property
     def step(self) -> int:
+        """The number of steps taken."""
         return len(self.mse)
 
     @property
     def rows(self) -> int:
-        """Rows of one step."""
+        """The number of rows of one step."""
         return self.options.batch or len(self.coordinates)
 
     def train(self, steps: int) -> None:
@@ -142,37 +143,40 @@ class Trainer:
         return nn.functional.mse_loss(output.to(y.dtype), y)
 
     def evaluate(self) -> torch.Tensor:
-        """The model's output for the whole picture, [height * width, channels]."""
+        """Compute the model's output for the whole picture, [height * width, channels]."""
         self.model.eval()
         with torch.no_grad(), self.autocast():
             parts = [self.model(x).to(self.target.dtype) for x in self.coordinates.split(_CHUNK)]
         return torch.cat(parts).cpu()
 
     def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context in which the model runs: autocast for half precisions."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.precision)
         return torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
     # -- what is reported
 
     def ms_per_step(self) -> float | None:
-        """Median over the steps of this process without the first ones."""
+        """Return the median over the steps of this process without the first ones."""
         timed = self.seconds[WARM_UP:]
         return 1000 * statistics.median(timed) if timed else None
 
     def warm_up_seconds(self) -> float:
+        """Return how long the first steps of this process took."""
         return sum(self.seconds[:WARM_UP])
 
     def psnr_curve(self) -> list[float]:
-        """PSNR of each step's loss, in dB of data in [0, 1]: an error of data in [-1, 1] is four times as large."""
+        """Return PSNR of each step's loss in dB of data in [0, 1], whose error is a quarter of that of data in [-1, 1]."""
         return [to_decibel(mse / 4) for mse in self.mse]
 
     def psnr_curve_last(self) -> float:
+        """Return the last value of `psnr_curve`."""
         return to_decibel(self.mse[-1] / 4)
 
     # -- the state, and back
 
     def checkpoint(self, picture: Picture) -> bytes:
-        """Everything that the next step depends on, as one safetensors file."""
+        """Return everything that the next step depends on, as one safetensors file."""
         from safetensors.torch import save
 
         tensors = {_MODEL + k: v for k, v in self.model.state_dict().items()}
@@ -214,7 +218,7 @@ class Trainer:
             self.scaler.load_state_dict(checkpoint.scaler)
 
     def _check(self, checkpoint: Checkpoint) -> None:
-        """Whether every tensor that the next step depends on is there, and none beside it.
+        """Make sure that every tensor that the next step depends on is there, and none beside it.
 
         Raises:
             ValueError: what is missing, too much, or not as it was written.
@@ -267,7 +271,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """How many steps had been taken."""
+        """The number of steps that had been taken."""
         return len(self.tensors["mse"])
 
     @staticmethod
@@ -296,7 +300,8 @@ class Checkpoint:
             raise CliError(f"--resume: {path} is no checkpoint of fused-inr fit, or damaged: {error}") from error
 
     def _check(self) -> None:
-        """
+        """Make sure that the header and the losses are as `Trainer.checkpoint` writes them.
+
         Raises:
             ValueError: the header or the losses are not as `Trainer.checkpoint` writes them.
         """
@@ -310,12 +315,12 @@ class Checkpoint:
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no infinities."""
+    """Return a number for JSON, which has no infinities: they become None."""
     return value if value is None or math.isfinite(value) else None
 
 
 def final_psnr(picture: Picture, output: torch.Tensor) -> tuple[np.ndarray, float]:
-    """The reconstruction, and its PSNR as the picture would be shown: clamped to [0, 1], before rounding to 8 bits."""
+    """Return the reconstruction, and its PSNR as it would be shown: clamped to [0, 1], before rounding to 8 bits."""
     from .pictures import psnr
 
     pixels = picture.reconstruction(output)

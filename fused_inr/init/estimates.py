@@ -1,4 +1,4 @@
-"""Moments of an activation under normal pre-activations: what VI3NR's conditions are made of.
+"""Estimates moments of an activation under normal pre-activations, of which VI3NR's conditions are made.
 
     z_b ~ N(0, sigma_b^2) independent:    E[f], E[f^2], E[df/dz_b], E[(df/dz_b)^2], each with its error
 
@@ -52,20 +52,21 @@ class Moments:
     _covariance: Tensor | None = None  # [.., V, V] of the second moments
 
     def gain(self, bias_variance: float = 0.0) -> Tensor:
-        """[.., B]: gain_b^2 = (sigma_b^2 - bias_variance) / mean_c E[f_c^2], for the weights of a layer that follows.
+        """Return gain_b, [.., B], for the weights of a layer that follows: gain_b^2 = (sigma_b^2 - bias_variance) /
+        mean_c E[f_c^2].
 
         Weights of variance gain^2 / fan_in, plus biases of that variance, give its pre-activations sigma_b again.
         """
         return ((self.sigma**2 - bias_variance) / self.second.mean(-1, keepdim=True)).sqrt()
 
     def gain_error(self, bias_variance: float = 0.0) -> Tensor:
-        """[.., B]: standard error of `gain`."""
+        """Return the standard error of `gain`, [.., B]."""
         pull = torch.zeros(*self.second.shape[:-1], self._values, dtype=torch.float64)
         pull[..., : self.second.shape[-1]] = -0.5 / self.second.sum(-1, keepdim=True)
         return self.gain(bias_variance) * self._error(pull).unsqueeze(-1)
 
     def condition(self, fan_ratio: float = 1.0, bias_variance: float = 0.0) -> Tensor:
-        """[..]: fan_ratio sum_b (sigma_b^2 - bias_variance) sum_c E[(df_c/dz_b)^2] / sum_c E[f_c^2].
+        """Return fan_ratio sum_b (sigma_b^2 - bias_variance) sum_c E[(df_c/dz_b)^2] / sum_c E[f_c^2], [..].
 
         By how much the variance of gradients grows when a backward pass goes through one such layer whose weights
         have that gain; fan_ratio = M_{i+1} / M_i, features out over features in. VI3NR's backward condition: it is 1.
@@ -74,7 +75,7 @@ class Moments:
         return fan_ratio * (weight * self.derivative_second).sum((-1, -2)) / self.second.sum(-1)
 
     def condition_error(self, fan_ratio: float = 1.0, bias_variance: float = 0.0) -> Tensor:
-        """[..]: standard error of `condition`."""
+        """Return the standard error of `condition`, [..]."""
         weight = (self.sigma**2 - bias_variance).unsqueeze(-2).expand_as(self.derivative_second)
         top = (weight * self.derivative_second).sum((-1, -2)).unsqueeze(-1)
         pull = torch.cat(
@@ -87,7 +88,7 @@ class Moments:
         return self.second.shape[-1] * (1 + self.sigma.shape[-1])
 
     def _error(self, pull: Tensor) -> Tensor:
-        """Of a function of the second moments with this gradient."""
+        """Return the standard error of a function of the second moments that has this gradient."""
         if self._covariance is None:
             errors = torch.cat((self.second_error, self.derivative_second_error.flatten(-2)), -1)
             return (pull.abs() * errors).sum(-1)  # whatever their correlation
@@ -106,7 +107,7 @@ def moments(
     start: int = 0,
     device: torch.device | str | None = None,
 ) -> Moments:
-    """E[f], E[f^2], E[f'], E[f'^2] for z ~ N(0, sigma^2), with their errors, for a whole grid at once.
+    """Estimate E[f], E[f^2], E[f'], E[f'^2] for z ~ N(0, sigma^2), with their errors, for a whole grid at once.
 
     Args:
         activation: an activation of this package or its name; or a differentiable callable on tensors [n] (one branch,
@@ -149,7 +150,7 @@ def moments(
 
 
 def function_of(activation: object) -> Activation | Callable[[Tensor], Tensor]:
-    """The function that an argument `activation` means: an activation of this package, or a callable on tensors.
+    """Return the function that an argument `activation` means: an activation of this package, or a callable on tensors.
 
     Raises:
         TypeError: it is neither a callable nor a name.
@@ -217,7 +218,7 @@ class Grid:
         self.params = torch.stack(columns, -1) if columns else self.sigmas.new_empty(len(self.sigmas), 0)
 
     def values(self, z: list[Tensor], params: Tensor) -> list[Tensor]:
-        """f_c, then df_c/dz_b, at z (one tensor [G', n] a branch, params [G', P]), in z's type."""
+        """Compute f_c, then df_c/dz_b, at z (one tensor [G', n] a branch, params [G', P]), in z's type."""
         if self.map is not None:
             own = params.to(z[0]).unsqueeze(-1).unbind(1)
             return [torch.as_tensor(v).to(z[0]).expand_as(z[0]) for v in self.map.torch_jet()(*z, *own)]
@@ -225,7 +226,7 @@ class Grid:
         return [torch.stack([r[i] for r in rows]) for i in range(2)]
 
     def result(self, method: str, samples: int, means, seconds, mean_errors, second_errors, covariance) -> Moments:
-        """From tensors [G, V] (covariance [G, V, V] or None) to `Moments`, checked."""
+        """Make `Moments`, checked, from tensors [G, V] (covariance [G, V, V] or None)."""
 
         def shaped(t: Tensor) -> Tensor:
             t = t.cpu().reshape(*self.shape, self.features or 1, *t.shape[1:])
@@ -267,7 +268,7 @@ def _parameters(f, parameters) -> dict[str, Tensor]:
 
 
 def _sigma(sigma: object, branches: int) -> Tensor:
-    """[.., B]."""
+    """Return the argument `sigma` as a tensor [.., B], checked."""
     if isinstance(sigma, tuple | list):
         if len(sigma) != branches:
             raise ValueError(f"sigma must be a number, a tensor or one entry a branch, {branches}, got {len(sigma)}")
@@ -294,7 +295,7 @@ def _numbers(name: str, value: object) -> Tensor:
 
 
 def value_and_derivative(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """f(z) and f'(z) of a callable, or their absolute values if it is complex; z [n]."""
+    """Compute f(z) and f'(z) of a callable, or their absolute values if it is complex; z [n]."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         y = checked_values(f, f(z), z)
@@ -308,7 +309,7 @@ def value_and_derivative(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tens
 
 
 def checked_values(f: object, y: object, z: Tensor) -> Tensor:
-    """y = f(z) of a callable, if it is what an activation returns."""
+    """Compute y = f(z) of a callable, and check that it is what an activation returns."""
     if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
         got = described(y) if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"activation must return a floating-point or complex tensor, got {got} from {f!r}")
@@ -350,7 +351,7 @@ def _callable_part(grid: Grid, sigmas: Tensor, seed: int):
 
 
 def statistics(sums: raw.Sums, samples: int):
-    """Means, second moments, their standard errors, and the covariance of second moments (None: too few chunks)."""
+    """Compute means, second moments, their errors, and the second moments' covariance (None: too few chunks)."""
     mean, second, fourth = (sums.powers / samples).unbind(-1)
     mean_error = ((second - mean**2).clamp_min(0) / (samples - 1)).sqrt()
     second_error = ((fourth - second**2).clamp_min(0) / (samples - 1)).sqrt()

@@ -98,7 +98,7 @@ def lsuv_init_(
 
 
 def _refuse_computed(module: nn.Module) -> list[nn.Module]:
-    """The modules whose products count.
+    """Return the modules whose products count.
 
     Raises:
         ValueError: a weight that is computed before each call.
@@ -116,7 +116,7 @@ def _refuse_computed(module: nn.Module) -> list[nn.Module]:
 
 
 def _products(module: nn.Module, sample_input: Tensor) -> list[_Product]:
-    """The products that `sample_input` passes, in that order."""
+    """Return the products that `sample_input` passes, in that order."""
     branches: dict[int, int] = {}
     if any(is_fused(m) for m in module.modules()):
         weights = [getattr(getattr(layer, "linear", layer), "weight", None) for layer in fused_layers(module)]
@@ -166,7 +166,7 @@ def _set_targets(products: list[_Product], target_std: object) -> None:
 def _scale(
     module: nn.Module, sample_input: Tensor, products: dict[str, _Product], tolerance: float, iterations: int
 ) -> None:
-    """Passes over the data, each of which scales on its way, until one finds nothing left to do."""
+    """Pass the data through until a pass finds nothing left to do; each pass scales on its way."""
     seen: set[str] = set()
     off: dict[str, tuple[int, float, float]] = {}
 
@@ -199,7 +199,7 @@ def _scale(
 
 
 def _factor(name: str, z: Tensor, offset: Tensor, target: float) -> float:
-    """s > 0 with std(s z + offset) = target: a quadratic, s^2 var(z) + 2 s cov(z, offset) + var(offset) = target^2."""
+    """Solve std(s z + offset) = target for s > 0: s^2 var(z) + 2 s cov(z, offset) + var(offset) = target^2."""
     square = z.var(correction=0).item()
     if not math.isfinite(square):
         raise RuntimeError(f"{name}: its pre-activation is not finite on sample_input")

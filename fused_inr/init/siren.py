@@ -1,4 +1,4 @@
-"""Initialisation of sine networks (SIREN, Sitzmann et al. 2020), with its two constants free.
+"""Initialises sine networks (SIREN, Sitzmann et al. 2020), with its two constants free.
 
     first layer     W ~ U(-flic / n, flic / n)
     other layers    W ~ U(-sqrt(initc / n) / omega, sqrt(initc / n) / omega)

@@ -30,7 +30,7 @@ from . import estimates
 
 
 def vi3nr_input_gain(sigma_p: float, mean: float, std: float) -> float:
-    """gain = sigma_p / sqrt(mean^2 + std^2): for a layer (the first) whose input has this mean and standard deviation.
+    """Compute gain = sigma_p / sqrt(mean^2 + std^2), for a layer (the first) whose input has this mean and deviation.
 
     Args:
         sigma_p: wanted standard deviation of the layer's pre-activation (before omega), > 0.
@@ -56,7 +56,7 @@ def vi3nr_gain_MC(
     generator: torch.Generator | None = None,
     seed: int | None = None,
 ) -> float:
-    """gain = sigma_p / sqrt(E[f(z)^2]), z ~ N(0, sigma_p^2), by Monte Carlo: for a layer that follows activation f.
+    """Estimate gain = sigma_p / sqrt(E[f(z)^2]), z ~ N(0, sigma_p^2), for a layer that follows activation f.
 
     Args:
         sigma_p: standard deviation of pre-activations (before omega), the same in both layers, > 0.
@@ -86,7 +86,7 @@ def _second_moment(
     generator: torch.Generator | None = None,
     seed: int | None = None,
 ) -> float:
-    """E[f(z)^2], z ~ N(0, sigma^2), mean over outputs and features."""
+    """Estimate E[f(z)^2], z ~ N(0, sigma^2), mean over outputs and features."""
     samples = positive_int("samples", samples, minimum=2)
     f = activations.get(act_func) if isinstance(act_func, str | ActivationMap) else act_func
     if not callable(f):
@@ -110,7 +110,7 @@ def _second_moment(
 
 
 def _second_moment_of_values(f: Callable, sigma: float, samples: int, device: torch.device, seed: int) -> float:
-    """A callable's, which need not be differentiable."""
+    """Estimate E[f(z)^2] of a callable, which need not be differentiable."""
     sums = []
     with torch.no_grad():
         for start in range(0, samples, estimates.CALL):
@@ -122,7 +122,7 @@ def _second_moment_of_values(f: Callable, sigma: float, samples: int, device: to
 
 
 def _source(f, device, generator, seed) -> tuple[torch.device, int]:
-    """Where to draw, and the seed of the draws."""
+    """Return where to draw, and the seed of the draws."""
     if generator is not None and seed is not None:
         raise ValueError("give generator or seed, not both")
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -143,7 +143,7 @@ def _source(f, device, generator, seed) -> tuple[torch.device, int]:
 
 
 def _features(activation: Activation) -> int:
-    """How many features the activation's tensors distinguish (1 if none does)."""
+    """Count the features that the activation's tensors distinguish (1 if none does)."""
     sizes = {v.shape[0] for v in activation.params.values() if isinstance(v, Tensor) and v.dim() == 1}
     if len(sizes) > 1:
         raise ValueError(f"act_func: its parameters have different numbers of features: {sorted(sizes)}")
@@ -165,7 +165,8 @@ def _check_values(f: object, y: object, shape: tuple[int, ...]) -> None:
 
 
 def default_sigma_p(activation: Activation) -> float:
-    """The sigma_p that `vi3nr_init_` takes where none is given (for z before omega; but see its `first_sigma_p`).
+    """Return the sigma_p that `vi3nr_init_` takes where none is given (for z before omega; but see its
+    `first_sigma_p`).
 
     The file of each activation states its own, and why (`Facts.sigma_p`); 1 where it states none. It is the sigma_p
     that solves the backward condition beside the forward one, if there is one. If the condition holds only in the

@@ -1,4 +1,4 @@
-"""A network as a chain of products z = W x + b and the functions between them, however it is written.
+"""Walks a network as a chain of products z = W x + b and the functions between them, however it is written.
 
 `fused_layers`  the fused layers of one of our networks, in the order of the data.
 `chain`         the same for any module: our layers, or what torch.fx finds between the `nn.Linear`s of others.
@@ -31,20 +31,25 @@ class Layer(Protocol):
     activation: Activation
 
     @property
-    def weight(self) -> Tensor: ...
+    def weight(self) -> Tensor:
+        """The weight [B*N, K], as it is computed now."""
 
     @property
-    def bias(self) -> Tensor | None: ...
+    def bias(self) -> Tensor | None:
+        """The bias [B*N], if there is one."""
 
-    def activation_with_parameters(self) -> Activation: ...
+    def activation_with_parameters(self) -> Activation:
+        """Return the activation with the layer's learnable parameters as its values."""
 
 
 def is_fused(module: nn.Module) -> bool:
+    """Tell whether a module is one of our fused layers."""
     return hasattr(module, "activation_with_parameters")
 
 
 def fused_layers(module: nn.Module) -> list[Layer]:
-    """The fused layers of a network in the order in which the data passes them (of `module.net` if there is one).
+    """Return the fused layers of a network in the order in which the data passes them (of `module.net` if there is
+    one).
 
     Raises TypeError if `module` is no module and ValueError if it contains no fused layer.
     """
@@ -61,7 +66,7 @@ def fused_layers(module: nn.Module) -> list[Layer]:
 
 
 def sees_coordinates(module: nn.Module, layers: list[Layer]) -> bool:
-    """Whether the first layer's input are the coordinates: its own `is_first`, else True for a network."""
+    """Tell whether the first layer's input are the coordinates: its own `is_first`, else True for a network."""
     own = getattr(layers[0], "is_first", None)
     return not is_fused(module) if own is None else bool(own)
 
@@ -95,15 +100,16 @@ class Link:
 
     @property
     def fan_in(self) -> int:
+        """The number of features that the product takes."""
         return self.weight.shape[1]
 
     @property
     def units(self) -> int:
-        """Rows of a branch."""
+        """The number of rows of a branch."""
         return self.weight.shape[0] // self.branches
 
     def values(self, z: Tensor) -> Tensor:
-        """The function of independent draws: z [n, B] to [n, C]."""
+        """Compute the function of independent draws: z [n, B] to [n, C]."""
         n, units = z.shape[0], self.units
         rows = -(-n // units)
         z = torch.cat((z, z.new_zeros(rows * units - n, self.branches)))
@@ -118,14 +124,14 @@ class Link:
 
 @dataclass
 class Chain:
-    """Products in the order of the data. `enter` is what happens to the network's input before the first one."""
+    """The products in the order of the data. `enter` is what happens to the network's input before the first one."""
 
     links: list[Link]
     enter: Callable[[Tensor], Tensor] | None = None
 
 
 def chain(module: nn.Module) -> Chain:
-    """The products of `module` and what lies between them.
+    """Return the products of `module` and what lies between them.
 
     Raises:
         TypeError: `module` is no module.
@@ -148,7 +154,7 @@ def chain(module: nn.Module) -> Chain:
 
 
 def _is_network(module: nn.Module) -> bool:
-    """Whether it is one of our models, unchanged: layers in `net`, one after the other."""
+    """Tell whether it is one of our models, unchanged: layers in `net`, one after the other."""
     net = getattr(module, "net", None)
     return (
         isinstance(getattr(module, "fusion", None), str) and isinstance(net, nn.Sequential) and all(map(is_fused, net))
@@ -169,7 +175,7 @@ def _of_fused_layers(module: nn.Module) -> Chain:
 
 
 def holder_of(name: str, layer: Any) -> nn.Module:
-    """The module that holds a fused layer's weight.
+    """Return the module that holds a fused layer's weight.
 
     Raises:
         ValueError: something else than a matrix stands there.
@@ -189,7 +195,8 @@ def _fused_link(name: str, layer: Any) -> Link:
 
 
 def refuse_computed(name: str, holder: nn.Module | None) -> None:
-    """
+    """Make sure that a module's weight stays what it is filled with.
+
     Raises:
         ValueError: the module's weight is computed before each call, so that filling it changes nothing.
     """
@@ -222,7 +229,7 @@ def assign(holder: nn.Module, weight: Tensor) -> None:
 
 
 def warn_of_others(module: nn.Module, covered: list[nn.Module], who: str) -> None:
-    """One warning that names the modules whose weights stay as they are: convolutions, embeddings, bare parameters."""
+    """Warn once, naming the modules whose weights stay as they are: convolutions, embeddings, bare parameters."""
     known = {id(m) for c in covered for m in c.modules()}
     encoding = getattr(module, "encoding", None)
     if isinstance(encoding, nn.Module):
@@ -244,7 +251,10 @@ _OTHERWISE = "use lsuv_init_, which needs no formula, or initialise each weight 
 
 
 class _Tracer(fx.Tracer):
+    """Traces a module down to its products."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether a submodule is called as it is: products, and modules without matrices."""
         plain = not any(p.dim() >= 2 for p in m.parameters())  # activations, encodings: called as they are
         return is_fused(m) or isinstance(m, nn.Linear) or plain or super().is_leaf_module(m, module_qualified_name)
 
@@ -267,7 +277,7 @@ class _Graph:
         self.nodes = list(self.graph.nodes)
 
     def product(self, node: fx.Node) -> tuple[str, Tensor, Tensor | None, fx.Node, nn.Module | None] | None:
-        """Name, weight, bias, the node of the input, and the module if there is one, of a node that is a product."""
+        """Return name, weight, bias, the input's node, and the module if there is one, of a node that is a product."""
         if node.op == "call_module":
             m = self.module.get_submodule(str(node.target))
             if is_fused(m) or (isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward):
@@ -286,13 +296,14 @@ class _Graph:
         return None
 
     def attribute(self, node: fx.Node) -> Tensor:
+        """Return the tensor that a `get_attr` node names."""
         value: Any = self.module
         for part in str(node.target).split("."):
             value = getattr(value, part)
         return value
 
     def between(self, end: fx.Node, stops: set[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
-        """Nodes that lead to `end`, and where they begin: among `stops` and the network's inputs."""
+        """Return the nodes that lead to `end`, and where they begin: among `stops` and the network's inputs."""
         needed: set[fx.Node] = set()
         roots: set[fx.Node] = set()
         todo = [end]
@@ -306,6 +317,8 @@ class _Graph:
         return [n for n in self.nodes if n in needed], roots
 
     def function(self, start: fx.Node, nodes: list[fx.Node], end: fx.Node) -> Callable[[Tensor], Tensor]:
+        """Return the function that `nodes` compute from `start` to `end`."""
+
         def evaluate(z: Tensor) -> Tensor:
             interpreter = fx.Interpreter(self.module, garbage_collect_values=False)
             interpreter.env = {start: z}
@@ -361,7 +374,8 @@ def _traced(module: nn.Module) -> Chain:
 
 
 def _plain_link(name: str, weight: Tensor, bias: Tensor | None, function: Callable[[Tensor], Tensor]) -> Link:
-    """
+    """Return a link whose function is checked to work element by element.
+
     Raises:
         ValueError: what follows the product does not work element by element.
     """
@@ -397,7 +411,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def candidates_at_zero(value: float, slope: float, curve: float) -> list[Activation]:
-    """The registered activations of one feature that a function with these derivatives at 0 may be.
+    """Return the registered activations of one feature that a function with these derivatives at 0 may be.
 
     Those without parameters come first; the others have the parameters that their files read off the derivatives.
     """
@@ -412,7 +426,7 @@ def candidates_at_zero(value: float, slope: float, curve: float) -> list[Activat
 
 
 def identified(link: Link) -> Activation | None:
-    """The registered activation that `link.function` is, found by its values and first derivatives at 0."""
+    """Find the registered activation that `link.function` is, by its values and first derivatives at 0."""
 
     def f(z: Tensor) -> Tensor:
         return link.values(z.unsqueeze(1)).squeeze(1).double()
@@ -467,7 +481,8 @@ class _Watch(TorchFunctionMode):
 
 @contextlib.contextmanager
 def watch(module: nn.Module, visit: Visit) -> Iterator[None]:
-    """Within it, `visit(name, x, weight, bias)` computes every product of `module` whose weight is a parameter.
+    """Let `visit(name, x, weight, bias)` compute every product of `module` whose weight is a parameter, within the
+    block.
 
     Fused layers run as F.linear and their activation in plain PyTorch; modules are in evaluation mode.
     """
@@ -509,7 +524,7 @@ def _plain_forward(layer: Layer) -> Callable[[Tensor], Tensor]:
 
 @contextlib.contextmanager
 def _as_layers(module: nn.Module) -> Iterator[None]:
-    """Our networks run layer by layer within it."""
+    """Make our networks run layer by layer within the block."""
     networks: list[Any] = [m for m in module.modules() if isinstance(getattr(m, "fusion", None), str)]
     chosen = [m.fusion for m in networks]
     try:

@@ -1,4 +1,4 @@
-"""Weights of a given gain: Var(W) = gain^2 / fan_in, from a uniform, a normal or an orthogonal distribution.
+"""Draws weights of a given gain: Var(W) = gain^2 / fan_in, from a uniform, a normal or an orthogonal distribution.
 
 All three fill in place and take a source of random numbers; the variance of z = W x is then gain^2 E[x^2]. Orthogonal
 square weights keep the length of every x, where independent ones keep it on average: a deep stack drifts less.
