@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_activations import BY_HAND
+from test_activations import DETACHED as DETACHED
 from tolerances import UNIT, Map, Rounded, cat, chunk, compute_type, times, tolerance, total
 from torch import Tensor
 from torch.nn.functional import linear

@@ -7,7 +7,8 @@ from .registry import register
 
 
 def _eager(zr, zi, omega, scale):
-    envelope = torch.exp(-omega * zi - (scale * zr) ** 2 - (scale * zi) ** 2)
+    square = scale * scale
+    envelope = torch.exp(-(omega * zi) - square * zr * zr - square * zi * zi)
     return envelope * torch.cos(omega * zr), envelope * torch.sin(omega * zr)
 
 

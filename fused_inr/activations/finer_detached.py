@@ -8,7 +8,7 @@ from .registry import register
 
 @register(
     Facts(
-        eager=lambda z, omega: torch.sin(omega * (torch.abs(z) + 1).detach() * z),
+        eager=lambda z, omega: torch.sin((torch.abs(z) + 1).detach() * z * omega),
         # no solution, as for a sine
         sigma_p=lambda omega: 1 / omega,
         init="siren",

@@ -9,8 +9,11 @@ from .files import printable
 
 
 def draw(target: np.ndarray, reconstruction: np.ndarray, curve: list[float], title: str) -> bytes:
-    """Return the figure as a PNG. `target`, `reconstruction` [height, width, channels] in [0, 1]; `curve` in dB, one
-    value a step.
+    """Return the figure as a PNG.
+
+    Args:
+        target, reconstruction: [height, width, channels] in [0, 1].
+        curve: PSNR in dB, one value a step.
     """
     try:
         from matplotlib.figure import Figure

@@ -85,9 +85,7 @@ def read_picture(path: str | None, size: int) -> Picture:
 
 
 def picture_of(name: str, pixels: np.ndarray, size: int) -> Picture:
-    """Make a picture of stored values `pixels`, uint8 [height, width] or [height, width, 3], shrunk as by
-    `read_picture`.
-    """
+    """Make a picture, shrunk as by `read_picture`, of stored uint8 values [height, width] or [height, width, 3]."""
     Image, _ = _pillow()
     values, depth = _pixels(Image.fromarray(pixels), size)
     return Picture(name, values, depth)

@@ -166,7 +166,7 @@ class Trainer:
         return sum(self.seconds[:WARM_UP])
 
     def psnr_curve(self) -> list[float]:
-        """Return PSNR of each step's loss in dB of data in [0, 1], whose error is a quarter of that of data in [-1, 1]."""
+        """Return PSNR of each step's loss in dB of data in [0, 1], whose errors are a quarter of those in [-1, 1]."""
         return [to_decibel(mse / 4) for mse in self.mse]
 
     def psnr_curve_last(self) -> float:

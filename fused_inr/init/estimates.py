@@ -52,8 +52,7 @@ class Moments:
     _covariance: Tensor | None = None  # [.., V, V] of the second moments
 
     def gain(self, bias_variance: float = 0.0) -> Tensor:
-        """Return gain_b, [.., B], for the weights of a layer that follows: gain_b^2 = (sigma_b^2 - bias_variance) /
-        mean_c E[f_c^2].
+        """Return the gain of a following layer's weights, [.., B]: sqrt((sigma_b^2 - bias_variance) / mean_c E[f_c^2]).
 
         Weights of variance gain^2 / fan_in, plus biases of that variance, give its pre-activations sigma_b again.
         """

@@ -238,8 +238,9 @@ def _behind(link: Link, of: tuple[float, float], before: tuple[float, float] | N
 
 
 def _moments(link: Link, sigmas: list[float], samples: int, seed: int) -> tuple[float, float]:
-    """Return E[f(z)] and E[f(z)^2], means over outputs, for z_b ~ N(0, sigma_b^2). E[f(z)] of a foreign function,
-    behind which no skip connection is counted, is NaN.
+    """Return E[f(z)] and E[f(z)^2], means over outputs, for z_b ~ N(0, sigma_b^2).
+
+    E[f(z)] of a foreign function, behind which no skip connection is counted, is NaN.
     """
     if link.activation is None:
         return math.nan, drawn_moments(link, sigmas, positive_int("samples", samples, minimum=2), seed)[0]
@@ -268,9 +269,7 @@ _remembered_moments = lru_cache(maxsize=256)(_activation_moments)
 
 
 def drawn_moments(link: Link, sigmas: list[float], samples: int, seed: int) -> tuple[float, list[float]]:
-    """Estimate E[f^2] and, a branch, E[(df/dz_b)^2], of a function that is none of this package's, from `samples`
-    draws.
-    """
+    """Estimate E[f^2] and, a branch, E[(df/dz_b)^2], of a function that is no activation of this package."""
     rng = torch.Generator().manual_seed(positive_int("seed", seed, minimum=0))
     device = link.weight.device
     second, slopes, chunk = 0.0, torch.zeros(link.branches, dtype=torch.float64), 1 << 16

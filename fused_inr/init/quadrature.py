@@ -34,9 +34,7 @@ class NotConverged(ArithmeticError):
 
 
 def integrate(grid) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-    """Integrate means, second moments (both [G, V]), and their errors, for a grid of `estimates.py`; raises
-    NotConverged.
-    """
+    """Integrate means, second moments (both [G, V]), and their errors, for a `Grid`; raises NotConverged."""
     rules = _NODES.get(grid.branches)
     if rules is None:
         raise NotConverged(f"quadrature over {grid.branches} branches takes too many nodes")

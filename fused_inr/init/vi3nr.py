@@ -165,8 +165,7 @@ def _check_values(f: object, y: object, shape: tuple[int, ...]) -> None:
 
 
 def default_sigma_p(activation: Activation) -> float:
-    """Return the sigma_p that `vi3nr_init_` takes where none is given (for z before omega; but see its
-    `first_sigma_p`).
+    """Return the sigma_p, of z before omega, that `vi3nr_init_` takes where none is given (but see `first_sigma_p`).
 
     The file of each activation states its own, and why (`Facts.sigma_p`); 1 where it states none. It is the sigma_p
     that solves the backward condition beside the forward one, if there is one. If the condition holds only in the

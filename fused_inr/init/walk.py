@@ -48,8 +48,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def fused_layers(module: nn.Module) -> list[Layer]:
-    """Return the fused layers of a network in the order in which the data passes them (of `module.net` if there is
-    one).
+    """Return the fused layers of a network in the order of the data (those of `module.net` if there is one).
 
     Raises TypeError if `module` is no module and ValueError if it contains no fused layer.
     """
@@ -481,8 +480,7 @@ class _Watch(TorchFunctionMode):
 
 @contextlib.contextmanager
 def watch(module: nn.Module, visit: Visit) -> Iterator[None]:
-    """Let `visit(name, x, weight, bias)` compute every product of `module` whose weight is a parameter, within the
-    block.
+    """Let `visit(name, x, weight, bias)` compute each product whose weight is a parameter of `module`, in the block.
 
     Fused layers run as F.linear and their activation in plain PyTorch; modules are in evaluation mode.
     """
