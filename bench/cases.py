@@ -31,13 +31,6 @@ COMPILED = {"compile": "default", "max-autotune": "max-autotune"}
 #: "floor": the case's products alone, by the CPU engine's micro-kernel on numbers in the cache
 VARIANTS = ("fused", "eager", *COMPILED, "floor")
 
-_LAYERS: dict[str, Callable[..., layers.FusedLayer]] = {
-    "sine": layers.SineLayer,
-    "gaussian": layers.GaussianLayer,
-    "sinc": layers.SincLayer,
-    "split": layers.SplitLayer,
-}
-
 
 class Wrong(Exception):
     """The fused step is further from float64 than its bound allows."""
@@ -152,22 +145,16 @@ class Case:
 def build(case: Case, device: torch.device) -> nn.Module:
     """The fused module of a case, seeded."""
     torch.manual_seed(case.seed)
+    facts = activations.lookup(case.activation).facts
     if case.kind == "layer":
-        make = _LAYERS.get(case.activation)
-        module: nn.Module
-        if make is None:
-            module = layers.FusedLinear(case.in_features, case.width, activation=case.activation)
-        else:
-            module = make(case.in_features, case.width)
+        make: Any = getattr(layers, facts.layer)
+        own = {"activation": case.activation} if make is layers.FusedLinear else {}
+        module: Any = make(case.in_features, case.width, **own)
     else:
         shape = (case.in_features, case.width, case.hidden_layers, case.out_features)
-        if case.activation == "sine":
-            module = models.SIREN(*shape)
-        elif case.activation == "split":
-            module = models.SplitNet(*shape)
-        else:
-            init = "vi3nr" if case.activation in ("gaussian", "sinc", "wavelet") else "default"
-            module = models.MLP(*shape, activation=case.activation, init=init)
+        make = getattr(models, facts.model)
+        own = {"activation": case.activation, "init": facts.bench_init} if make is models.MLP else {}
+        module = make(*shape, **own)
         module.fusion = "layers" if case.way == "layers" else "auto"
         module.save = "nothing" if case.way == "recompute" else "preactivations"
     return module.to(device, case.dtype)

@@ -427,7 +427,7 @@ def status() -> tuple[Path | None, str]:
 def compile_maps(key: str, source: str, cache: Path | None = None) -> ctypes.Array:
     """Compile the generated C++ `source` of one activation, and register it with the engine under `key`.
 
-    `source` is what `fused_inr.activations.emit.cpp_source` prints for one map. Returns the table: branches, outputs,
+    `source` is what `activations.printing.cpp_source` prints for one map. Returns the table: branches, outputs,
     parameters, then the addresses of its functions. Raises RuntimeError where there is no engine, no compiler, or an
     error in the source.
     """

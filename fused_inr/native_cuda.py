@@ -231,7 +231,7 @@ def status() -> tuple[Path | None, str]:
 
 
 def compile_maps(key: str, source: str, cache: Path | None = None) -> None:
-    """Compile the generated C++ `source` of one activation (`emit.cpp_source`), and register it under `key`.
+    """Compile the generated C++ `source` of one activation (`printing.cpp_source`), and register it under `key`.
 
     Raises RuntimeError where the backend is not available, or the source has an error.
     """

@@ -14,22 +14,17 @@ def split_formula(z: Tensor, m: float = 10.0, w=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
     return m * torch.tanh(w[0] * a) * torch.sigmoid(w[1] * b) * torch.sin(w[2] * c) * torch.cos(w[3] * d)
 
 
+def case(map: fi.activations.ActivationMap) -> tuple:
+    """The constructor of an activation with its values for tests, its plain formula, and its largest slope."""
+    values = {**map.defaults, **map.facts.test_values}
+    return lambda: map(**values), lambda z: map.eager(z, *values.values()), map.facts.slope(**values)
+
+
 #: name -> (constructor of our activation, plain formula, sup of abs(df/dz_b) over all z and branches)
 CASES = {
-    "identity": (lambda: None, lambda z: z, 1.0),
-    "sine": (lambda: fi.activations.sine(omega=30.0), lambda z: torch.sin(30 * z), 30.0),
-    "gaussian": (lambda: fi.activations.gaussian(sigma=0.05), lambda z: torch.exp(-(z**2) / (2 * 0.05**2)), 12.14),
-    "gaussian_scale": (lambda: fi.activations.gaussian(scale=10.0), lambda z: torch.exp(-((10 * z) ** 2)), 8.58),
-    "sinc": (lambda: fi.activations.sinc(omega=2.0), lambda z: torch.sinc(2 * z / math.pi), 2 * 0.4363),
-    "relu": (lambda: "relu", torch.relu, 1.0),
-    "tanh": (lambda: "tanh", torch.tanh, 1.0),
-    "silu": (lambda: fi.activations.silu(), nn.functional.silu, 1.1),
-    "split": (lambda: fi.activations.split(m=10.0), split_formula, 10.0),
-    "fourier": (
-        lambda: fi.activations.get("fourier"),
-        lambda z: torch.cat(((2 * math.pi * z).cos(), (2 * math.pi * z).sin()), -1),
-        2 * math.pi,
-    ),
+    "None": (lambda: None, lambda z: z, 1.0),
+    "a name": (lambda: "relu", torch.relu, 1.0),
+    **{map.name: case(map) for map in fi.activations.registered() if map.facts.slope is not None},
 }
 
 

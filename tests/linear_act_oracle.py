@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_activations import BY_HAND
+from test_activations import DETACHED as DETACHED
 from tolerances import UNIT, Map, Rounded, cat, chunk, compute_type, times, tolerance, total
 from torch import Tensor
 from torch.nn.functional import linear
@@ -20,8 +21,6 @@ import fused_inr as fi
 from fused_inr.activations import Activation
 
 NAMES = fi.activations.names()
-#: Derivatives differ from those of the value, so finite differences do not apply.
-DETACHED = {"finer_detached"}
 
 
 def pytest_generate_tests(metafunc):

@@ -9,40 +9,18 @@ import pytest
 import sympy
 import torch
 
+import fused_inr as fi
 from fused_inr import activations
-from fused_inr.activations import emit
+from fused_inr.activations import printing
 from fused_inr.activations.spec import MAX_LEARNABLE_LEVEL, MAX_LEVEL
 
 NAMES = activations.names()
-DETACHED = {"finer_detached"}
-
-#: activation -> the formula as a user of PyTorch would write it
-BY_HAND = {
-    "sine": lambda z, omega: torch.sin(omega * z),
-    "gaussian": lambda z, sigma: torch.exp(-(z**2) / (2 * sigma**2)),
-    "gaussian_scale": lambda z, scale: torch.exp(-((scale * z) ** 2)),
-    "sinc": lambda z, omega: torch.sinc(omega * z / torch.pi),
-    "split": lambda a, b, c, d, m, w1, w2, w3, w4: (
-        m * torch.tanh(w1 * a) * torch.sigmoid(w2 * b) * torch.sin(w3 * c) * torch.cos(w4 * d)
-    ),
-    "relu": torch.relu,
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softplus": lambda z, beta: torch.logaddexp(beta * z, torch.zeros_like(z)) / beta,
-    "finer": lambda z, omega: torch.sin(omega * (z.abs() + 1) * z),
-    "finer_detached": lambda z, omega: torch.sin(omega * (z.abs() + 1).detach() * z),
-    "wavelet": lambda z: torch.cos(z) * torch.exp(-(z**2)),
-    "hosc": lambda z, beta, omega: torch.tanh(beta * torch.sin(omega * z)),
-    "gabor": lambda a, b, omega, scale: torch.cos(omega * a) * torch.exp(-((scale * b) ** 2)),
-    "complex_gabor": lambda a, b, omega, scale: torch.view_as_real(
-        torch.exp(1j * omega * torch.complex(a, b) - (scale * torch.complex(a, b)).abs() ** 2)
-    ).unbind(-1),
-    "incode": lambda z, omega, a, b, c, d: torch.exp(a) * torch.sin(torch.exp(b) * omega * z + c) + d,
-    "fourier": lambda z: (torch.cos(2 * torch.pi * z), torch.sin(2 * torch.pi * z)),
-    "identity": lambda z: z,
-}
+MAPS = activations.registered()
+#: Activations whose derivatives are, on purpose, not those of their values.
+DETACHED = {m.name for m in MAPS if m.facts.detached}
+#: The formula of each activation and loss as a user of PyTorch would write it.
+BY_HAND = {m.name: m.facts.eager for m in (*MAPS, *activations.registered_losses())}
+LOSSES = tuple(m.name for m in activations.registered_losses())
 
 
 def streams(map, n=64, seed=0):
@@ -53,11 +31,50 @@ def streams(map, n=64, seed=0):
     return [t.requires_grad_() for t in z], [t.requires_grad_() for t in p]
 
 
-def test_every_activation_has_a_formula_by_hand():
-    assert set(BY_HAND) == set(NAMES)
+def test_everything_registered_has_a_formula_by_hand():
+    assert set(BY_HAND) == {*NAMES, *LOSSES}
+    assert all(BY_HAND.values()), [name for name, formula in BY_HAND.items() if formula is None]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_facts_name_what_there_is():
+    for map in MAPS:
+        facts = map.facts
+        values = {**map.defaults, **facts.test_values}
+        assert set(values) == set(map.defaults)
+        assert issubclass(getattr(fi.models, facts.model), torch.nn.Module)
+        assert issubclass(getattr(fi.layers, facts.layer), torch.nn.Module)
+        for rule in (facts.sigma_p, facts.slope, facts.model_arguments):
+            assert rule is None or rule(**values)
+    for map in activations.registered_losses():
+        assert callable(getattr(fi.losses, map.facts.public))
+
+
+def test_complex_gabor_is_the_exponential_of_complex_numbers():
+    map = activations.lookup("complex_gabor")
+    (a, b), (omega, scale) = streams(map)
+    z = torch.complex(a, b)
+    expected = torch.view_as_real(torch.exp(1j * omega * z - (scale * z).abs() ** 2)).unbind(-1)
+    for got, want in zip(map.facts.eager(a, b, omega, scale), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", [m.name for m in MAPS if m.facts.slope])
+def test_the_slope_is_the_largest(name):
+    map = activations.lookup(name)
+    values = {**map.defaults, **map.facts.test_values}
+    bound, unit = map.facts.slope(**values), 4 * map.facts.test_sigma
+    axis = torch.linspace(-unit, unit, 20001 if map.branches == 1 else 201 if map.branches == 2 else 17)
+    axis = axis.double()
+    z = [t.flatten().requires_grad_() for t in torch.meshgrid(*[axis] * map.branches, indexing="ij")]
+    steepest = 0.0
+    for y in map.torch_map(0)(*z, *values.values()):
+        for slope in torch.autograd.grad(y.sum(), z, retain_graph=True):
+            steepest = max(steepest, slope.abs().max().item())
+    assert steepest <= bound * (1 + 1e-9)
+    assert map.branches > 2 or steepest >= 0.98 * bound
+
+
+@pytest.mark.parametrize("name", [*NAMES, *LOSSES])
 def test_value(name):
     map = activations.lookup(name)
     z, p = streams(map)
@@ -69,7 +86,7 @@ def test_value(name):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *LOSSES])
 @pytest.mark.parametrize("learnable", [False, True])
 def test_each_level_is_the_vjp_of_the_level_below(name, learnable):
     map = activations.lookup(name)
@@ -122,8 +139,8 @@ def test_committed_files_are_what_the_generator_writes():
 
 
 def test_generated_code_is_reproducible():
-    source = emit.torch_source(activations.registered())
-    assert source == emit.torch_source(activations.registered())
+    source = printing.torch_source(activations.registered())
+    assert source == printing.torch_source(activations.registered())
     assert "nan" not in source and "inf" not in source
 
 
@@ -137,6 +154,15 @@ def test_construction_and_identity(name):
     assert a(z).shape == (3, 2 * a.outputs)
     for p in a.param_names:
         assert a.with_params(**{p: 0.77}) != a
+
+
+def test_pickles_of_earlier_versions_load():
+    from fused_inr.activations import registry
+
+    made = activations.define("pickled_test", lambda z, omega: sympy.sin(omega * z), omega=2.0)
+    for activation in (activations.sine(omega=3.0), made):
+        _, arguments = activation.map.__reduce__()
+        assert registry._unpickle_map(*arguments) is activation.map
 
 
 def test_gaussian_parametrisations():

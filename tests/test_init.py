@@ -303,7 +303,7 @@ def test_every_preactivation_has_the_standard_deviation_asked_for(activation, si
     net = fi.MLP(16, 512, 2, 512, activation=activation)
     vi3nr_init_(net, sigma_p=sigma_p, distribution=distribution, samples=100_000)
     wanted = [sigma_p or default_sigma_p(activation)] * 4
-    if activation.name == "sine" and sigma_p is None:
+    if activation.map.facts.init == "siren" and sigma_p is None:
         wanted[0] = 1 / (3 * math.sqrt(16))
     x = torch.rand(1024, 16) * 2 - 1
     # widths of 512 and the 16 inputs leave some percent of spread, which adds up over layers (split the most)

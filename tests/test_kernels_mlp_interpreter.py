@@ -25,7 +25,7 @@ from fused_inr.kernels.mlp import forward_kernel, serves, train_kernel
 from operands import mlp, mlp_backward, mlp_loss
 from tolerances import UNIT, Map, Rounded, cat, chunk, times, total, worst
 
-from fused_inr.activations import registered, registry
+from fused_inr.activations import registered, registered_losses, store
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in padded columns
 
@@ -316,15 +316,11 @@ def test_gradients_of_a_float16_loss_stay_within_its_range(N):
 
 
 def test_loss_of_the_registry():
-    pytest.importorskip("fused_inr.activations.losses")
-    from fused_inr.activations import lookup
-
     net = make("sine", M=20, hidden=0)
-    for key in ("squared_error", "absolute_error", "huber_error"):
-        loss_map = lookup(key)
-        constants = list(loss_map.defaults.values())
+    for loss_map in registered_losses():
+        constants = list({**loss_map.defaults, **loss_map.facts.test_values}.values())
         value, gradients = reference(net, lambda y: loss_map.torch_map(0)(y, net.g, *constants)[0].sum())  # noqa: B023
-        agree(mlp_loss(net.x, net.g, None, *net.arguments(), key, constants), [value, *gradients])
+        agree(mlp_loss(net.x, net.g, None, *net.arguments(), loss_map.key, constants), [value, *gradients])
 
 
 def train_both_ways(name, M, N, hidden):
@@ -499,7 +495,7 @@ class Pole:
 
 @pytest.mark.parametrize("N", [9, 33])
 def test_padding_does_not_reach_the_sums(N, monkeypatch):
-    monkeypatch.setitem(registry._DEFINED, Pole.key, Pole)
+    monkeypatch.setitem(store.DEFINED, Pole.key, Pole)
     net = make("relu", M=21, N=N, hidden=0, out=2)
     net.m, net.x = Pole, net.x.abs() + 1
     net.weights[0], net.biases[0] = net.weights[0].abs() + 1, torch.zeros(N, dtype=F64)

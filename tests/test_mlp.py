@@ -1,5 +1,7 @@
 """Whole networks as one operation: against float64, against the layers, in every way to train, at every order."""
 
+from functools import partial
+
 import pytest
 import sympy
 import torch
@@ -438,21 +440,21 @@ def test_what_is_saved_does_not_outlive_a_change_of_the_output():
 
 # -- losses
 
-THEIRS = {
-    "mse": (losses.mse, nn.functional.mse_loss),
-    "l1": (losses.l1, nn.functional.l1_loss),
-    "huber": (
-        lambda *a, **k: losses.huber(*a, delta=0.3, **k),
-        lambda *a, **k: nn.functional.huber_loss(*a, delta=0.3, **k),
-    ),
-}
+LOSSES = {m.name: m for m in activations.registered_losses()}
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("fusion", ["auto", "layers"])
 def test_losses_are_those_of_pytorch(name, reduction, fusion):
-    ours, theirs = THEIRS[name]
+    facts = LOSSES[name].facts
+    values = {**LOSSES[name].defaults, **facts.test_values}
+    ours = partial(getattr(losses, facts.public), **values)
+
+    def theirs(y, target, reduction):
+        each = facts.eager(y, target, *values.values())
+        return {"mean": each.mean, "sum": each.sum, "none": lambda: each}[reduction]()
+
     net, x = siren(fusion=fusion), coordinates(333)
     target = torch.randn(333, 3, dtype=torch.float64)
     a, b = ours(net, x, target, reduction=reduction), theirs(net(x), target, reduction=reduction)
@@ -589,7 +591,7 @@ def test_memory_of_training_does_not_grow_with_depth():
 
 
 def test_the_jet_is_the_value_and_its_derivatives():
-    for name in (*NAMES, "squared_error", "absolute_error", "huber_error"):
+    for name in (*NAMES, *LOSSES):
         map = activations.lookup(name)
         z = [torch.randn(50, dtype=torch.float64) for _ in range(map.branches)]
         params = [torch.full((), v, dtype=torch.float64) for v in map.defaults.values()]

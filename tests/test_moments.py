@@ -109,7 +109,7 @@ def test_sums_are_those_of_the_formula(backend, name):
         sums = backends.TABLE[backend].moments(sigmas, params, start, samples, 3, activation.map)
         chunks = -(-samples // raw.CHUNK)
         assert sums.shape == (chunks, 3, activation.outputs * (1 + activation.branches), 3)
-        if name == "finer_detached":  # its derivative is not that of the formula
+        if activation.map.facts.detached:  # its derivative is not that of the formula
             sums, expected = sums[:, :, :1], oracle(activation, sigmas, params, start, samples, 3)[:, :1]
         else:
             expected = oracle(activation, sigmas, params, start, samples, 3)
@@ -215,12 +215,10 @@ CASES_EACH = 53
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thousand_cases_lie_within_five_standard_errors_of_quadrature(name):
     """53 cases for each activation of one or two branches: first and second moments of f and its derivatives."""
-    activation = A.get(name)
-    if name == "split":
-        activation = A.split(m=3.0)
+    facts = A.lookup(name).facts
+    activation = A.get(name).with_params(**facts.test_values)
     # to where a quadrature of a second serves, and 100,000 draws know their own spread
-    scale = {"gaussian": 0.05, "gaussian_scale": 0.1, "sine": 1 / 30, "finer": 1 / 30, "finer_detached": 1 / 30}
-    unit = scale.get(name, {"gabor": 0.1, "complex_gabor": 0.1, "incode": 1 / 30, "hosc": 0.05}.get(name, 1.0))
+    unit = facts.test_sigma
     rng = torch.Generator().manual_seed(len(name))
     cases = 3 if activation.branches == 4 else CASES_EACH
     sigma = unit * 10 ** (torch.rand(cases, generator=rng, dtype=torch.float64) * 1.3 - 1)

@@ -210,8 +210,8 @@ def test_every_activation_has_its_rows():
 
 def unit_activation(name: str):
     activation = fi.activations.get(name)
-    offsets = {"a", "b", "c", "d"} if name == "incode" else set()
-    return activation.with_params(**{n: 0.0 if n in offsets else 1.0 for n in activation.param_names})
+    # what is 0 by default is an offset
+    return activation.with_params(**{n: 1.0 if value else 0.0 for n, value in activation.params.items()})
 
 
 def cases(row: Row, dtype: torch.dtype) -> list[tuple[float, Triple]]:

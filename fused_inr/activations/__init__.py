@@ -5,16 +5,18 @@ Learnable parameters: `sine(omega=30.0, learnable="omega", per_feature=True)`.
 """
 
 from . import losses as losses
-from .finer import finer, finer_detached
+from .complex_gabor import complex_gabor
+from .finer import finer
+from .finer_detached import finer_detached
 from .fourier import fourier
-from .gabor import complex_gabor, gabor
-from .gaussian import gaussian, gaussian_scale
+from .gabor import gabor
+from .gaussian import gaussian
+from .gaussian_scale import gaussian_scale
 from .gelu import gelu
 from .hosc import hosc
 from .identity import identity
 from .incode import incode
-from .registry import _unpickle_map as _unpickle_map
-from .registry import define, get, lookup, names, registered
+from .registry import define, get, lookup, names, registered, registered_losses
 from .relu import relu
 from .sigmoid import sigmoid
 from .silu import silu
@@ -45,6 +47,7 @@ __all__ = [
     "lookup",
     "names",
     "registered",
+    "registered_losses",
     "relu",
     "sigmoid",
     "silu",

@@ -1,25 +1,29 @@
 """FINER (Liu et al., 2024): sine with a frequency that grows with abs(z)."""
 
+import torch
+
+from .facts import Facts
+from .finer_detached import finer_detached
 from .registry import factory, register
 from .spec import Activation
 
 
-@register(omega=30.0)
+@register(
+    Facts(
+        eager=lambda z, omega: torch.sin(omega * (torch.abs(z) + 1) * z),
+        # no solution, as for a sine
+        sigma_p=lambda omega: 1 / omega,
+        init="siren",
+        at_zero=lambda f0, f1, f2: {"omega": f1} if f1 else None,
+        test_sigma=1 / 30,
+    ),
+    omega=30.0,
+)
 def _finer(z, omega):
     """sin(omega (abs(z) + 1) z)"""
     from sympy import Abs, sin
 
     return sin(omega * (Abs(z) + 1) * z)
-
-
-@register(omega=30.0)
-def finer_detached(z, omega):
-    """sin(omega s z) with s = abs(z) + 1 held constant under differentiation, as the published code does"""
-    from sympy import Abs, sin
-
-    from .symbols import detach
-
-    return sin(omega * detach(Abs(z) + 1) * z)
 
 
 @factory

@@ -1,9 +1,24 @@
-"""Gabor wavelets of WIRE (Saragadam et al., 2023)."""
+"""The Gabor wavelet of WIRE (Saragadam et al., 2023) in its real form."""
 
+import math
+
+import torch
+
+from .facts import Facts
 from .registry import register
 
 
-@register(omega=10.0, scale=10.0)
+@register(
+    Facts(
+        eager=lambda z1, z2, omega, scale: torch.cos(omega * z1) * torch.exp(-((scale * z2) ** 2)),
+        # no solution, as for a sine
+        sigma_p=lambda omega, scale: 1 / omega,
+        slope=lambda omega, scale: max(abs(omega), math.sqrt(2 / math.e) * abs(scale)),
+        test_sigma=0.1,
+    ),
+    omega=10.0,
+    scale=10.0,
+)
 def gabor(z1, z2, omega, scale):
     """cos(omega z1) exp(-(scale z2)^2): WIRE's real form, two linear maps"""
     from sympy import cos, exp
@@ -11,17 +26,3 @@ def gabor(z1, z2, omega, scale):
     from .symbols import saturate
 
     return cos(omega * z1) * exp(-(saturate(scale * z2) ** 2))
-
-
-@register(omega=10.0, scale=10.0)
-def complex_gabor(zr, zi, omega, scale):
-    """exp(j omega z - abs(scale z)^2) of z = zr + j zi: real part, imaginary part"""
-    from sympy import Abs, Or, Piecewise, cos, exp, sin
-
-    from .symbols import keep
-
-    # beyond 40 widths both parts are 0; the exponential itself would say inf * 0 at infinity
-    beyond = Or(Abs(scale * zr) >= 40, Abs(scale * zi) >= 40)
-    zr, zi = (keep(Piecewise((0, beyond), (part, True))) for part in (zr, zi))
-    envelope = exp(-omega * zi - (scale * zr) ** 2 - (scale * zi) ** 2)
-    return tuple(Piecewise((0, beyond), (envelope * wave(omega * zr), True)) for wave in (cos, sin))

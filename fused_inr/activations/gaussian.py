@@ -1,10 +1,28 @@
-"""Gaussian (Ramasinghe & Lucey, 2022; VI3NR; WIRE's GaussLayer)."""
+"""Gaussian (Ramasinghe & Lucey, 2022; VI3NR)."""
 
+import math
+
+import torch
+
+from .facts import Facts
+from .gaussian_scale import gaussian_scale
 from .registry import factory, register
 from .spec import Activation
 
 
-@register(sigma=0.05)
+@register(
+    Facts(
+        eager=lambda z, sigma: torch.exp(-(z**2) / (2 * sigma**2)),
+        # where both of VI3NR's conditions hold: 1.5538 sigma
+        sigma_p=lambda sigma: math.sqrt(1 + math.sqrt(2)) * sigma,
+        bench_init="vi3nr",
+        layer="GaussianLayer",
+        at_zero=lambda f0, f1, f2: {"sigma": (-f2) ** -0.5} if f2 < 0 else None,
+        slope=lambda sigma: math.exp(-0.5) / abs(sigma),
+        test_sigma=0.05,
+    ),
+    sigma=0.05,
+)
 def _gaussian(z, sigma):
     """exp(-z^2 / (2 sigma^2))"""
     from sympy import Rational, exp
@@ -12,16 +30,6 @@ def _gaussian(z, sigma):
     from .symbols import saturate
 
     return exp(-Rational(1, 2) * saturate(z / sigma) ** 2)
-
-
-@register(scale=10.0)
-def gaussian_scale(z, scale):
-    """exp(-(scale z)^2)"""
-    from sympy import exp
-
-    from .symbols import saturate
-
-    return exp(-(saturate(scale * z) ** 2))
 
 
 @factory

@@ -1,4 +1,4 @@
-"""Pieces of a formula that are evaluated where they are not taken: harmless there, so that no 0 times infinity arises.
+"""Guards the pieces of a formula where they are not taken, so that no 0 times infinity arises.
 
 `Piecewise((z, z > 0), (exp(z) - 1, True))` at z = 100 takes z; but its derivative also passes 0 through that of
 exp(100), which is NaN where exp overflows. So each piece is given, in place of arguments for which it is not taken, a
@@ -10,13 +10,18 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
+
+from . import primitives, printing
+from .tape import Program, Tape, from_sympy
+
 #: Points at which pieces are tried, in this order; of several branches, their combinations.
 _POINTS = (1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.0, 0.1, -0.1, 4.0, -4.0, 10.0, -10.0, 50.0, -50.0)
 _MOST_POINTS = 1 << 12
 
 
 def guarded(expression: Any, symbols: tuple, values: dict[Any, float]) -> Any:
-    """A sympy expression with harmless arguments in the pieces that are not taken.
+    """Return a sympy expression with harmless arguments in the pieces that are not taken.
 
     Args:
         symbols: the pre-activations.
@@ -57,9 +62,8 @@ def _bottom_up(expression: Any, rewrite: Any) -> Any:
 
 
 def _point(piece: Any, elsewhere: Any, inside: tuple, symbols: tuple, values: dict[Any, float]) -> list[float] | None:
-    """Where the piece is taken, and finite with its first two derivatives; None where no such point is found."""
+    """Find where the piece is taken, and finite with its first two derivatives; None where no such point is found."""
     import sympy
-    import torch
 
     taken = sympy.Piecewise((0, elsewhere), (1, True), evaluate=False)
     run = _function([piece, taken], (*symbols, *values))
@@ -82,16 +86,11 @@ def _point(piece: Any, elsewhere: Any, inside: tuple, symbols: tuple, values: di
 
 
 def _function(expressions: list, arguments: tuple) -> Any:
-    """Sympy expressions as a PyTorch function of `arguments`."""
-    import torch
-
-    from . import emit, primitives
-    from .tape import Program, Tape, from_sympy
-
+    """Make a PyTorch function of `arguments` from sympy expressions."""
     tape = Tape()
     for symbol in arguments:
         tape.input(symbol.name)
     nodes = from_sympy(expressions, tape)
     program = Program(tape, [(s.name, (s.name,)) for s in arguments], [("y", tuple(nodes))])
-    source = emit.torch_function("pieces", program)
-    return emit.execute(source, "<fused_inr pieces>", {"p": primitives, "torch": torch})["pieces"]
+    source = printing.torch_function("pieces", program)
+    return printing.execute(source, "<fused_inr pieces>", {"p": primitives, "torch": torch})["pieces"]

@@ -66,7 +66,7 @@ pow = _by_tensor(torch.pow)
 
 
 def _sinc_derivative(x: torch.Tensor, order: int) -> torch.Tensor:
-    """The order-th derivative of sin(x)/x.
+    """Compute the order-th derivative of sin(x)/x.
 
     Below abs(x) = 2 + order / 2 by the series sum_k (-1)^k x^(2k - n) (2k)! / ((2k - n)! (2k + 1)!), whose terms fall
     below 2^-60 of the largest; above by the recurrence x s_n = sin(x + n pi/2) - n s_(n-1).

@@ -1,68 +1,67 @@
-"""The registry: one entry a file in this folder, and what users define at run time."""
+"""Registers activations, one entry a file in this folder, and what users define at run time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from .spec import Activation, ActivationMap, check_name
+from .facts import Facts
+from .spec import Activation, ActivationMap, check_name, unpickle_map
+from .store import DEFINED, LOSSES, REGISTERED
+from .store import lookup as lookup
 
-_REGISTERED: dict[str, ActivationMap] = {}
-_LOSSES: dict[str, ActivationMap] = {}
-_DEFINED: dict[str, ActivationMap] = {}
-#: name -> function that makes an Activation, where the public arguments differ from the map's parameters
+#: The functions that make an Activation where the public arguments differ from the map's parameters, by name.
 _FACTORIES: dict[str, Callable[..., Activation]] = {}
+#: What unpickles a map in files that were written when the function had this name.
+_unpickle_map = unpickle_map
 
 
-def register(**parameters: float) -> Callable[[Callable], ActivationMap]:
-    """Decorator of a formula: its function name becomes the activation's, the keywords its parameters' defaults.
+def register(facts: Facts | None = None, /, **parameters: float) -> Callable[[Callable], ActivationMap]:
+    """Decorate a formula: its function name becomes the activation's, the keywords its parameters' defaults.
 
-    A leading underscore is dropped: it leaves the public name to a `factory`.
+    A leading underscore is dropped: it leaves the public name to a `factory`. `facts` is what else is known of it.
     """
 
     def decorate(formula: Callable) -> ActivationMap:
         name = formula.__name__.removeprefix("_")
-        _REGISTERED[name] = ActivationMap(name, formula, parameters)
-        return _REGISTERED[name]
+        REGISTERED[name] = ActivationMap(name, formula, parameters, facts=facts)
+        return REGISTERED[name]
 
     return decorate
 
 
-def loss(**parameters: float) -> Callable[[Callable], ActivationMap]:
-    """Decorator of the formula of an elementwise loss of (prediction, target)."""
+def loss(facts: Facts | None = None, /, **parameters: float) -> Callable[[Callable], ActivationMap]:
+    """Decorate the formula of an elementwise loss of (prediction, target); arguments as of `register`."""
 
     def decorate(formula: Callable) -> ActivationMap:
-        _LOSSES[formula.__name__] = ActivationMap(formula.__name__, formula, parameters)
-        return _LOSSES[formula.__name__]
+        LOSSES[formula.__name__] = ActivationMap(formula.__name__, formula, parameters, facts=facts)
+        return LOSSES[formula.__name__]
 
     return decorate
 
 
 def factory(function: Callable[..., Activation]) -> Callable[..., Activation]:
-    """Decorator of the public constructor of a registered map of the same name."""
+    """Decorate the public constructor of a registered map of the same name."""
     _FACTORIES[function.__name__] = function
     return function
 
 
 def registered() -> list[ActivationMap]:
-    """The maps whose code is committed, by name."""
-    return [_REGISTERED[name] for name in sorted(_REGISTERED)]
+    """Return the activations whose code is committed, sorted by name."""
+    return [REGISTERED[name] for name in sorted(REGISTERED)]
+
+
+def registered_losses() -> list[ActivationMap]:
+    """Return the losses whose code is committed, sorted by name."""
+    return [LOSSES[name] for name in sorted(LOSSES)]
 
 
 def names() -> tuple[str, ...]:
-    """Names of the registered activations."""
-    return tuple(sorted(_REGISTERED))
-
-
-def lookup(key: str) -> ActivationMap:
-    """The map with this key (`ActivationMap.key`): what the raw operations receive."""
-    found = _REGISTERED.get(key) or _DEFINED.get(key) or _LOSSES.get(key)
-    if found is None:
-        raise ValueError(f"activation: no map has the key {key!r} in this process; define it again here")
-    return found
+    """Return the names of the registered activations."""
+    return tuple(sorted(REGISTERED))
 
 
 def get(activation: str | Activation | ActivationMap | None) -> Activation:
-    """An `Activation` from a name (with default parameters), a map, None (identity) or itself.
+    """Return an `Activation` from a name (with default parameters), a map, None (identity) or itself.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -71,15 +70,15 @@ def get(activation: str | Activation | ActivationMap | None) -> Activation:
     if isinstance(activation, Activation):
         return activation
     if activation is None:
-        return _REGISTERED["identity"]()
+        return REGISTERED["identity"]()
     if isinstance(activation, ActivationMap):
         return activation()
     if isinstance(activation, str):
         if activation in _FACTORIES:
             return _FACTORIES[activation]()
-        if activation in _REGISTERED:
-            return _REGISTERED[activation]()
-        for map in reversed(_DEFINED.values()):
+        if activation in REGISTERED:
+            return REGISTERED[activation]()
+        for map in reversed(DEFINED.values()):
             if map.name == activation:
                 return map()
         raise ValueError(
@@ -93,7 +92,7 @@ def get(activation: str | Activation | ActivationMap | None) -> Activation:
 
 
 def define(name: str, formula: Callable, **parameters: float) -> Activation:
-    """An activation from a formula, with the standing of the registered ones: every order, layer and backend.
+    """Make an activation from a formula, with the standing of the registered ones: every order, layer and backend.
 
     ```python
     chirp = fused_inr.activations.define("chirp", lambda z, omega: sympy.sin(omega * z**2), omega=2.0)
@@ -117,7 +116,7 @@ def define(name: str, formula: Callable, **parameters: float) -> Activation:
     CPUs it is compiled if there is a C++ compiler, else the PyTorch reference serves.
     """
     check_name(name)
-    if name in _REGISTERED or name in _LOSSES:
+    if name in REGISTERED or name in LOSSES:
         raise ValueError(f"name: {name!r} is a registered activation or loss; choose another name")
     if not callable(formula):
         raise TypeError(f"formula: expected a function of sympy symbols, got {type(formula).__name__}")
@@ -129,13 +128,5 @@ def define(name: str, formula: Callable, **parameters: float) -> Activation:
     map = ActivationMap(name, formula, parameters, generated=False)
     if map.branches < 1:
         raise ValueError("formula: it needs at least one argument that is no parameter (the pre-activation z)")
-    _DEFINED[map.key] = map
+    DEFINED[map.key] = map
     return map()
-
-
-def _unpickle_map(name: str, defaults: dict[str, float], branches: int, program) -> ActivationMap:
-    if program is None:
-        return lookup(name)
-    map = ActivationMap(name, None, defaults, branches=branches, generated=False)
-    map._programs[0, False] = program
-    return _DEFINED.setdefault(map.key, map)

@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 
-#: Orders of differentiation with generated code: constant parameters, learnable parameters.
-MAX_LEVEL, MAX_LEARNABLE_LEVEL = 3, 2
+from . import primitives, printing
+from .facts import Facts
+from .piecewise import guarded
+from .store import DEFINED, lookup
+from .tape import MAX_LEARNABLE_LEVEL as MAX_LEARNABLE_LEVEL
+from .tape import MAX_LEVEL as MAX_LEVEL
+from .tape import Program, Tape, from_sympy
+
 _LETTERS = ("y", "g", "u", "v", "w")
 
 
@@ -25,6 +31,7 @@ class ActivationMap:
             or a tuple of them (several outputs). All symbols are real. Called only when code is generated.
         parameters: default value of each parameter, in order.
         generated: whether the code is among the committed files; else it is generated at run time.
+        facts: what else is known of it.
     """
 
     def __init__(
@@ -35,6 +42,7 @@ class ActivationMap:
         *,
         branches: int | None = None,
         generated: bool = True,
+        facts: Facts | None = None,
     ):
         self.name = name
         self.formula = formula
@@ -47,7 +55,8 @@ class ActivationMap:
             raise ValueError("a map without a formula needs its number of branches")
         self.branches = branches
         self.generated = generated
-        self._programs: dict[tuple[int, bool], Any] = {}
+        self.facts = Facts() if facts is None else facts
+        self._programs: dict[tuple[int, bool], Program] = {}
         self._torch: dict[tuple[int, bool], Callable] = {}
         self._triton: dict[tuple[int, bool], Any] = {}
         self._triton_jet: Any = None
@@ -59,9 +68,7 @@ class ActivationMap:
 
     def __reduce__(self):
         # a registered map is itself wherever it is unpickled; a run-time one travels as its program
-        from . import _unpickle_map
-
-        return _unpickle_map, (self.name, self.defaults, self.branches, None if self.generated else self.program(0))
+        return unpickle_map, (self.name, self.defaults, self.branches, None if self.generated else self.program(0))
 
     def __copy__(self) -> ActivationMap:
         return self
@@ -71,10 +78,12 @@ class ActivationMap:
 
     @property
     def n_params(self) -> int:
+        """The number of parameters."""
         return len(self.param_names)
 
     @property
     def outputs(self) -> int:
+        """The number of values that the map returns for an element."""
         if self._outputs is None:
             if self.generated:
                 from . import generated
@@ -95,10 +104,8 @@ class ActivationMap:
 
     # -- programs
 
-    def program(self, level: int, learnable: bool = False):
-        """The straight-line program of the level-th derivative map (see docs/architecture.md); needs sympy."""
-        from .tape import Program, Tape, from_sympy
-
+    def program(self, level: int, learnable: bool = False) -> Program:
+        """Return the straight-line program of the level-th derivative map (see docs/architecture.md); needs sympy."""
         if level == 0:
             learnable = False
         if (level, learnable) not in self._programs:
@@ -108,19 +115,17 @@ class ActivationMap:
                     lower = Program(lower.tape, lower.inputs, lower.outputs, lower.parameters)
                 self._programs[level, learnable] = lower.vjp(_LETTERS[level] if level < 5 else f"w{level}")
             else:
-                self._programs[0, False] = self._trace(Program, Tape, from_sympy)
+                self._programs[0, False] = self._trace()
         return self._programs[level, learnable]
 
-    def jet(self, learnable: bool = False):
-        """The program of the value and its derivatives together (docs/architecture.md, section 1)."""
-        from .tape import Program
-
+    def jet(self, learnable: bool = False) -> Program:
+        """Return the program of the value and its derivatives together (docs/architecture.md, section 1)."""
         value = self.program(0)
         if learnable:
             value = Program(value.tape, value.inputs, value.outputs, value.parameters)
         return value.jet()
 
-    def _trace(self, Program, Tape, from_sympy):
+    def _trace(self) -> Program:
         import sympy
 
         z_names = tuple(f"z{i}" for i in range(self.branches))
@@ -130,15 +135,13 @@ class ActivationMap:
         parameters = {n: sympy.Symbol(own, real=True) for n, own in zip(self.param_names, own_names)}
         expressions = self._expressions(symbols, parameters)
         if not self.generated:
-            from .piecewise import guarded
-
             values = {symbol: self.defaults[n] for n, symbol in parameters.items()}
             expressions = [guarded(e, symbols, values) for e in expressions]
         tape = Tape()
         for name in (*z_names, *own_names):
             tape.input(name)
         nodes = from_sympy(expressions, tape)
-        used = {n.value for n in tape.nodes if n.op == "input"}
+        used = {str(n.value) for n in tape.nodes if n.op == "input"}
         unknown = used - set(z_names) - set(own_names)
         if unknown:
             raise ValueError(
@@ -149,7 +152,7 @@ class ActivationMap:
         return Program(tape, inputs, [("y", tuple(nodes))], own_names, frozenset(own_names))
 
     def _expressions(self, symbols, parameters) -> list:
-        """What the formula returns for these symbols, as a list of sympy expressions."""
+        """Return what the formula gives for these symbols, as a list of sympy expressions."""
         import sympy
 
         assert self.formula is not None  # a map without one comes with its program
@@ -178,19 +181,16 @@ class ActivationMap:
 
     # -- generated code
 
-    @staticmethod
-    def has_level(level: int, learnable: bool) -> bool:
-        """Whether code is generated for this level (beyond, PyTorch differentiates the highest one)."""
-        return level <= (MAX_LEARNABLE_LEVEL if learnable else MAX_LEVEL)
-
     def function_name(self, level: int, learnable: bool) -> str:
+        """Return what the generated function of a level is called, on every target."""
         return f"{self.key}_{'p' if learnable and level else 'l'}{level}"
 
     def jet_name(self, learnable: bool) -> str:
+        """Return what the generated function of the value and its derivatives is called, on every target."""
         return f"{self.key}_j{'p' if learnable else ''}"
 
     def torch_map(self, level: int, learnable: bool = False) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The map as a plain PyTorch function of its streams; see docs/architecture.md for their order."""
+        """Return the map as a plain PyTorch function of its streams; see docs/architecture.md for their order."""
         cached = self._torch.get((level, learnable))
         if cached is None:
             if self.generated:
@@ -198,26 +198,22 @@ class ActivationMap:
 
                 cached = getattr(generated, self.function_name(level, learnable))
             else:
-                from . import emit, primitives
-
                 name = self.function_name(level, learnable)
-                source = emit.torch_function(name, self.program(level, learnable))
-                cached = emit.execute(source, f"<fused_inr torch map {name}>", {"p": primitives, "torch": torch})[name]
+                cached = _compiled(name, self.program(level, learnable))
             self._torch[level, learnable] = cached
         return cached
 
     def torch_jet(self, learnable: bool = False) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """Value and derivatives together as a plain PyTorch function; see docs/architecture.md for their order."""
-        from . import emit, generated, primitives
-
+        """Return value and derivatives together as a plain PyTorch function of the streams (docs/architecture.md)."""
         name = self.jet_name(learnable)
         if self.generated:
+            from . import generated
+
             return getattr(generated, name if self.n_params else self.jet_name(False))
-        source = emit.torch_function(name, self.jet(learnable))
-        return emit.execute(source, f"<fused_inr torch map {name}>", {"p": primitives, "torch": torch})[name]
+        return _compiled(name, self.jet(learnable))
 
     def triton_map(self, level: int, learnable: bool = False):
-        """The map as a `triton.jit` function (imports Triton)."""
+        """Return the map as a `triton.jit` function (imports Triton)."""
         cached = self._triton.get((level, learnable))
         if cached is None:
             from fused_inr.kernels import maps
@@ -226,31 +222,41 @@ class ActivationMap:
             if self.generated:
                 cached = maps.get(self.name, level, learnable)
             else:
-                from . import emit
-
-                cached = maps.from_source(name, emit.triton_function(name, self.program(level, learnable)))
+                cached = maps.from_source(name, printing.triton_function(name, self.program(level, learnable)))
             self._triton[level, learnable] = cached
         return cached
 
     def triton_jet(self):
-        """Value and derivatives together as a `triton.jit` function (imports Triton); parameters constant."""
+        """Return value and derivatives together as a `triton.jit` function, parameters constant (imports Triton)."""
         if self._triton_jet is None:
             from fused_inr.kernels import maps
 
             if self.generated:
                 self._triton_jet = maps.jet(self.name)
             else:
-                from . import emit
-
                 name = self.jet_name(False)
-                self._triton_jet = maps.from_source(name, emit.triton_function(name, self.jet()))
+                self._triton_jet = maps.from_source(name, printing.triton_function(name, self.jet()))
         return self._triton_jet
 
     def cpp_source(self) -> str:
-        """Every level as C++ functions, with the table macro, as in csrc/generated/activations.h."""
-        from . import emit
+        """Print every level as C++ functions, with the table macro, as in csrc/generated/activations.h."""
+        return printing.cpp_source([self])
 
-        return emit.cpp_source([self])
+    def eager(self, z: torch.Tensor, *params: float | torch.Tensor) -> torch.Tensor:
+        """Compute the map as people write it in PyTorch (`Facts.eager`).
+
+        Args:
+            z: [.., B*N], branches side by side.
+            params: numbers, or tensors that broadcast against one branch.
+
+        Returns [.., C*N], outputs side by side.
+        """
+        streams = z.chunk(self.branches, -1) if self.branches > 1 else (z,)
+        function = self.facts.eager or self.torch_map(0)
+        outputs = function(*streams, *params)
+        if isinstance(outputs, tuple):
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return outputs
 
     # -- values
 
@@ -261,7 +267,7 @@ class ActivationMap:
         per_feature: bool = False,
         **values: float | torch.Tensor,
     ) -> Activation:
-        """An `Activation`: this map with values (floats, or tensors of shape [] or [features]) for its parameters."""
+        """Make an `Activation`: this map with values (numbers, tensors [] or [features]) for its parameters."""
         unknown = set(values) - set(self.param_names)
         if unknown:
             accepted = ", ".join(self.param_names) or "none"
@@ -314,22 +320,26 @@ class Activation:
 
     @property
     def name(self) -> str:
+        """The name of the map."""
         return self.map.name
 
     @property
     def branches(self) -> int:
+        """The number of pre-activations of an element."""
         return self.map.branches
 
     @property
     def outputs(self) -> int:
+        """The number of values that the map returns for an element."""
         return self.map.outputs
 
     @property
     def param_names(self) -> tuple[str, ...]:
+        """The names of the parameters, in order."""
         return self.map.param_names
 
     def with_params(self, **values: float | torch.Tensor) -> Activation:
-        """A copy with other values for some parameters."""
+        """Return a copy with other values for some parameters."""
         unknown = set(values) - set(self.param_names)
         if unknown:
             accepted = ", ".join(self.param_names) or "none"
@@ -393,6 +403,22 @@ def _checked(name: str, parameter: str, value: object) -> float | torch.Tensor:
 
 
 def check_name(name: object) -> str:
+    """Return an activation's name; raises ValueError where it is no Python identifier."""
     if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9_]*", name):
         raise ValueError(f"name: an activation's name is a Python identifier such as 'chirp', got {name!r}")
     return name
+
+
+def _compiled(name: str, program: Program) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Compile the program to a PyTorch function of this name."""
+    source = printing.torch_function(name, program)
+    return printing.execute(source, f"<fused_inr torch map {name}>", {"p": primitives, "torch": torch})[name]
+
+
+def unpickle_map(name: str, defaults: dict[str, float], branches: int, program: Program | None) -> ActivationMap:
+    """Return the map that a pickle describes: a registered one by its name, or one of a user by its program."""
+    if program is None:
+        return lookup(name)
+    map = ActivationMap(name, None, defaults, branches=branches, generated=False)
+    map._programs[0, False] = program
+    return DEFINED.setdefault(map.key, map)

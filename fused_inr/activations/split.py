@@ -1,10 +1,32 @@
 """SplitNet: four branches multiplied."""
 
+import torch
+
+from .facts import Facts
 from .registry import factory, register
 from .spec import Activation
 
 
-@register(m=10.0, w1=1.0, w2=1.0, w3=1.0, w4=1.0)
+def _eager(z1, z2, z3, z4, m, w1, w2, w3, w4):
+    return m * torch.tanh(w1 * z1) * torch.sigmoid(w2 * z2) * torch.sin(w3 * z3) * torch.cos(w4 * z4)
+
+
+@register(
+    Facts(
+        # sigma_p is 1, as LSUV's target for each branch
+        eager=_eager,
+        model="SplitNet",
+        model_arguments=lambda m, w1, w2, w3, w4: {"m": m, "omegas": (w1, w2, w3, w4)},
+        layer="SplitLayer",
+        slope=lambda m, w1, w2, w3, w4: abs(m) * max(abs(w1), abs(w2) / 4, abs(w3), abs(w4)),
+        test_values={"m": 3.0},
+    ),
+    m=10.0,
+    w1=1.0,
+    w2=1.0,
+    w3=1.0,
+    w4=1.0,
+)
 def _split(z1, z2, z3, z4, m, w1, w2, w3, w4):
     """m tanh(w1 z1) sigmoid(w2 z2) sin(w3 z3) cos(w4 z4)"""
     from sympy import cos, sin, tanh

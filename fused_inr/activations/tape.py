@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+#: Orders of differentiation with generated code: constant parameters, learnable parameters.
+MAX_LEVEL, MAX_LEARNABLE_LEVEL = 3, 2
 ARITHMETIC = ("add", "sub", "mul", "div", "neg")
 COMPARISONS = ("gt", "ge", "lt", "le", "eq")
 SINC_ORDERS = 7
@@ -31,13 +33,15 @@ Arg = int  # index of a node
 
 @dataclass(frozen=True)
 class Node:
+    """One operation on earlier nodes of a tape, an input, or a constant."""
+
     op: str  # "const", "input", one of ARITHMETIC, or a primitive
     args: tuple[Arg, ...] = ()
     value: float | str | None = None  # of a constant; the name of an input
 
 
 class Tape:
-    """Append-only list of nodes; equal operations share one node."""
+    """An append-only list of nodes, in which equal operations share one node."""
 
     def __init__(self, nodes: Sequence[Node] = ()):
         self.nodes: list[Node] = list(nodes)
@@ -50,18 +54,22 @@ class Tape:
         return self._index[node]
 
     def const(self, value: float) -> Arg:
+        """Append a constant."""
         return self._put(Node("const", value=float(value) + 0.0))
 
     def input(self, name: str) -> Arg:
+        """Append an input by its name."""
         return self._put(Node("input", value=name))
 
     def constant(self, a: Arg) -> float | None:
+        """Return the number that a node is, or None if it is no constant."""
         value = self.nodes[a].value
         return value if isinstance(value, float) else None
 
     # -- arithmetic, with the simplifications that reverse differentiation makes worthwhile
 
     def add(self, a: Arg, b: Arg) -> Arg:
+        """Append a + b, simplified."""
         ca, cb = self.constant(a), self.constant(b)
         if ca is not None and cb is not None:
             return self.const(ca + cb)
@@ -78,6 +86,7 @@ class Tape:
         return self._put(Node("add", tuple(sorted((a, b)))))
 
     def sub(self, a: Arg, b: Arg) -> Arg:
+        """Append a - b, simplified."""
         ca, cb = self.constant(a), self.constant(b)
         if ca is not None and cb is not None:
             return self.const(ca - cb)
@@ -92,6 +101,7 @@ class Tape:
         return self._put(Node("sub", (a, b)))
 
     def neg(self, a: Arg) -> Arg:
+        """Append -a, simplified."""
         node = self.nodes[a]
         if (value := self.constant(a)) is not None:
             return self.const(-value)
@@ -102,6 +112,7 @@ class Tape:
         return self._put(Node("neg", (a,)))
 
     def mul(self, a: Arg, b: Arg) -> Arg:
+        """Append a b, simplified."""
         ca, cb = self.constant(a), self.constant(b)
         if ca is not None and cb is not None:
             return self.const(ca * cb)
@@ -130,6 +141,7 @@ class Tape:
         return self._put(Node("mul", tuple(sorted((a, b)))))
 
     def div(self, a: Arg, b: Arg) -> Arg:
+        """Append a / b, simplified."""
         ca, cb = self.constant(a), self.constant(b)
         if cb is not None and cb != 0:
             return self.const(ca / cb) if ca is not None else self.mul(self.const(1 / cb), a)
@@ -140,7 +152,7 @@ class Tape:
         return self._put(Node("div", (a, b)))
 
     def power(self, a: Arg, n: int) -> Arg:
-        """a**n by repeated squaring."""
+        """Append a**n by repeated squaring."""
         if n < 0:
             return self.div(self.const(1), self.power(a, -n))
         result, square = self.const(1), a
@@ -153,6 +165,7 @@ class Tape:
         return result
 
     def call(self, op: str, *args: Arg) -> Arg:
+        """Append the call of a primitive."""
         if op not in PRIMITIVES and op != "detach":
             raise ValueError(f"no primitive called {op!r}")
         if op in _COMMUTATIVE:
@@ -164,7 +177,7 @@ class Tape:
     # -- differentiation
 
     def partials(self, i: Arg) -> list[Arg | Callable[[Arg], Arg]]:
-        """d node_i / d args: each a factor (a node), or a function from the adjoint to the contribution."""
+        """Return d node_i / d args: each a factor (a node), or a function from the adjoint to the contribution."""
         node, one = self.nodes[i], self.const(1)
         a = node.args[0] if node.args else -1
         match node.op:
@@ -255,11 +268,11 @@ class Program:
     constants: frozenset[str] = field(default_factory=frozenset)
 
     def is_row(self, group: str) -> bool:
-        """Whether a group is one value an element (else one a feature: parameters and their cotangents)."""
+        """Tell whether a group is one value an element (else one a feature: parameters and their cotangents)."""
         return not any(group == p or group.endswith(f"_{p}") for p in self.parameters)
 
     def vjp(self, letter: str) -> Program:
-        """The vector-Jacobian product: the same inputs and one cotangent an output, to one gradient a group."""
+        """Differentiate in reverse: the same inputs and one cotangent an output, to one gradient a group."""
         tape = Tape(self.tape.nodes)
         count = len(tape.nodes)
         cotangent_groups = []
@@ -275,7 +288,7 @@ class Program:
         return Program(tape, self.inputs + cotangent_groups, outputs, self.parameters, self.constants)
 
     def jet(self) -> Program:
-        """The same inputs, to the outputs and then, output by output, its derivatives with respect to each group."""
+        """Differentiate each output: the same inputs, to the outputs, then each one's derivatives by each group."""
         tape = Tape(self.tape.nodes)
         count = len(tape.nodes)
         outputs = list(self.outputs)
@@ -285,7 +298,7 @@ class Program:
         return Program(tape, self.inputs, outputs, self.parameters, self.constants)
 
     def _reverse(self, tape: Tape, count: int, seeds: Sequence[tuple[Arg, Arg]]) -> list[tuple[str, tuple[Arg, ...]]]:
-        """Reverse mode over the first `count` nodes of a tape: seeds are (output, its cotangent)."""
+        """Go in reverse over the first `count` nodes of a tape, from seeds (output, its cotangent)."""
         adjoint: dict[Arg, Arg] = {}
 
         def accumulate(node: Arg, contribution: Arg) -> None:
@@ -310,7 +323,7 @@ class Program:
         return outputs
 
     def _active(self, tape: Tape) -> set[Arg]:
-        """Nodes that depend on an input which has a gradient."""
+        """Return the nodes that depend on an input which has a gradient."""
         active: set[Arg] = set()
         for i, node in enumerate(tape.nodes):
             if node.op == "input":
@@ -322,14 +335,16 @@ class Program:
 
     @property
     def input_names(self) -> list[str]:
+        """The names of all inputs, group after group."""
         return [name for _, names in self.inputs for name in names]
 
     @property
     def output_nodes(self) -> list[Arg]:
+        """The nodes of all outputs, group after group."""
         return [node for _, nodes in self.outputs for node in nodes]
 
     def live(self) -> list[Arg]:
-        """Nodes that the outputs need, in order."""
+        """Return the nodes that the outputs need, in order."""
         needed: set[Arg] = set()
         stack = list(self.output_nodes)
         while stack:

@@ -7,4 +7,4 @@ Nothing in the rest of the package imports from here.
 
 
 class CliError(Exception):
-    """What went wrong, in one line for the user: printed on stderr, exit code 2."""
+    """An error of the user's, in one line: printed on stderr, exit code 2."""

@@ -1,3 +1,5 @@
+"""Runs the command line: `python -m fused_inr.cli`."""
+
 import sys
 
 from .main import main

@@ -1,4 +1,4 @@
-"""`--activation`: a registered name or a formula, with values for its parameters.
+"""Reads `--activation`: a registered name or a formula, with values for its parameters.
 
 `sine`, `sine:omega=20`, `gaussian:sigma=0.05`, `finer:omega=10,learnable`, `sin(omega*z**2):omega=2`
 """
@@ -29,7 +29,7 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def parse_activation(text: str, option: str = "--activation") -> Activation:
-    """The activation that `--activation TEXT` (or another `option`) means.
+    """Return the activation that `--activation TEXT` (or another `option`) means.
 
     Raises:
         CliError: an unknown name or parameter, a value that is no number, a formula that cannot be read.
@@ -76,7 +76,7 @@ def _parameters(where: str, tail: str) -> tuple[dict[str, Any], bool]:
 
 
 def _formula(text: str, parameters: tuple[str, ...]) -> Callable:
-    """A function of sympy symbols, z and then the parameters, that `text` describes.
+    """Return a function of sympy symbols, z and then the parameters, that `text` describes.
 
     The text is walked, not evaluated: numbers, names, + - * / **, and the functions listed above.
     """
@@ -137,7 +137,8 @@ _LARGEST_LOG10, _LARGEST_EXPONENT = 308.0, 1000
 
 
 def _check_power(node: ast.AST, base: Any, exponent: Any) -> None:
-    """
+    """Refuse a power that sympy cannot be given.
+
     Raises:
         ValueError: a power that takes for ever to write out, or is no float64.
     """

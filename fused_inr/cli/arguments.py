@@ -1,4 +1,4 @@
-"""Arguments of the commands: one line and exit code 2 for a bad one."""
+"""Reads arguments of the commands: one line and exit code 2 for a bad one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """One line and exit code 2 for a bad argument."""
+    """An argument parser that says one line and exits with 2 for a bad argument."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the message in one line and exit with 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """Argument type: an integer from `least` to `most`, by default the largest that PyTorch knows."""
+    """Return an argument type: an integer from `least` to `most`, by default the largest that PyTorch knows."""
 
     def parse(text: str) -> int:
         try:
@@ -33,7 +34,7 @@ def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """Argument type: a finite number above 0."""
+    """Read an argument that is a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -44,7 +45,7 @@ def positive(text: str) -> float:
 
 
 def non_negative(text: str) -> float:
-    """Argument type: a finite number of at least 0."""
+    """Read an argument that is a finite number of at least 0."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`fused-inr bench WHICH ...`: the benches that the package carries (`fused_inr.bench`)."""
+"""Runs `fused-inr bench WHICH ...`: the benches that the package carries (`fused_inr.bench`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--compare`: the same fit with eager layers and with `torch.compile`, each in a process of its own, in lockstep.
+"""Serves `--compare`: the same fit with eager layers and with `torch.compile`, each in its own process, in lockstep.
 
 Processes of their own, because a peak of memory can only be told apart that way; in lockstep (a block of steps each, in
 turn), because a machine's speed drifts over minutes and would otherwise favour whoever ran first.
@@ -28,7 +28,7 @@ VARIANTS = ("eager", "torch.compile")
 
 @dataclass
 class Result:
-    """What one variant came to. Times in ms and s, memory in MiB over the process before its first step."""
+    """What one variant came to, with times in ms and s, and memory in MiB over the process before its first step."""
 
     name: str
     ms_per_step: float | None = None
@@ -49,6 +49,7 @@ class Measured:
         self.kept: float | None = None
 
     def train(self, steps: int) -> None:
+        """Take `steps` steps, and watch the memory of those after the warm-up."""
         self.trainer.train(steps)
         self.done += steps
         if self.kept is None and self.done >= WARM_UP:
@@ -57,14 +58,14 @@ class Measured:
             self.memory.restart()
 
     def result(self, name: str, picture: Picture) -> tuple[Result, np.ndarray]:
-        """What the fit came to, and its reconstruction."""
+        """Return what the fit came to, and its reconstruction."""
         trainer, peak = self.trainer, self.memory.peak()  # before evaluating, which takes memory too
         pixels, psnr = final_psnr(picture, trainer.evaluate())
         return Result(name, trainer.ms_per_step(), trainer.warm_up_seconds(), finite(psnr), peak, self.kept), pixels
 
 
 class Comparison:
-    """The other variants' processes. `train(n)` advances all of them, `results()` ends them."""
+    """The other variants' processes: `train(n)` advances all of them, `results()` ends them."""
 
     def __init__(self, options: FitOptions, picture: Picture):
         self._folder = tempfile.TemporaryDirectory(prefix="fused-inr-")
@@ -74,13 +75,16 @@ class Comparison:
         self._variants = [_Variant(name, job, Path(self._folder.name)) for name in VARIANTS]
 
     def train(self, steps: int) -> None:
+        """Let every variant take `steps` steps."""
         for variant in self._variants:
             variant.ask({"train": steps})
 
     def results(self) -> list[Result]:
+        """End the fits and return what each came to."""
         return [variant.result() for variant in self._variants]
 
     def close(self) -> None:
+        """End the processes and delete their files."""
         for variant in self._variants:
             variant.close()
         self._folder.cleanup()
@@ -107,6 +111,7 @@ class _Variant:
         self.ask({"variant": name, **job})
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Send a message and wait for the answer, {} from a process that has failed."""
         if self.error is not None:
             return {}
         assert self._process.stdin is not None
@@ -122,10 +127,12 @@ class _Variant:
         return answer
 
     def result(self) -> Result:
+        """End the fit and return what it came to, or its error."""
         answer = self.ask({"finish": True})
         return Result(self.name, error=self.error) if self.error is not None else Result(**answer["result"])
 
     def close(self) -> None:
+        """End the process."""
         for stream in (self._process.stdin, self._process.stdout):
             try:
                 if stream is not None:
@@ -144,7 +151,7 @@ class _Variant:
 
 
 def _serve() -> None:
-    """The other side of `_Variant`: JSON lines in, JSON lines out."""
+    """Serve the other side of `_Variant`: JSON lines in, JSON lines out."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to the log
     measured = None
@@ -177,7 +184,7 @@ def _trainer(name: str, options: FitOptions, picture: Picture) -> Trainer:
 
 
 def table(results: list[Result]) -> str:
-    """The results side by side; `speed` is against eager."""
+    """Format the results side by side; `speed` is against eager."""
     eager = next((r.ms_per_step for r in results if r.name == "eager"), None)
     head = ("", "ms/step", "speed", "PSNR dB", "peak MiB", "kept MiB", f"first {WARM_UP} steps s")
     rows = [head]

@@ -1,4 +1,4 @@
-"""`fused-inr doctor`: versions, devices, and what would run a layer here, and why."""
+"""Runs `fused-inr doctor`: versions, devices, and what would run a layer here, and why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(as_json: bool) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything about this installation that decides which code runs."""
+    """Find out everything about this installation that decides which code runs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table below says the same, for each backend
         return {
@@ -69,7 +69,7 @@ def _processor() -> str:
 
 
 def _devices() -> list[dict[str, Any]]:
-    """CUDA devices as torch sees them."""
+    """List CUDA devices as torch sees them."""
     if not torch.cuda.is_available():
         return []
     found = []
@@ -88,7 +88,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _native() -> dict[str, Any]:
-    """Where the native engine and the CUDA backend come from, and what would build them, or a formula."""
+    """Tell where the native engine and the CUDA backend come from, and what would build them, or a formula."""
     native.load()
     path, reason = native.status()
     found: dict[str, Any] = {"library": None if path is None else str(path), "reason": reason}
@@ -111,7 +111,7 @@ def _native() -> dict[str, Any]:
 
 
 def _layers() -> list[dict[str, str]]:
-    """What `backends.explain` says about a hidden layer of the usual size, for each device and type."""
+    """Tell what `backends.explain` says about a hidden layer of the usual size, for each device and type."""
     found = []
     devices = ["cpu", *(d["device"] for d in _devices())]
     for device in devices:

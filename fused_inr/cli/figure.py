@@ -1,4 +1,4 @@
-"""The figure of a fit: target, reconstruction, error, PSNR over the steps."""
+"""Draws the figure of a fit: target, reconstruction, error, PSNR over the steps."""
 
 import io
 
@@ -9,7 +9,12 @@ from .files import printable
 
 
 def draw(target: np.ndarray, reconstruction: np.ndarray, curve: list[float], title: str) -> bytes:
-    """A PNG. `target`, `reconstruction` [height, width, channels] in [0, 1]; `curve` in dB, one value a step."""
+    """Return the figure as a PNG.
+
+    Args:
+        target, reconstruction: [height, width, channels] in [0, 1].
+        curve: PSNR in dB, one value a step.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -39,7 +44,7 @@ def draw(target: np.ndarray, reconstruction: np.ndarray, curve: list[float], tit
 
 
 def _displayed(pixels: np.ndarray) -> np.ndarray:
-    """matplotlib shows grey [h, w], RGB and RGBA; grey with alpha becomes RGBA."""
+    """Return what matplotlib shows: grey [h, w], RGB and RGBA; grey with alpha becomes RGBA."""
     if pixels.shape[2] == 1:
         return pixels[..., 0]
     return pixels[..., [0, 0, 0, 1]] if pixels.shape[2] == 2 else pixels

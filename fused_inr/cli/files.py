@@ -1,4 +1,4 @@
-"""Writing results: all of them or none, and never half of one."""
+"""Writes results: all of them or none, and never half of one."""
 
 import contextlib
 import os
@@ -66,7 +66,7 @@ def write_all(contents: dict[Path, bytes]) -> None:
 
 
 def write_picture(path: Path, draw: Callable[[], bytes]) -> bool:
-    """Draw a picture of results that are already written, and write it; whether that went well.
+    """Draw a picture of results that are already written, and write it; returns whether that went well.
 
     Whatever a drawing library objects to becomes a warning: nothing that was computed is lost to it. An older picture
     under this name is then removed, as it shows other results.
@@ -86,7 +86,7 @@ def write_picture(path: Path, draw: Callable[[], bytes]) -> bool:
 
 
 def printable(text: object) -> str:
-    """`text` as it can be shown and drawn: bytes of a name that are no UTF-8, and control characters, become U+FFFD."""
+    """Return `text` as it can be shown: bytes of a name that are no UTF-8, and control characters, become U+FFFD."""
     shown = os.fsencode(str(text)).decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 

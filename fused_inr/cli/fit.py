@@ -1,4 +1,4 @@
-"""`fused-inr fit`: a picture as a function of its coordinates, fitted, and everything about it written down."""
+"""Runs `fused-inr fit`: a picture as a function of its coordinates, fitted, and everything about it written down."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RESULTS = ("reconstruction.png", "figure.png", "weights.safetensors", "checkpoi
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The fit that the command line asks for; returns the exit code."""
+    """Run the fit that the command line asks for; returns the exit code."""
     _require("PIL", "tqdm", "matplotlib", "safetensors")
     folder = Path(arguments.out)
     checkpoint_file = folder / "checkpoint.safetensors"
@@ -112,7 +112,7 @@ def _require(*modules: str) -> None:
 
 
 def _continued(stored: FitOptions, given: dict[str, Any], folder: Path, done: int) -> FitOptions:
-    """The stored options with more steps than `done`; anything else that differs would be another fit."""
+    """Return the stored options with more steps than `done`; anything else that differs would be another fit."""
     for name, value in given.items():
         # the picture may have moved; its pixels are compared instead
         if name not in ("steps", "picture") and value != getattr(stored, name):
@@ -140,7 +140,7 @@ def _chosen(backend: str):
 
 
 def _explain(trainer: Trainer) -> list[str]:
-    """What runs the network's layers here, one entry a layer; fails now, not at the first step, if nothing can."""
+    """Tell what runs the network's layers here, one entry a layer; fails now, not at the first step, if nothing can."""
     try:
         with trainer.autocast():
             text = backends.explain(trainer.model, trainer.coordinates[: min(trainer.rows, len(trainer.coordinates))])
@@ -150,7 +150,7 @@ def _explain(trainer: Trainer) -> list[str]:
 
 
 def _backend_name(explanation: list[str]) -> str:
-    """The backend in the words of `backends.explain`: 'call: backend (precision)', of the first line that names one."""
+    """Name the backend as `backends.explain` does, 'call: backend (precision)', by the first line that names one."""
     for entry in explanation:
         if found := re.search(r": (\w+) \(\w+\)$", entry.splitlines()[0]):
             return found.group(1)
@@ -183,7 +183,7 @@ def _train(
     stop: _Stop,
     quiet: bool,
 ) -> bool:
-    """Take the steps that are left; False if stopped before."""
+    """Take the steps that are left; returns False if stopped before."""
     from tqdm import tqdm
 
     trainer = measured.trainer
@@ -212,7 +212,8 @@ def _train(
 
 
 def _refuse_out_of_memory(error: RuntimeError, options: str) -> None:
-    """
+    """Say in one line that there was no memory left; other errors pass.
+
     Raises:
         CliError: `error` says that there was no memory left, which smaller `options` may mend.
     """
@@ -221,7 +222,8 @@ def _refuse_out_of_memory(error: RuntimeError, options: str) -> None:
 
 
 def _check_loss(trainer: Trainer) -> None:
-    """
+    """Make sure that the loss is a number.
+
     Raises:
         CliError: the loss is not a number, with the initial weights or after steps.
     """
@@ -237,7 +239,7 @@ def _check_loss(trainer: Trainer) -> None:
 
 
 class _Stop:
-    """Within the block, Ctrl-C (or SIGTERM) asks to stop after the present step; a second one stops at once."""
+    """Lets Ctrl-C (or SIGTERM) within the block ask to stop after the present step; a second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False

@@ -1,4 +1,4 @@
-"""`fused-inr gain ACTIVATION`: VI3NR's gain, backward condition and sigma_p of an activation or a formula."""
+"""Runs `fused-inr gain ACTIVATION`: VI3NR's gain, backward condition and sigma_p of an activation or a formula."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Answer:
     at: dict[str, float] | None
 
     def as_json(self) -> dict[str, Any]:
+        """Return the answer as it is printed with `--json`."""
         s = self.search
         sigma, condition, error, gain = (t.tolist() for t in s.curve)
         return {
@@ -72,7 +73,7 @@ class Answer:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the answer and write its figure; the exit code."""
+    """Print the answer and write its figure; returns the exit code."""
     path = Path(arguments.figure)
     if arguments.figure:
         prepare_folder(path.parent, "--figure")
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine(arguments: argparse.Namespace) -> Answer:
-    """What the arguments ask for. Raises CliError for what cannot be computed."""
+    """Compute what the arguments ask for. Raises CliError for what cannot be computed."""
     activation = parse_activation(arguments.activation, "ACTIVATION")
     how = dict(method=arguments.method, samples=arguments.samples, seed=arguments.seed, device=arguments.device)
     try:
@@ -130,7 +131,7 @@ _SHOWN = 300.0
 
 
 def draw(answer: Answer) -> bytes:
-    """A PNG: condition and gain over sigma_p."""
+    """Return a figure as a PNG: condition and gain over sigma_p."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`fused-inr`: reads the arguments, and turns whatever goes wrong into one line and an exit code.
+"""Runs `fused-inr`: reads the arguments, and turns whatever goes wrong into one line and an exit code.
 
 Exit codes: 0 done; 1 results written, but no picture of them; 2 a bad argument or file, nothing overwritten; 130
 stopped by Ctrl-C.
@@ -135,7 +135,7 @@ def _gain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What was asked for, and what the bench that was asked for reads itself (its --help, too)."""
+    """Return what was asked for, and what the bench that was asked for reads itself (its --help, too)."""
     if len(argv) > 1 and argv[0] == "bench" and argv[1] in BENCHES:
         return argparse.Namespace(command="bench", which=argv[1]), list(argv[2:])
     return _parser().parse_args(argv), []

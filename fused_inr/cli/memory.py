@@ -1,4 +1,4 @@
-"""How much memory a stretch of work takes at its peak."""
+"""Measures how much memory a stretch of work takes at its peak."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class PeakMemory:
-    """MiB over what the process held when this was made: on CUDA of the caching allocator, else resident pages.
+    """Measures MiB over what the process held when this was made: of CUDA's caching allocator, else resident pages.
 
     Linux keeps a high-water mark per process that can be set back (`/proc/self/clear_refs`), so that what imports took
     before does not hide what is measured; elsewhere the mark of the whole process stands in for it.
@@ -34,25 +34,25 @@ class PeakMemory:
             pass
 
     def held(self) -> float:
-        """MiB in use now."""
+        """Return the MiB in use now."""
         if self.cuda is not None:
             return torch.cuda.memory_allocated(self.cuda) / 2**20
         _trim()
         return _status("VmRSS") or _high_water()
 
     def kept(self) -> float:
-        """MiB in use now over the start: what stays between two steps."""
+        """Return the MiB in use now over the start: what stays between two steps."""
         return max(0.0, self.held() - self.start)
 
     def peak(self) -> float:
-        """Highest MiB over the start since the last restart."""
+        """Return the highest MiB over the start since the last restart."""
         if self.cuda is not None:
             return torch.cuda.max_memory_allocated(self.cuda) / 2**20 - self.start
         return max(0.0, (_status("VmHWM") or _high_water()) - self.start)
 
 
 def _initialise_libraries(device: torch.device) -> None:
-    """One step of something tiny: threads, matrix-product libraries and optimiser code are in memory from now on."""
+    """Take a step of something tiny, so that threads, libraries and optimiser code are in memory from now on."""
     layer = torch.nn.Linear(16, 16, device=device)
     optimizer = torch.optim.Adam(layer.parameters())
     layer(torch.zeros(64, 16, device=device)).sin().sum().backward()

@@ -1,4 +1,4 @@
-"""What `fused-inr fit` can be asked for. Apart from the training, so that reading arguments takes no torch."""
+"""Holds what `fused-inr fit` can be asked for, apart from the training: reading arguments takes no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What decides the result of a fit, bit for bit on one machine; stored in its checkpoint and its report.
+    """Everything that decides the result of a fit, bit for bit on one machine; stored in its checkpoint and its report.
 
     `size`: longer side after shrinking, 0 as it is. `depth`: hidden-to-hidden layers. `batch`: rows of a step, 0 all.
     `residual`, `norm`: skip connections and norms, as of `MLP`.
@@ -43,7 +43,7 @@ class FitOptions:
 
     @staticmethod
     def checked(values: Any) -> FitOptions:
-        """Options that were stored, as JSON, and are not believed unseen.
+        """Make options of what was stored as JSON, and is not believed unseen.
 
         Raises:
             ValueError: unknown or wrongly typed options, or values that the command line would not take.

@@ -1,4 +1,4 @@
-"""Picture file -> target tensor, target -> coordinates, reconstruction -> picture file."""
+"""Turns a picture file into a target, a target into coordinates, and a reconstruction into a picture file."""
 
 import hashlib
 import io
@@ -31,20 +31,21 @@ class Picture:
 
     @property
     def digest(self) -> str:
+        """What names the pixels: their shape and a hash."""
         shape = "x".join(map(str, self.pixels.shape))
         return f"{shape}-{hashlib.sha256(np.ascontiguousarray(self.pixels).tobytes()).hexdigest()[:16]}"
 
     def coordinates(self) -> torch.Tensor:
-        """Rows of (y, x), [height * width, 2], float32, each axis from -1 to 1 (0 where there is one pixel only)."""
+        """Return rows of (y, x), [height * width, 2], float32, each axis from -1 to 1 (0 if it has one pixel only)."""
         axes = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in self.pixels.shape[:2]]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
 
     def target(self) -> torch.Tensor:
-        """What the model learns, [height * width, channels], float32 in [-1, 1]."""
+        """Return what the model learns, [height * width, channels], float32 in [-1, 1]."""
         return torch.from_numpy(self.pixels).reshape(-1, self.pixels.shape[2]) * 2 - 1
 
     def reconstruction(self, output: torch.Tensor) -> np.ndarray:
-        """The model's output, [height * width, channels] around [-1, 1], as pixels in [0, 1] of this shape."""
+        """Return the model's output, [height * width, channels] around [-1, 1], as pixels in [0, 1] of this shape."""
         pixels = (output.detach().cpu().float().reshape(self.pixels.shape) + 1) / 2
         return pixels.clamp(0, 1).numpy()
 
@@ -84,15 +85,14 @@ def read_picture(path: str | None, size: int) -> Picture:
 
 
 def picture_of(name: str, pixels: np.ndarray, size: int) -> Picture:
-    """The picture whose stored values are `pixels`, uint8 [height, width] or [height, width, 3], shrunk as by
-    `read_picture`."""
+    """Make a picture, shrunk as by `read_picture`, of stored uint8 values [height, width] or [height, width, 3]."""
     Image, _ = _pillow()
     values, depth = _pixels(Image.fromarray(pixels), size)
     return Picture(name, values, depth)
 
 
 def to_png(pixels: np.ndarray, depth: int = 255) -> bytes:
-    """`pixels` [height, width, channels] in [0, 1] as a PNG; 16 bit only for grey, as Pillow stores no other."""
+    """Return `pixels` [height, width, channels] in [0, 1] as a PNG; 16 bit only for grey, as Pillow stores no other."""
     Image, _ = _pillow()
     if depth > 255 and pixels.shape[2] == 1:
         stored = np.rint(pixels[..., 0] * 65535).astype(np.uint16)
@@ -105,12 +105,12 @@ def to_png(pixels: np.ndarray, depth: int = 255) -> bytes:
 
 
 def psnr(pixels: np.ndarray, target: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels and channels, of data in [0, 1]: -10 log10 mean((a - b)^2)."""
+    """Return the peak signal-to-noise ratio of data in [0, 1] in dB: -10 log10 of the mean of (a - b)^2 over all."""
     return to_decibel(float(np.mean((pixels.astype(np.float64) - target.astype(np.float64)) ** 2)))
 
 
 def to_decibel(mean_squared_error: float) -> float:
-    """-10 log10 of an error of data in [0, 1]; infinite where it is 0."""
+    """Return -10 log10 of an error of data in [0, 1]; infinite where it is 0."""
     if math.isnan(mean_squared_error):
         return math.nan
     return -10 * math.log10(mean_squared_error) if mean_squared_error > 0 else math.inf
@@ -128,7 +128,7 @@ def _decode_smaller(image, size: int) -> None:
 
 
 def _loses_bits(image) -> bool:
-    """Whether the file of an opened picture has 16 bits a channel where the mode that Pillow reads it in has 8."""
+    """Tell whether an opened picture's file has 16 bits a channel where the mode that Pillow reads it in has 8."""
     if image.mode.startswith(("I", "F")):
         return False
     stored = (str(word) for tile in image.tile for word in np.atleast_1d(np.asarray(tile[3], dtype=object)))
@@ -136,7 +136,7 @@ def _loses_bits(image) -> bool:
 
 
 def _pixels(image, size: int) -> tuple[np.ndarray, int]:
-    """Float32 pixels in [0, 1], [height, width, channels], and the largest value that the file could store.
+    """Return float32 pixels in [0, 1], [height, width, channels], and the largest value that the file could store.
 
     The picture is shrunk until no side exceeds `size` (0: as it is), one channel after the other in float32, so that 16
     bits stay 16 bits and the picture as it was is never there in float as a whole.
@@ -183,7 +183,7 @@ def _pillow():
 
 
 def _built_in() -> Path:
-    """Rear Admiral Grace Hopper, 1984, US Navy, public domain; it comes with matplotlib."""
+    """Return the picture that comes with matplotlib: Rear Admiral Grace Hopper, 1984, US Navy, public domain."""
     try:
         from matplotlib import cbook
 

@@ -1,4 +1,4 @@
-"""One fit: coordinates -> model -> loss -> Adam, step by step, and its state as one file."""
+"""Runs one fit step by step, from coordinates over model and loss to Adam, and keeps its state as one file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import losses
+from .. import losses, models
 from ..init.siren import TUNED, siren_init_
-from ..models import MLP, SIREN, SplitNet
 from . import CliError
 from .activation import parse_activation
 from .options import FitOptions
@@ -31,7 +30,7 @@ _MODEL, _ADAM = "model.", ("step", "exp_avg", "exp_avg_sq")  # names of a checkp
 
 
 def _adam(field: str, name: str) -> str:
-    """What a checkpoint calls a part of Adam's state of the parameter `name`."""
+    """Return what a checkpoint calls a part of Adam's state of the parameter `name`."""
     return f"adam.{field}.{name}"
 
 
@@ -56,7 +55,7 @@ def check_memory(options: FitOptions, height: int, width: int, channels: int) ->
 
 
 def build_model(options: FitOptions, channels: int) -> nn.Module:
-    """The fused network of a fit: 2 coordinates, one first and `depth` hidden layers of `width`, `channels` outputs.
+    """Make the network of a fit: 2 coordinates, one first and `depth` hidden layers of `width`, `channels` outputs.
 
     `init="paper"`: SIREN's for sine and its relatives with an omega, VI3NR's for split, PyTorch's for the rest.
     `init="siren-tuned"`: SIREN's with flic 2 and initc 40. `residual` and `norm` as of `MLP`.
@@ -65,28 +64,19 @@ def build_model(options: FitOptions, channels: int) -> nn.Module:
     activation = parse_activation(options.activation)
     shape = (2, options.width, options.depth, channels)
     params: dict[str, Any] = activation.params
-    learnable = tuple(activation.learnable)
+    facts = activation.map.facts
+    make: Any = getattr(models, facts.model)
+    own: dict[str, Any] = {"activation": activation}
+    if facts.model_arguments is not None:
+        own = {**facts.model_arguments(**params), "learnable": tuple(activation.learnable)}
     init: dict[str, Any] = {} if options.init == "paper" else {"init": options.init}
-    residual, norm = options.residual, options.norm
     if options.init == "siren-tuned":
-        own = partial(siren_init_, flic=TUNED["flic"], initc=TUNED["initc"])
-        init = TUNED if activation.name == "sine" else {"init": own}
+        tuned = partial(siren_init_, flic=TUNED["flic"], initc=TUNED["initc"])
+        init = TUNED if make is models.SIREN else {"init": tuned}
+    elif options.init == "paper" and make is models.MLP and facts.init != "default":
+        init = {"init": facts.init}
     try:
-        model: nn.Module
-        if activation.name == "sine":
-            omega = params["omega"]
-            model = SIREN(
-                *shape, omega=omega, first_omega=omega, learnable=learnable, residual=residual, norm=norm, **init
-            )
-        elif activation.name == "split":
-            omegas = params["w1"], params["w2"], params["w3"], params["w4"]
-            model = SplitNet(
-                *shape, m=params["m"], omegas=omegas, learnable=learnable, residual=residual, norm=norm, **init
-            )
-        else:
-            if options.init == "paper" and activation.name in ("finer", "finer_detached", "incode"):
-                init = {"init": "siren"}
-            model = MLP(*shape, activation=activation, residual=residual, norm=norm, **init)
+        model: nn.Module = make(*shape, **own, residual=options.residual, norm=options.norm, **init)
     except (TypeError, ValueError) as error:
         raise CliError(f"--activation {options.activation}, --init {options.init}: {error}") from error
     return model.double() if options.precision == "float64" else model
@@ -117,11 +107,12 @@ class Trainer:
 
     @property
     def step(self) -> int:
+        """The number of steps taken."""
         return len(self.mse)
 
     @property
     def rows(self) -> int:
-        """Rows of one step."""
+        """The number of rows of one step."""
         return self.options.batch or len(self.coordinates)
 
     def train(self, steps: int) -> None:
@@ -146,43 +137,46 @@ class Trainer:
 
     def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with self.autocast():
-            if self.forward is self.model and isinstance(self.model, (MLP, SIREN, SplitNet)):
+            if self.forward is self.model and isinstance(self.model, (models.MLP, models.SIREN, models.SplitNet)):
                 return losses.mse(self.model, x, y)  # in one pass with the network and all gradients
             output = self.forward(x)
         return nn.functional.mse_loss(output.to(y.dtype), y)
 
     def evaluate(self) -> torch.Tensor:
-        """The model's output for the whole picture, [height * width, channels]."""
+        """Compute the model's output for the whole picture, [height * width, channels]."""
         self.model.eval()
         with torch.no_grad(), self.autocast():
             parts = [self.model(x).to(self.target.dtype) for x in self.coordinates.split(_CHUNK)]
         return torch.cat(parts).cpu()
 
     def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context in which the model runs: autocast for half precisions."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.precision)
         return torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
     # -- what is reported
 
     def ms_per_step(self) -> float | None:
-        """Median over the steps of this process without the first ones."""
+        """Return the median over the steps of this process without the first ones."""
         timed = self.seconds[WARM_UP:]
         return 1000 * statistics.median(timed) if timed else None
 
     def warm_up_seconds(self) -> float:
+        """Return how long the first steps of this process took."""
         return sum(self.seconds[:WARM_UP])
 
     def psnr_curve(self) -> list[float]:
-        """PSNR of each step's loss, in dB of data in [0, 1]: an error of data in [-1, 1] is four times as large."""
+        """Return PSNR of each step's loss in dB of data in [0, 1], whose errors are a quarter of those in [-1, 1]."""
         return [to_decibel(mse / 4) for mse in self.mse]
 
     def psnr_curve_last(self) -> float:
+        """Return the last value of `psnr_curve`."""
         return to_decibel(self.mse[-1] / 4)
 
     # -- the state, and back
 
     def checkpoint(self, picture: Picture) -> bytes:
-        """Everything that the next step depends on, as one safetensors file."""
+        """Return everything that the next step depends on, as one safetensors file."""
         from safetensors.torch import save
 
         tensors = {_MODEL + k: v for k, v in self.model.state_dict().items()}
@@ -224,7 +218,7 @@ class Trainer:
             self.scaler.load_state_dict(checkpoint.scaler)
 
     def _check(self, checkpoint: Checkpoint) -> None:
-        """Whether every tensor that the next step depends on is there, and none beside it.
+        """Make sure that every tensor that the next step depends on is there, and none beside it.
 
         Raises:
             ValueError: what is missing, too much, or not as it was written.
@@ -277,7 +271,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """How many steps had been taken."""
+        """The number of steps that had been taken."""
         return len(self.tensors["mse"])
 
     @staticmethod
@@ -306,7 +300,8 @@ class Checkpoint:
             raise CliError(f"--resume: {path} is no checkpoint of fused-inr fit, or damaged: {error}") from error
 
     def _check(self) -> None:
-        """
+        """Make sure that the header and the losses are as `Trainer.checkpoint` writes them.
+
         Raises:
             ValueError: the header or the losses are not as `Trainer.checkpoint` writes them.
         """
@@ -320,12 +315,12 @@ class Checkpoint:
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no infinities."""
+    """Return a number for JSON, which has no infinities: they become None."""
     return value if value is None or math.isfinite(value) else None
 
 
 def final_psnr(picture: Picture, output: torch.Tensor) -> tuple[np.ndarray, float]:
-    """The reconstruction, and its PSNR as the picture would be shown: clamped to [0, 1], before rounding to 8 bits."""
+    """Return the reconstruction, and its PSNR as it would be shown: clamped to [0, 1], before rounding to 8 bits."""
     from .pictures import psnr
 
     pixels = picture.reconstruction(output)

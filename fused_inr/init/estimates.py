@@ -1,4 +1,4 @@
-"""Moments of an activation under normal pre-activations: what VI3NR's conditions are made of.
+"""Estimates moments of an activation under normal pre-activations, of which VI3NR's conditions are made.
 
     z_b ~ N(0, sigma_b^2) independent:    E[f], E[f^2], E[df/dz_b], E[(df/dz_b)^2], each with its error
 
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import activations
-from .._checks import one_of, positive_int
+from .._checks import described, one_of, positive_int
 from ..activations import Activation, ActivationMap
 from ..ops import moments as raw
-from .siren import _described
 
 METHODS = ("auto", "montecarlo", "quadrature")
 #: Chunks of draws from which their spread tells the covariance of second moments; with fewer, a bound serves.
@@ -53,20 +52,20 @@ class Moments:
     _covariance: Tensor | None = None  # [.., V, V] of the second moments
 
     def gain(self, bias_variance: float = 0.0) -> Tensor:
-        """[.., B]: gain_b^2 = (sigma_b^2 - bias_variance) / mean_c E[f_c^2], for the weights of a layer that follows.
+        """Return the gain of a following layer's weights, [.., B]: sqrt((sigma_b^2 - bias_variance) / mean_c E[f_c^2]).
 
         Weights of variance gain^2 / fan_in, plus biases of that variance, give its pre-activations sigma_b again.
         """
         return ((self.sigma**2 - bias_variance) / self.second.mean(-1, keepdim=True)).sqrt()
 
     def gain_error(self, bias_variance: float = 0.0) -> Tensor:
-        """[.., B]: standard error of `gain`."""
+        """Return the standard error of `gain`, [.., B]."""
         pull = torch.zeros(*self.second.shape[:-1], self._values, dtype=torch.float64)
         pull[..., : self.second.shape[-1]] = -0.5 / self.second.sum(-1, keepdim=True)
         return self.gain(bias_variance) * self._error(pull).unsqueeze(-1)
 
     def condition(self, fan_ratio: float = 1.0, bias_variance: float = 0.0) -> Tensor:
-        """[..]: fan_ratio sum_b (sigma_b^2 - bias_variance) sum_c E[(df_c/dz_b)^2] / sum_c E[f_c^2].
+        """Return fan_ratio sum_b (sigma_b^2 - bias_variance) sum_c E[(df_c/dz_b)^2] / sum_c E[f_c^2], [..].
 
         By how much the variance of gradients grows when a backward pass goes through one such layer whose weights
         have that gain; fan_ratio = M_{i+1} / M_i, features out over features in. VI3NR's backward condition: it is 1.
@@ -75,7 +74,7 @@ class Moments:
         return fan_ratio * (weight * self.derivative_second).sum((-1, -2)) / self.second.sum(-1)
 
     def condition_error(self, fan_ratio: float = 1.0, bias_variance: float = 0.0) -> Tensor:
-        """[..]: standard error of `condition`."""
+        """Return the standard error of `condition`, [..]."""
         weight = (self.sigma**2 - bias_variance).unsqueeze(-2).expand_as(self.derivative_second)
         top = (weight * self.derivative_second).sum((-1, -2)).unsqueeze(-1)
         pull = torch.cat(
@@ -88,7 +87,7 @@ class Moments:
         return self.second.shape[-1] * (1 + self.sigma.shape[-1])
 
     def _error(self, pull: Tensor) -> Tensor:
-        """Of a function of the second moments with this gradient."""
+        """Return the standard error of a function of the second moments that has this gradient."""
         if self._covariance is None:
             errors = torch.cat((self.second_error, self.derivative_second_error.flatten(-2)), -1)
             return (pull.abs() * errors).sum(-1)  # whatever their correlation
@@ -107,7 +106,7 @@ def moments(
     start: int = 0,
     device: torch.device | str | None = None,
 ) -> Moments:
-    """E[f], E[f^2], E[f'], E[f'^2] for z ~ N(0, sigma^2), with their errors, for a whole grid at once.
+    """Estimate E[f], E[f^2], E[f'], E[f'^2] for z ~ N(0, sigma^2), with their errors, for a whole grid at once.
 
     Args:
         activation: an activation of this package or its name; or a differentiable callable on tensors [n] (one branch,
@@ -127,14 +126,14 @@ def moments(
     Returns `Moments` of shape [..]. Raises TypeError or ValueError for other arguments, and where f or its derivative
     is not finite.
     """
-    f = _function(activation)
+    f = function_of(activation)
     method = one_of("method", method, METHODS)
     samples = positive_int("samples", samples, minimum=2)
     seed = _seed(seed)
     start = positive_int("start", start, minimum=0)
     if start % 4 or start + samples >= 1 << 63:
         raise ValueError(f"start must be a multiple of 4 such that start + samples < 2^63, got {start}")
-    grid = _Grid(f, sigma, parameters, device)
+    grid = Grid(f, sigma, parameters, device)
     if method != "montecarlo":
         from .quadrature import NotConverged, integrate
 
@@ -149,7 +148,12 @@ def moments(
 # -- arguments
 
 
-def _function(activation: object) -> Activation | Callable[[Tensor], Tensor]:
+def function_of(activation: object) -> Activation | Callable[[Tensor], Tensor]:
+    """Return the function that an argument `activation` means: an activation of this package, or a callable on tensors.
+
+    Raises:
+        TypeError: it is neither a callable nor a name.
+    """
     f = activations.get(activation) if isinstance(activation, str | ActivationMap) else activation
     if not callable(f):
         raise TypeError(
@@ -165,8 +169,14 @@ def _seed(seed: object) -> int:
     return seed
 
 
-class _Grid:
-    """The settings, flat: sigmas [G, B], params [G, P], float64; `shape` is theirs, `features` are averaged over."""
+class Grid:
+    """The settings of a call to `moments`, broadcast against each other and flat.
+
+    Attributes:
+        sigmas, params: [G, B] and [G, P] in float64; G is the number of settings times that of features.
+        shape: of the settings as they were given.
+        features: how many features of the activation the moments are averaged over, 0 for none.
+    """
 
     def __init__(self, f, sigma, parameters, device) -> None:
         self.f = f
@@ -207,7 +217,7 @@ class _Grid:
         self.params = torch.stack(columns, -1) if columns else self.sigmas.new_empty(len(self.sigmas), 0)
 
     def values(self, z: list[Tensor], params: Tensor) -> list[Tensor]:
-        """f_c, then df_c/dz_b, at z (one tensor [G', n] a branch, params [G', P]), in z's type."""
+        """Compute f_c, then df_c/dz_b, at z (one tensor [G', n] a branch, params [G', P]), in z's type."""
         if self.map is not None:
             own = params.to(z[0]).unsqueeze(-1).unbind(1)
             return [torch.as_tensor(v).to(z[0]).expand_as(z[0]) for v in self.map.torch_jet()(*z, *own)]
@@ -215,7 +225,7 @@ class _Grid:
         return [torch.stack([r[i] for r in rows]) for i in range(2)]
 
     def result(self, method: str, samples: int, means, seconds, mean_errors, second_errors, covariance) -> Moments:
-        """From tensors [G, V] (covariance [G, V, V] or None) to `Moments`, checked."""
+        """Make `Moments`, checked, from tensors [G, V] (covariance [G, V, V] or None)."""
 
         def shaped(t: Tensor) -> Tensor:
             t = t.cpu().reshape(*self.shape, self.features or 1, *t.shape[1:])
@@ -257,7 +267,7 @@ def _parameters(f, parameters) -> dict[str, Tensor]:
 
 
 def _sigma(sigma: object, branches: int) -> Tensor:
-    """[.., B]."""
+    """Return the argument `sigma` as a tensor [.., B], checked."""
     if isinstance(sigma, tuple | list):
         if len(sigma) != branches:
             raise ValueError(f"sigma must be a number, a tensor or one entry a branch, {branches}, got {len(sigma)}")
@@ -284,7 +294,7 @@ def _numbers(name: str, value: object) -> Tensor:
 
 
 def value_and_derivative(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """f(z) and f'(z) of a callable, or their absolute values if it is complex; z [n]."""
+    """Compute f(z) and f'(z) of a callable, or their absolute values if it is complex; z [n]."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         y = checked_values(f, f(z), z)
@@ -298,9 +308,9 @@ def value_and_derivative(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tens
 
 
 def checked_values(f: object, y: object, z: Tensor) -> Tensor:
-    """y = f(z) of a callable, if it is what an activation returns."""
+    """Compute y = f(z) of a callable, and check that it is what an activation returns."""
     if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
-        got = _described(y) if isinstance(y, Tensor) else type(y).__name__
+        got = described(y) if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"activation must return a floating-point or complex tensor, got {got} from {f!r}")
     if y.shape != z.shape:
         raise ValueError(
@@ -313,7 +323,7 @@ def checked_values(f: object, y: object, z: Tensor) -> Tensor:
 # -- Monte Carlo
 
 
-def _drawn(grid: _Grid, samples: int, seed: int, start: int):
+def _drawn(grid: Grid, samples: int, seed: int, start: int):
     sigmas = grid.sigmas.float().to(grid.device)
     if grid.map is not None:
         sums = raw.sums(sigmas, grid.params.float().to(grid.device), samples, seed, grid.map, start)
@@ -327,7 +337,7 @@ def _drawn(grid: _Grid, samples: int, seed: int, start: int):
 CALL = 4 * raw.CHUNK
 
 
-def _callable_part(grid: _Grid, sigmas: Tensor, seed: int):
+def _callable_part(grid: Grid, sigmas: Tensor, seed: int):
     def part(start: int, samples: int) -> Tensor:
         out = []
         for at in range(0, samples, CALL):
@@ -340,7 +350,7 @@ def _callable_part(grid: _Grid, sigmas: Tensor, seed: int):
 
 
 def statistics(sums: raw.Sums, samples: int):
-    """Means, second moments, their standard errors, and the covariance of second moments (None: too few chunks)."""
+    """Compute means, second moments, their errors, and the second moments' covariance (None: too few chunks)."""
     mean, second, fourth = (sums.powers / samples).unbind(-1)
     mean_error = ((second - mean**2).clamp_min(0) / (samples - 1)).sqrt()
     second_error = ((fourth - second**2).clamp_min(0) / (samples - 1)).sqrt()

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._checks import finite_float, one_of, positive_int
-from .siren import _described
+from .._checks import described, finite_float, one_of, positive_int
 from .walk import chain, fused_layers, is_fused, refuse_computed, warn_of_others, watch
 from .weights import vi3nr_orthogonal_
 
@@ -65,7 +64,7 @@ def lsuv_init_(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a network or a layer, got {type(module).__name__}")
     if not isinstance(sample_input, Tensor) or not sample_input.is_floating_point():
-        raise TypeError(f"sample_input must be a floating-point tensor, got {_described(sample_input)}")
+        raise TypeError(f"sample_input must be a floating-point tensor, got {described(sample_input)}")
     if sample_input.dim() == 0:
         raise ValueError("sample_input must have shape [.., in_features], got a scalar")
     if sample_input.numel() == 0 or not bool(torch.isfinite(sample_input).all()):
@@ -99,7 +98,7 @@ def lsuv_init_(
 
 
 def _refuse_computed(module: nn.Module) -> list[nn.Module]:
-    """The modules whose products count.
+    """Return the modules whose products count.
 
     Raises:
         ValueError: a weight that is computed before each call.
@@ -117,7 +116,7 @@ def _refuse_computed(module: nn.Module) -> list[nn.Module]:
 
 
 def _products(module: nn.Module, sample_input: Tensor) -> list[_Product]:
-    """The products that `sample_input` passes, in that order."""
+    """Return the products that `sample_input` passes, in that order."""
     branches: dict[int, int] = {}
     if any(is_fused(m) for m in module.modules()):
         weights = [getattr(getattr(layer, "linear", layer), "weight", None) for layer in fused_layers(module)]
@@ -167,7 +166,7 @@ def _set_targets(products: list[_Product], target_std: object) -> None:
 def _scale(
     module: nn.Module, sample_input: Tensor, products: dict[str, _Product], tolerance: float, iterations: int
 ) -> None:
-    """Passes over the data, each of which scales on its way, until one finds nothing left to do."""
+    """Pass the data through until a pass finds nothing left to do; each pass scales on its way."""
     seen: set[str] = set()
     off: dict[str, tuple[int, float, float]] = {}
 
@@ -200,7 +199,7 @@ def _scale(
 
 
 def _factor(name: str, z: Tensor, offset: Tensor, target: float) -> float:
-    """s > 0 with std(s z + offset) = target: a quadratic, s^2 var(z) + 2 s cov(z, offset) + var(offset) = target^2."""
+    """Solve std(s z + offset) = target for s > 0: s^2 var(z) + 2 s cov(z, offset) + var(offset) = target^2."""
     square = z.var(correction=0).item()
     if not math.isfinite(square):
         raise RuntimeError(f"{name}: its pre-activation is not finite on sample_input")

@@ -1,4 +1,4 @@
-"""VI3NR for whole layers and networks (`vi3nr_init_`): a gain for each product from what comes before it."""
+"""Initialises whole layers and networks by VI3NR (`vi3nr_init_`): a gain for each product from what comes before it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .._checks import boolean, finite_float, one_of, positive_int
+from .._checks import boolean, described, finite_float, one_of, positive_int
 from ..activations import Activation
+from ..activations.facts import Facts
 from .estimates import moments
 from .search import search_sigma_p
-from .siren import _described
 from .vi3nr import default_sigma_p
 from .walk import Chain, Link, assign, chain, is_fused, refuse_computed, sees_coordinates, warn_of_others
 from .weights import vi3nr_normal_, vi3nr_orthogonal_, vi3nr_uniform_
@@ -21,8 +21,6 @@ from .weights import vi3nr_normal_, vi3nr_orthogonal_, vi3nr_uniform_
 #: Rows of the sample of coordinates that stands for a network's input where an encoding comes first.
 _INPUT_ROWS = 1 << 14
 DISTRIBUTIONS = ("uniform", "normal", "orthogonal")
-#: Activations whose first layer keeps SIREN's spread where no sigma_p is given.
-_FIRST_AS_SIREN = ("sine", "finer", "finer_detached", "incode")
 #: Draws from which sigma_p is sought for a function of several branches.
 _SEARCH_SAMPLES = 1 << 17
 _FEW_SAMPLES = 1 << 14
@@ -123,7 +121,7 @@ def vi3nr_init_(
 
 
 def fill_(weight: Tensor, gain: float, distribution: str, generator: torch.Generator | None = None) -> Tensor:
-    """One branch's weights, in place."""
+    """Fill one branch's weights, in place, from a distribution with this gain."""
     fill = {"uniform": vi3nr_uniform_, "normal": vi3nr_normal_, "orthogonal": vi3nr_orthogonal_}[distribution]
     return fill(weight, gain, generator)
 
@@ -132,7 +130,7 @@ def fill_(weight: Tensor, gain: float, distribution: str, generator: torch.Gener
 
 
 def _wanted(sigma_p: Sigma, links: list[Link]) -> list[list[float] | None]:
-    """What was asked for: one number a branch for each layer, or None where it is to be chosen."""
+    """Return what was asked for: one number a branch for each layer, or None where it is to be chosen."""
     if sigma_p is None or (isinstance(sigma_p, str) and sigma_p == "auto"):
         return [None] * len(links)
     if isinstance(sigma_p, Sequence) and not isinstance(sigma_p, str):
@@ -144,7 +142,7 @@ def _wanted(sigma_p: Sigma, links: list[Link]) -> list[list[float] | None]:
 
 
 def per_layer(name: str, values: Sequence, links: list[Link]) -> list[list[float]]:
-    """One entry a layer, each a positive number or one a branch, as one number a branch for each layer."""
+    """Expand one entry a layer, each a positive number or one a branch, to one number a branch for each layer."""
     if len(values) != len(links):
         places = ", ".join(link.name for link in links)
         raise ValueError(f"{name} must have one entry a layer, {len(links)} ({places}), got {len(values)}")
@@ -163,11 +161,11 @@ def _chosen(
     links: list[Link], i: int, sigmas: list[list[float]], search: bool, bare: bool, bias_variance: float, seed: int
 ) -> list[float]:
     link = links[i]
-    name = link.activation.name if link.activation is not None else ""
-    if bare and name in _FIRST_AS_SIREN:
+    facts = link.activation.map.facts if link.activation is not None else Facts()
+    if bare and facts.init == "siren":
         # measured, 96x96 picture, 3x96, 150 steps of Adam at 1e-3: 51.9 dB; 21.6 dB with 1/omega here too
         return [1 / (3 * math.sqrt(link.fan_in))] * link.branches
-    if name == "identity" and i > 0:
+    if facts.linear and i > 0:
         return [math.sqrt(sum(s * s for s in sigmas[i - 1]) / len(sigmas[i - 1]))] * link.branches
     # the last product scales all gradients alike: nothing for sigma_p to make up for
     ratio = links[i + 1].units / link.units if i + 2 < len(links) else 1.0
@@ -180,7 +178,7 @@ def _chosen(
 
 
 def _solved(link: Link, fan_ratio: float, bias_variance: float, seed: int) -> float | None:
-    """sigma_p where both conditions hold, if they do somewhere."""
+    """Return the sigma_p where both conditions hold, or None."""
     if link.activation is not None:
         return _solved_activation(_mean_parameters(link.activation), round(fan_ratio, 6), bias_variance, seed)
     if link.branches > 1:
@@ -222,7 +220,7 @@ def _mean_parameters(activation: Activation) -> Activation:
 
 
 def _behind(link: Link, of: tuple[float, float], before: tuple[float, float] | None) -> tuple[float, float]:
-    """Mean and mean square of what the next product sees, from those of the function's values and of the layer's input.
+    """Return mean and mean square of what the next product sees, from those of the values and of the layer's input.
 
     LayerNorm leaves 0 and 1, then its weight and bias; RMSNorm 1 too, and its mean counts as 0. A sum with the input
     counts both as independent.
@@ -241,8 +239,10 @@ def _behind(link: Link, of: tuple[float, float], before: tuple[float, float] | N
 
 
 def _moments(link: Link, sigmas: list[float], samples: int, seed: int) -> tuple[float, float]:
-    """E[f(z)] and E[f(z)^2], means over outputs, z_b ~ N(0, sigma_b^2). The first is not asked of foreign functions,
-    behind which no skip connection is counted: NaN."""
+    """Return E[f(z)] and E[f(z)^2], means over outputs, for z_b ~ N(0, sigma_b^2).
+
+    E[f(z)] of a foreign function, behind which no skip connection is counted, is NaN.
+    """
     if link.activation is None:
         return math.nan, drawn_moments(link, sigmas, positive_int("samples", samples, minimum=2), seed)[0]
     plain = {}
@@ -270,7 +270,7 @@ _remembered_moments = lru_cache(maxsize=256)(_activation_moments)
 
 
 def drawn_moments(link: Link, sigmas: list[float], samples: int, seed: int) -> tuple[float, list[float]]:
-    """E[f^2] and, a branch, E[(df/dz_b)^2], of a function that is none of this package's, from `samples` draws."""
+    """Estimate E[f^2] and, a branch, E[(df/dz_b)^2], of a function that is no activation of this package."""
     rng = torch.Generator().manual_seed(positive_int("seed", seed, minimum=0))
     device = link.weight.device
     second, slopes, chunk = 0.0, torch.zeros(link.branches, dtype=torch.float64), 1 << 16
@@ -313,7 +313,7 @@ def _holder(module: nn.Module, link: Link):
 
 
 def _input_moments(module: nn.Module, network: Chain, sample_input: Tensor | None) -> tuple[float, float]:
-    """E[x] and E[x^2] of what the first layer sees."""
+    """Return E[x] and E[x^2] of what the first layer sees."""
     if sample_input is None and network.enter is None:
         return 0.0, 1 / 3
     x = first_input(module, network, sample_input).double()
@@ -327,7 +327,7 @@ def _input_moments(module: nn.Module, network: Chain, sample_input: Tensor | Non
 
 
 def first_input(module: nn.Module, network: Chain, sample_input: Tensor | None) -> Tensor:
-    """What the first layer sees of `sample_input`, by default of coordinates uniform on [-1, 1]."""
+    """Return what the first layer sees of `sample_input`, by default of coordinates uniform on [-1, 1]."""
     first = network.links[0]
     width: int | None = getattr(module, "in_features", None) if network.enter is not None else first.fan_in
     if sample_input is None:
@@ -338,7 +338,7 @@ def first_input(module: nn.Module, network: Chain, sample_input: Tensor | None) 
         rng = torch.Generator().manual_seed(0)
         sample_input = (torch.rand(_INPUT_ROWS, width, generator=rng) * 2 - 1).to(first.weight)
     elif not isinstance(sample_input, Tensor) or not sample_input.is_floating_point():
-        raise TypeError(f"sample_input must be a floating-point tensor [.., {width}], got {_described(sample_input)}")
+        raise TypeError(f"sample_input must be a floating-point tensor [.., {width}], got {described(sample_input)}")
     elif sample_input.dim() == 0 or (width or sample_input.shape[-1]) != sample_input.shape[-1]:
         raise ValueError(f"sample_input must have shape [.., {width}], got {tuple(sample_input.shape)}")
     if sample_input.numel() < 2:

@@ -1,4 +1,4 @@
-"""Moments by quadrature, in float64: the other way to what Monte Carlo estimates, and its oracle.
+"""Computes moments by quadrature, in float64: the other way to what Monte Carlo estimates, and its oracle.
 
 One branch: Gauss-Hermite rules of three sizes; where they do not agree (a kink, a narrow bump, many periods), adaptive
 Gauss-Legendre panels against the normal density, graded towards 0. Several branches: products of trapezoidal rules,
@@ -30,11 +30,11 @@ _AT_A_TIME = 1 << 20
 
 
 class NotConverged(ArithmeticError):
-    """The rules do not agree."""
+    """Raised where the rules do not agree."""
 
 
 def integrate(grid) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-    """Means, second moments (both [G, V]), and their errors, for a grid of `estimates.py`; raises NotConverged."""
+    """Integrate means, second moments (both [G, V]), and their errors, for a `Grid`; raises NotConverged."""
     rules = _NODES.get(grid.branches)
     if rules is None:
         raise NotConverged(f"quadrature over {grid.branches} branches takes too many nodes")
@@ -47,7 +47,7 @@ def integrate(grid) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
 
 
 def smooth(grid) -> tuple[Tensor, Tensor, Tensor]:
-    """One branch, Gauss-Hermite: moments [G, V, 2], their errors, and for which settings [G] the rules agree."""
+    """Integrate by Gauss-Hermite (one branch): moments [G, V, 2], their errors, and where [G] the rules agree."""
     results = [_product_rule(grid, _hermite(nodes)) for nodes in _NODES[1]]
     last, error = results[-1], torch.zeros_like(results[-1])
     for other in results[:-1]:
@@ -75,7 +75,7 @@ def _agree(last: Tensor, error: Tensor, branches: int) -> Tensor:
 
 
 def _product_rule(grid, rule: tuple[Tensor, Tensor]) -> Tensor:
-    """[G, V, 2]: E[v], E[v^2] by the product of a rule's points and weights over the branches."""
+    """Integrate E[v] and E[v^2], [G, V, 2], by the product of a rule's points and weights over the branches."""
     points, weights = rule
     axes = torch.meshgrid(*[points] * grid.branches, indexing="ij")
     t = [a.flatten() for a in axes]
@@ -92,7 +92,7 @@ def _product_rule(grid, rule: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _panels(grid, g: int) -> tuple[Tensor, Tensor]:
-    """[V, 2] and its error for setting g (one branch): panels are halved until each agrees with its halves."""
+    """Integrate setting g (one branch), [V, 2], with its error: panels are halved until each agrees with its halves."""
     points, weights = _legendre(_PANEL_NODES)
     sigma, params = grid.sigmas[g, 0], grid.params[g : g + 1]
 

@@ -1,4 +1,4 @@
-"""Spread of pre-activations and gradients of each layer: what theory predicts, and what a network does on data."""
+"""Reports the spread of pre-activations and gradients of each layer: predicted by theory, and measured on data."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import positive_int
+from .._checks import described, positive_int
 from .estimates import moments
 from .network import drawn_moments
-from .siren import _described
 from .walk import Link, chain, watch
 
 
 @dataclass(frozen=True)
 class Row:
-    """A branch of a layer. Standard deviations over rows and features; NaN where nothing can be said.
+    """One branch of a layer. Standard deviations are over rows and features, and NaN where nothing can be said.
 
     Attributes:
         layer, branch: where.
@@ -47,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """`str(report)` is a table of `rows`; `figure()` and `save(path)` draw it. `note` says what stayed unpredicted."""
+    """What `report` found: `str(report)` is a table of `rows`, `note` says what stayed unpredicted."""
 
     rows: list[Row] = field(default_factory=list)
     note: str = ""
@@ -70,7 +69,7 @@ class Report:
         return "\n".join([*text, self.note] if self.note else text)
 
     def figure(self) -> Any:
-        """A matplotlib Figure: predicted and measured spread of z and of dL/dz, layer by layer."""
+        """Draw a matplotlib Figure: predicted and measured spread of z and of dL/dz, layer by layer."""
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -112,7 +111,7 @@ def report(
     samples: int = 200_000,
     seed: int = 0,
 ) -> Report:
-    """Predicted and measured standard deviations of each layer's pre-activation z and of dL/dz.
+    """Predict and measure standard deviations of each layer's pre-activation z and of dL/dz.
 
     Args:
         model: one of ours, or any module (as for `lsuv_init_`; predicted where `vi3nr_init_` could initialise it).
@@ -130,7 +129,7 @@ def report(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a network or a layer, got {type(model).__name__}")
     if not isinstance(sample_input, Tensor) or not sample_input.is_floating_point():
-        raise TypeError(f"sample_input must be a floating-point tensor, got {_described(sample_input)}")
+        raise TypeError(f"sample_input must be a floating-point tensor, got {described(sample_input)}")
     if sample_input.dim() == 0:
         raise ValueError("sample_input must have shape [.., in_features], got a scalar")
     if sample_input.numel() == 0:
@@ -213,7 +212,7 @@ def _squares(block: Tensor) -> float:
 def _predicted(
     links: list[Link], first: float, last: float, samples: int, seed: int
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Standard deviations of z and dL/dz for each link and branch, from E[x^2] of the input and of dL/doutput."""
+    """Predict standard deviations of z and dL/dz, a link and branch, from E[x^2] of the input and of dL/doutput."""
     forward: dict[str, list[float]] = {}
     slopes: dict[str, list[float]] = {}
     second = first
@@ -236,7 +235,7 @@ def _predicted(
 
 
 def _moments(link: Link, sigmas: list[float], samples: int, seed: int) -> tuple[float, list[float]]:
-    """E[f^2], mean over outputs, and for each branch sum over outputs of E[(df/dz)^2]."""
+    """Return E[f^2], mean over outputs, and for each branch the sum over outputs of E[(df/dz)^2]."""
     if link.activation is None:
         return drawn_moments(link, sigmas, samples, seed)
     sigma = tuple(sigmas) if len(sigmas) > 1 else sigmas[0]

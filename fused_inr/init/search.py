@@ -1,4 +1,4 @@
-"""The standard deviation sigma_p at which VI3NR's forward and backward conditions hold together.
+"""Searches the standard deviation sigma_p at which VI3NR's forward and backward conditions hold together.
 
 With the gain of the forward condition, gradients keep their variance from layer to layer where
 
@@ -19,7 +19,6 @@ from ..activations import Activation
 from . import estimates, quadrature
 from .estimates import METHODS, Moments
 
-STATUSES = ("solved", "everywhere", "limit_zero", "limit_infinity", "never")
 _PER_DECADE = 8
 #: Draws of the first look at the whole range.
 _COARSE_SAMPLES = 1 << 17
@@ -33,7 +32,7 @@ _MOST_REFINEMENTS = 60
 
 @dataclass(frozen=True)
 class SigmaSearch:
-    """Outcome of `search_sigma_p`; numbers are floats.
+    """The outcome of `search_sigma_p`; numbers are floats.
 
     Attributes:
         status: "solved": the condition is 1 at sigma_p. "everywhere": at every sigma_p (relu). "limit_zero",
@@ -105,7 +104,7 @@ def search_sigma_p(
     lower = max(lower, math.sqrt(bias_variance) * (1 + 1e-6))
     if lower >= upper:
         raise ValueError(f"upper must exceed lower and the root of bias_variance, {lower:g}, got {upper:g}")
-    f = estimates._function(activation)
+    f = estimates.function_of(activation)
     if method == "auto" and isinstance(f, Activation) and f.branches > 2:
         method = "montecarlo"  # a product rule would take seconds a value
     problem = _Problem(f, fan_ratio, bias_variance, method, samples, dict(seed=seed, device=device))
@@ -113,17 +112,19 @@ def search_sigma_p(
 
 
 class _Problem:
+    """One search: the function, its conditions, and how moments are computed."""
+
     def __init__(self, f, fan_ratio, bias_variance, method, samples, own) -> None:
         self.f, self.fan_ratio, self.bias_variance = f, fan_ratio, bias_variance
         self.method, self.samples, self.own = method, samples, own
 
     def look(self, sigma: Tensor) -> tuple[Tensor, Tensor, Moments]:
-        """`log_condition` over the whole range, by quadrature where that is cheap: far out few digits do."""
+        """Compute `log_condition` over the whole range, by quadrature where that is cheap: far out few digits do."""
         if self.method == "quadrature":
             return self.log_condition(*sigma.tolist())
         samples = min(_COARSE_SAMPLES, self.samples)
         value, error, m = self._of(estimates.moments(self.f, sigma, method="montecarlo", samples=samples, **self.own))
-        grid = estimates._Grid(self.f, sigma, None, None)
+        grid = estimates.Grid(self.f, sigma, None, None)
         if self.method == "auto" and grid.branches == 1 and not grid.features:
             last, off, good = quadrature.smooth(grid)
             if bool(good.any()):
@@ -136,7 +137,7 @@ class _Problem:
         return value, error, m
 
     def log_condition(self, *sigma: float) -> tuple[Tensor, Tensor, Moments]:
-        """log(condition), its error, and the moments."""
+        """Compute log(condition), its error, and the moments."""
         grid = torch.tensor(sigma, dtype=torch.float64)
         return self._of(estimates.moments(self.f, grid, method=self.method, samples=self.samples, **self.own))
 
@@ -146,6 +147,7 @@ class _Problem:
         return condition.log(), error / condition, m
 
     def solve(self, lower: float, upper: float, within: float, tolerance: float) -> SigmaSearch:
+        """Look at the range, refine what it brackets, and tell the outcome."""
         count = max(3, math.ceil(_PER_DECADE * math.log10(upper / lower)) + 1)
         sigma = torch.logspace(math.log10(lower), math.log10(upper), count, dtype=torch.float64)
         value, error, m = self.look(sigma)
@@ -215,7 +217,7 @@ class _Problem:
         return self.log_condition(sigma)[0].item()
 
     def _refine(self, low: float, high: float, tolerance: float) -> float:
-        """A root of log(condition) over log(sigma) by the Illinois variant of false position."""
+        """Find a root of log(condition) over log(sigma) by the Illinois variant of false position."""
         a, b = math.log(low), math.log(high)
         fa, fb = self._at(low), self._at(high)
         if fa * fb > 0:  # the finer estimate disagrees with the coarse one: the nearer end
@@ -237,7 +239,7 @@ class _Problem:
         return math.exp(b)
 
     def _last_within(self, sigma: Tensor, value: Tensor, within: float, least: float = 0.0) -> float:
-        """From the limit on, the last sigma up to which abs(log(condition)) stays `within` of `least`."""
+        """Return the last sigma, from the limit on, up to which abs(log(condition)) stays `within` of `least`."""
         most = least + math.log1p(within)
         off = value.abs() > most
         if not bool(off.any()):
@@ -260,7 +262,7 @@ class _Problem:
         return math.exp(inside)
 
     def _nearest(self, sigma: Tensor, value: Tensor) -> float:
-        """The smallest abs(log(condition)), by golden section between the neighbours of the grid's best."""
+        """Minimise abs(log(condition)) by golden section between the neighbours of the grid's best."""
         best = int(value.abs().argmin())
         a = math.log(sigma[max(best - 1, 0)].item())
         b = math.log(sigma[min(best + 1, len(sigma) - 1)].item())

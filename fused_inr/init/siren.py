@@ -1,4 +1,4 @@
-"""Initialisation of sine networks (SIREN, Sitzmann et al. 2020), with its two constants free.
+"""Initialises sine networks (SIREN, Sitzmann et al. 2020), with its two constants free.
 
     first layer     W ~ U(-flic / n, flic / n)
     other layers    W ~ U(-sqrt(initc / n) / omega, sqrt(initc / n) / omega)
@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._checks import boolean, finite_float
+from .._checks import boolean, described, finite_float
 from .walk import assign, fused_layers, holder_of, refuse_computed, sees_coordinates, warn_of_others
 
 #: The tuned pair as arguments: `siren_init_(net, **TUNED)`, `SIREN(..., **TUNED)`.
@@ -44,9 +44,9 @@ def siren_uniform_(
     Returns `weight`. Raises TypeError or ValueError for anything else, naming the argument.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"weight must be a floating-point tensor [out, fan_in], got {_described(weight)}")
+        raise TypeError(f"weight must be a floating-point tensor [out, fan_in], got {described(weight)}")
     if weight.dim() != 2 or weight.shape[1] == 0:
-        raise ValueError(f"weight must be a matrix [out, fan_in] with fan_in >= 1, got {_described(weight)}")
+        raise ValueError(f"weight must be a matrix [out, fan_in] with fan_in >= 1, got {described(weight)}")
     boolean("is_first", is_first)
     flic = finite_float("flic", flic, above=0)
     initc = finite_float("initc", initc, above=0)
@@ -57,7 +57,7 @@ def siren_uniform_(
         if isinstance(omega, Tensor) and omega.dim():
             if omega.shape != weight.shape[:1]:
                 raise ValueError(
-                    f"omega must be a number or a tensor of shape [] or [{weight.shape[0]}], got {_described(omega)}"
+                    f"omega must be a number or a tensor of shape [] or [{weight.shape[0]}], got {described(omega)}"
                 )
             if omega.device.type != "meta" and not bool((torch.isfinite(omega) & (omega != 0)).all()):
                 raise ValueError("omega must be finite and not 0 in every feature")
@@ -123,7 +123,3 @@ def siren_init_(
         previous = own.detach().mean() if isinstance(own, Tensor) else own
         is_first = False
     return module
-
-
-def _described(value: object) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

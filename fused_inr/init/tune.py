@@ -1,4 +1,4 @@
-"""Short fits over a grid of sigma_p: for shallow networks, where it is the bandwidth that counts.
+"""Fits a network shortly over a grid of sigma_p: for shallow networks, where it is the bandwidth that counts.
 
 At its solved sigma_p VI3NR keeps the variance over any number of layers, forward and backward. A network of five layers
 does not need that much; what sigma_p decides there is how fast its output varies at the start, and the best value is a
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._checks import finite_float, positive_int
+from .._checks import described, finite_float, positive_int
 from .network import vi3nr_init_
-from .siren import _described
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -33,7 +32,7 @@ class Trial:
 
     @property
     def loss(self) -> float:
-        """The mean; infinite where a fit diverged."""
+        """The mean of the losses; infinite where a fit diverged."""
         mean = sum(self.losses) / len(self.losses)
         return mean if math.isfinite(mean) else math.inf
 
@@ -46,15 +45,16 @@ class SigmaTuning:
 
     @property
     def best(self) -> Trial:
+        """The trial with the lowest loss."""
         return self.trials[0]
 
     @property
     def own(self) -> Trial:
-        """The network's own weights."""
+        """The trial with the network's own weights."""
         return next(t for t in self.trials if t.sigma_p is None)
 
     def wins(self) -> int:
-        """In how many seeds the best of the grid ends below the network's own weights."""
+        """Count the seeds in which the best of the grid ends below the network's own weights."""
         grid = next(t for t in self.trials if t.sigma_p is not None)
         return sum(a < b for a, b in zip(grid.losses, self.own.losses))
 
@@ -73,6 +73,7 @@ class SigmaTuning:
 
 
 def mean_squared_error(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Compute the mean squared error of `model(x)`, which `tune_sigma_p` minimises by default."""
     return (model(x) - target).square().mean()
 
 
@@ -107,7 +108,7 @@ def tune_sigma_p(
         raise TypeError(f"model must be a network, got {type(model).__name__}")
     for name, value in (("x", x), ("target", target)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {_described(value)}")
+            raise TypeError(f"{name} must be a floating-point tensor, got {described(value)}")
     if not isinstance(sigma_p, Sequence) or isinstance(sigma_p, str) or not sigma_p:
         raise ValueError(f"sigma_p must be a sequence of candidates, got {sigma_p!r}")
     if not isinstance(first_sigma_p, Sequence) or isinstance(first_sigma_p, str) or not first_sigma_p:

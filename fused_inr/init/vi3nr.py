@@ -16,23 +16,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import activations
-from .._checks import finite_float, positive_int
+from .._checks import described, finite_float, positive_int
 from ..activations import Activation, ActivationMap
 from ..ops import moments as raw
 from . import estimates
-from .siren import _described
 
 # -- gains
 
 
 def vi3nr_input_gain(sigma_p: float, mean: float, std: float) -> float:
-    """gain = sigma_p / sqrt(mean^2 + std^2): for a layer (the first) whose input has this mean and standard deviation.
+    """Compute gain = sigma_p / sqrt(mean^2 + std^2), for a layer (the first) whose input has this mean and deviation.
 
     Args:
         sigma_p: wanted standard deviation of the layer's pre-activation (before omega), > 0.
@@ -58,7 +56,7 @@ def vi3nr_gain_MC(
     generator: torch.Generator | None = None,
     seed: int | None = None,
 ) -> float:
-    """gain = sigma_p / sqrt(E[f(z)^2]), z ~ N(0, sigma_p^2), by Monte Carlo: for a layer that follows activation f.
+    """Estimate gain = sigma_p / sqrt(E[f(z)^2]), z ~ N(0, sigma_p^2), for a layer that follows activation f.
 
     Args:
         sigma_p: standard deviation of pre-activations (before omega), the same in both layers, > 0.
@@ -88,7 +86,7 @@ def _second_moment(
     generator: torch.Generator | None = None,
     seed: int | None = None,
 ) -> float:
-    """E[f(z)^2], z ~ N(0, sigma^2), mean over outputs and features."""
+    """Estimate E[f(z)^2], z ~ N(0, sigma^2), mean over outputs and features."""
     samples = positive_int("samples", samples, minimum=2)
     f = activations.get(act_func) if isinstance(act_func, str | ActivationMap) else act_func
     if not callable(f):
@@ -112,7 +110,7 @@ def _second_moment(
 
 
 def _second_moment_of_values(f: Callable, sigma: float, samples: int, device: torch.device, seed: int) -> float:
-    """A callable's, which need not be differentiable."""
+    """Estimate E[f(z)^2] of a callable, which need not be differentiable."""
     sums = []
     with torch.no_grad():
         for start in range(0, samples, estimates.CALL):
@@ -124,7 +122,7 @@ def _second_moment_of_values(f: Callable, sigma: float, samples: int, device: to
 
 
 def _source(f, device, generator, seed) -> tuple[torch.device, int]:
-    """Where to draw, and the seed of the draws."""
+    """Return where to draw, and the seed of the draws."""
     if generator is not None and seed is not None:
         raise ValueError("give generator or seed, not both")
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -145,7 +143,7 @@ def _source(f, device, generator, seed) -> tuple[torch.device, int]:
 
 
 def _features(activation: Activation) -> int:
-    """How many features the activation's tensors distinguish (1 if none does)."""
+    """Count the features that the activation's tensors distinguish (1 if none does)."""
     sizes = {v.shape[0] for v in activation.params.values() if isinstance(v, Tensor) and v.dim() == 1}
     if len(sizes) > 1:
         raise ValueError(f"act_func: its parameters have different numbers of features: {sorted(sizes)}")
@@ -154,7 +152,7 @@ def _features(activation: Activation) -> int:
 
 def _check_values(f: object, y: object, shape: tuple[int, ...]) -> None:
     if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
-        got = _described(y) if isinstance(y, Tensor) else type(y).__name__
+        got = described(y) if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"act_func must return a floating-point or complex tensor, got {got} from {f!r}")
     if tuple(y.shape) != shape:
         raise ValueError(
@@ -167,67 +165,22 @@ def _check_values(f: object, y: object, shape: tuple[int, ...]) -> None:
 
 
 def default_sigma_p(activation: Activation) -> float:
-    """The sigma_p that `vi3nr_init_` takes where none is given (for z before omega; but see its `first_sigma_p`).
+    """Return the sigma_p, of z before omega, that `vi3nr_init_` takes where none is given (but see `first_sigma_p`).
 
-    | activation | sigma_p | reason |
-    | --- | --- | --- |
-    | gaussian | 1.5538 sigma, 1.0987 / scale | solves the backward condition too |
-    | sinc | 2.2233 / omega | the same |
-    | wavelet | 0.8705 | the same |
-    | sigmoid | 6.7546 | the same |
-    | tanh | 0.25 | the condition holds only in the limit 0; nearly there, and still not linear |
-    | sine, finer, incode, gabor | 1 / omega | no solution: the phase omega z gets SIREN's standard deviation 1 |
-    | hosc | 1 / (beta omega) | the same: tanh and sine both at the end of their linear range |
-    | others | 1 | relu: every sigma_p solves it; split: LSUV's target for each branch |
+    The file of each activation states its own, and why (`Facts.sigma_p`); 1 where it states none. It is the sigma_p
+    that solves the backward condition beside the forward one, if there is one. If the condition holds only in the
+    limit 0, it is one at which it nearly holds. If there is no solution and the activation has a frequency omega, it
+    is 1 / omega: the phase omega z gets SIREN's standard deviation 1.
+
+    Raises:
+        ValueError: the parameters give no positive number, omega = 0 for instance.
     """
     params = {k: v.double().mean().item() if isinstance(v, Tensor) else v for k, v in activation.params.items()}
-    rule = _SIGMA_P.get(activation.name)
-    sigma_p = 1.0 if rule is None else abs(rule(params))
+    rule = activation.map.facts.sigma_p
+    try:
+        sigma_p = 1.0 if rule is None else abs(rule(**params))
+    except ZeroDivisionError:
+        sigma_p = math.nan
     if not (math.isfinite(sigma_p) and sigma_p > 0):
         raise ValueError(f"sigma_p: no default for {activation!r}; give it")
     return sigma_p
-
-
-def _over(numerator: float, *names: str) -> Callable[[dict[str, float]], float]:
-    def rule(params: dict[str, float]) -> float:
-        product = math.prod(params[n] for n in names)
-        return numerator / product if product else math.nan
-
-    return rule
-
-
-_GAUSSIAN = math.sqrt(1 + math.sqrt(2))
-_SIGMA_P: dict[str, Callable[[dict[str, float]], float]] = {
-    "gaussian": lambda p: _GAUSSIAN * p["sigma"],
-    "gaussian_scale": _over(_GAUSSIAN / math.sqrt(2), "scale"),
-    "sinc": _over(2.2233, "omega"),
-    "wavelet": lambda p: 0.8705,
-    "sigmoid": lambda p: 6.7546,
-    "tanh": lambda p: 0.25,
-    "sine": _over(1.0, "omega"),
-    "finer": _over(1.0, "omega"),
-    "finer_detached": _over(1.0, "omega"),
-    "incode": _over(1.0, "omega"),
-    "gabor": _over(1.0, "omega"),
-    "complex_gabor": _over(1.0, "omega"),
-    "hosc": _over(1.0, "beta", "omega"),
-}
-
-
-def _known_moment(activation: Activation, sigma: float, samples: int, seed: int) -> float:
-    """`_second_moment`, remembered where plain numbers describe the activation: 40 ms a split layer otherwise."""
-    plain = {}
-    for name, value in activation.params.items():
-        if isinstance(value, Tensor):
-            number = value.flatten()[0].item()
-            if bool((value == number).all()):
-                plain[name] = number
-    activation = activation.with_params(**plain)
-    if activation.has_tensors:
-        return _second_moment(sigma, activation, samples, seed=seed)
-    return _remembered_moment(activation, sigma, samples, seed)
-
-
-@lru_cache(maxsize=256)
-def _remembered_moment(activation: Activation, sigma: float, samples: int, seed: int) -> float:
-    return _second_moment(sigma, activation, samples, seed=seed)

@@ -1,4 +1,4 @@
-"""A network as a chain of products z = W x + b and the functions between them, however it is written.
+"""Walks a network as a chain of products z = W x + b and the functions between them, however it is written.
 
 `fused_layers`  the fused layers of one of our networks, in the order of the data.
 `chain`         the same for any module: our layers, or what torch.fx finds between the `nn.Linear`s of others.
@@ -10,7 +10,6 @@ Modules are told by their interface, so that `init` imports no layer.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,20 +31,24 @@ class Layer(Protocol):
     activation: Activation
 
     @property
-    def weight(self) -> Tensor: ...
+    def weight(self) -> Tensor:
+        """The weight [B*N, K], as it is computed now."""
 
     @property
-    def bias(self) -> Tensor | None: ...
+    def bias(self) -> Tensor | None:
+        """The bias [B*N], if there is one."""
 
-    def activation_with_parameters(self) -> Activation: ...
+    def activation_with_parameters(self) -> Activation:
+        """Return the activation with the layer's learnable parameters as its values."""
 
 
 def is_fused(module: nn.Module) -> bool:
+    """Tell whether a module is one of our fused layers."""
     return hasattr(module, "activation_with_parameters")
 
 
 def fused_layers(module: nn.Module) -> list[Layer]:
-    """The fused layers of a network in the order in which the data passes them (of `module.net` if there is one).
+    """Return the fused layers of a network in the order of the data (those of `module.net` if there is one).
 
     Raises TypeError if `module` is no module and ValueError if it contains no fused layer.
     """
@@ -62,7 +65,7 @@ def fused_layers(module: nn.Module) -> list[Layer]:
 
 
 def sees_coordinates(module: nn.Module, layers: list[Layer]) -> bool:
-    """Whether the first layer's input are the coordinates: its own `is_first`, else True for a network."""
+    """Tell whether the first layer's input are the coordinates: its own `is_first`, else True for a network."""
     own = getattr(layers[0], "is_first", None)
     return not is_fused(module) if own is None else bool(own)
 
@@ -96,15 +99,16 @@ class Link:
 
     @property
     def fan_in(self) -> int:
+        """The number of features that the product takes."""
         return self.weight.shape[1]
 
     @property
     def units(self) -> int:
-        """Rows of a branch."""
+        """The number of rows of a branch."""
         return self.weight.shape[0] // self.branches
 
     def values(self, z: Tensor) -> Tensor:
-        """The function of independent draws: z [n, B] to [n, C]."""
+        """Compute the function of independent draws: z [n, B] to [n, C]."""
         n, units = z.shape[0], self.units
         rows = -(-n // units)
         z = torch.cat((z, z.new_zeros(rows * units - n, self.branches)))
@@ -119,14 +123,14 @@ class Link:
 
 @dataclass
 class Chain:
-    """Products in the order of the data. `enter` is what happens to the network's input before the first one."""
+    """The products in the order of the data. `enter` is what happens to the network's input before the first one."""
 
     links: list[Link]
     enter: Callable[[Tensor], Tensor] | None = None
 
 
 def chain(module: nn.Module) -> Chain:
-    """The products of `module` and what lies between them.
+    """Return the products of `module` and what lies between them.
 
     Raises:
         TypeError: `module` is no module.
@@ -149,7 +153,7 @@ def chain(module: nn.Module) -> Chain:
 
 
 def _is_network(module: nn.Module) -> bool:
-    """Whether it is one of our models, unchanged: layers in `net`, one after the other."""
+    """Tell whether it is one of our models, unchanged: layers in `net`, one after the other."""
     net = getattr(module, "net", None)
     return (
         isinstance(getattr(module, "fusion", None), str) and isinstance(net, nn.Sequential) and all(map(is_fused, net))
@@ -170,7 +174,7 @@ def _of_fused_layers(module: nn.Module) -> Chain:
 
 
 def holder_of(name: str, layer: Any) -> nn.Module:
-    """The module that holds a fused layer's weight.
+    """Return the module that holds a fused layer's weight.
 
     Raises:
         ValueError: something else than a matrix stands there.
@@ -190,7 +194,8 @@ def _fused_link(name: str, layer: Any) -> Link:
 
 
 def refuse_computed(name: str, holder: nn.Module | None) -> None:
-    """
+    """Make sure that a module's weight stays what it is filled with.
+
     Raises:
         ValueError: the module's weight is computed before each call, so that filling it changes nothing.
     """
@@ -223,7 +228,7 @@ def assign(holder: nn.Module, weight: Tensor) -> None:
 
 
 def warn_of_others(module: nn.Module, covered: list[nn.Module], who: str) -> None:
-    """One warning that names the modules whose weights stay as they are: convolutions, embeddings, bare parameters."""
+    """Warn once, naming the modules whose weights stay as they are: convolutions, embeddings, bare parameters."""
     known = {id(m) for c in covered for m in c.modules()}
     encoding = getattr(module, "encoding", None)
     if isinstance(encoding, nn.Module):
@@ -245,7 +250,10 @@ _OTHERWISE = "use lsuv_init_, which needs no formula, or initialise each weight 
 
 
 class _Tracer(fx.Tracer):
+    """Traces a module down to its products."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether a submodule is called as it is: products, and modules without matrices."""
         plain = not any(p.dim() >= 2 for p in m.parameters())  # activations, encodings: called as they are
         return is_fused(m) or isinstance(m, nn.Linear) or plain or super().is_leaf_module(m, module_qualified_name)
 
@@ -268,7 +276,7 @@ class _Graph:
         self.nodes = list(self.graph.nodes)
 
     def product(self, node: fx.Node) -> tuple[str, Tensor, Tensor | None, fx.Node, nn.Module | None] | None:
-        """Name, weight, bias, the node of the input, and the module if there is one, of a node that is a product."""
+        """Return name, weight, bias, the input's node, and the module if there is one, of a node that is a product."""
         if node.op == "call_module":
             m = self.module.get_submodule(str(node.target))
             if is_fused(m) or (isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward):
@@ -287,13 +295,14 @@ class _Graph:
         return None
 
     def attribute(self, node: fx.Node) -> Tensor:
+        """Return the tensor that a `get_attr` node names."""
         value: Any = self.module
         for part in str(node.target).split("."):
             value = getattr(value, part)
         return value
 
     def between(self, end: fx.Node, stops: set[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
-        """Nodes that lead to `end`, and where they begin: among `stops` and the network's inputs."""
+        """Return the nodes that lead to `end`, and where they begin: among `stops` and the network's inputs."""
         needed: set[fx.Node] = set()
         roots: set[fx.Node] = set()
         todo = [end]
@@ -307,6 +316,8 @@ class _Graph:
         return [n for n in self.nodes if n in needed], roots
 
     def function(self, start: fx.Node, nodes: list[fx.Node], end: fx.Node) -> Callable[[Tensor], Tensor]:
+        """Return the function that `nodes` compute from `start` to `end`."""
+
         def evaluate(z: Tensor) -> Tensor:
             interpreter = fx.Interpreter(self.module, garbage_collect_values=False)
             interpreter.env = {start: z}
@@ -362,7 +373,8 @@ def _traced(module: nn.Module) -> Chain:
 
 
 def _plain_link(name: str, weight: Tensor, bias: Tensor | None, function: Callable[[Tensor], Tensor]) -> Link:
-    """
+    """Return a link whose function is checked to work element by element.
+
     Raises:
         ValueError: what follows the product does not work element by element.
     """
@@ -397,8 +409,23 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+def candidates_at_zero(value: float, slope: float, curve: float) -> list[Activation]:
+    """Return the registered activations of one feature that a function with these derivatives at 0 may be.
+
+    Those without parameters come first; the others have the parameters that their files read off the derivatives.
+    """
+    found = []
+    for map in sorted(activations.registered(), key=lambda m: m.n_params):
+        if map.branches == map.outputs == 1:
+            read = map.facts.at_zero
+            parameters = read(value, slope, curve) if read is not None else None if map.n_params else {}
+            if parameters is not None:
+                found.append(map().with_params(**parameters))
+    return found
+
+
 def identified(link: Link) -> Activation | None:
-    """The registered activation that `link.function` is, found by its values and first derivatives at 0."""
+    """Find the registered activation that `link.function` is, by its values and first derivatives at 0."""
 
     def f(z: Tensor) -> Tensor:
         return link.values(z.unsqueeze(1)).squeeze(1).double()
@@ -413,13 +440,7 @@ def identified(link: Link) -> Activation | None:
                 curve = torch.autograd.grad(slope.sum(), zero, allow_unused=True)[0]
                 curve = slope.detach() * 0 if curve is None else curve
     f0, f1, f2 = value.item(), slope.item(), curve.item()
-    candidates = [activations.get(n) for n in ("identity", "relu", "silu", "gelu", "tanh", "sigmoid", "wavelet")]
-    if f1:
-        candidates += [activations.sine(omega=f1), activations.finer(omega=f1)]
-    if f2 < 0:
-        candidates += [activations.gaussian(sigma=(-f2) ** -0.5), activations.sinc(omega=(-3 * f2) ** 0.5)]
-    if f0 > 0:
-        candidates.append(activations.softplus(beta=math.log(2) / f0))
+    candidates = candidates_at_zero(f0, f1, f2)
     rng = torch.Generator().manual_seed(1)
     z = torch.randn(4096, generator=rng, dtype=torch.float64) * 10 ** (4 * torch.rand(4096, generator=rng).double() - 3)
     with torch.no_grad():
@@ -459,7 +480,7 @@ class _Watch(TorchFunctionMode):
 
 @contextlib.contextmanager
 def watch(module: nn.Module, visit: Visit) -> Iterator[None]:
-    """Within it, `visit(name, x, weight, bias)` computes every product of `module` whose weight is a parameter.
+    """Let `visit(name, x, weight, bias)` compute each product whose weight is a parameter of `module`, in the block.
 
     Fused layers run as F.linear and their activation in plain PyTorch; modules are in evaluation mode.
     """
@@ -501,7 +522,7 @@ def _plain_forward(layer: Layer) -> Callable[[Tensor], Tensor]:
 
 @contextlib.contextmanager
 def _as_layers(module: nn.Module) -> Iterator[None]:
-    """Our networks run layer by layer within it."""
+    """Make our networks run layer by layer within the block."""
     networks: list[Any] = [m for m in module.modules() if isinstance(getattr(m, "fusion", None), str)]
     chosen = [m.fusion for m in networks]
     try:

@@ -1,4 +1,4 @@
-"""Weights of a given gain: Var(W) = gain^2 / fan_in, from a uniform, a normal or an orthogonal distribution.
+"""Draws weights of a given gain: Var(W) = gain^2 / fan_in, from a uniform, a normal or an orthogonal distribution.
 
 All three fill in place and take a source of random numbers; the variance of z = W x is then gain^2 E[x^2]. Orthogonal
 square weights keep the length of every x, where independent ones keep it on average: a deep stack drifts less.
@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import finite_float, positive_int
-from .siren import _described
+from .._checks import described, finite_float, positive_int
 
 
 def vi3nr_uniform_(tensor: Tensor, gain: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -65,7 +64,7 @@ def vi3nr_orthogonal_(
 
 def _fan_in(tensor: Tensor) -> int:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise TypeError(f"tensor must be a floating-point tensor [out, fan_in, ...], got {_described(tensor)}")
+        raise TypeError(f"tensor must be a floating-point tensor [out, fan_in, ...], got {described(tensor)}")
     fan_in = math.prod(tensor.shape[1:])
     if tensor.dim() < 2 or fan_in == 0:
         raise ValueError(f"tensor must have shape [out, fan_in, ...] with fan_in >= 1, got {tuple(tensor.shape)}")

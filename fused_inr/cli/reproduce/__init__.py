@@ -1,4 +1,4 @@
-"""`fused-inr reproduce NAME`: published figures, computed again here, beside what was published.
+"""Runs `fused-inr reproduce NAME`: published figures, computed again here, beside what was published.
 
 Each module here holds one: its options, its cells (the pieces of work that a stopped run need not repeat), a table and
 a figure of them. `record.py` runs any of them.

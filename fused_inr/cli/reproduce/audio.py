@@ -1,4 +1,4 @@
-"""The first seconds of a recording, fitted by SIREN with its own constants, with the tuned pair, and by VI3NR.
+"""Fits the first seconds of a recording by SIREN with its own constants, with the tuned pair, and by VI3NR.
 
 One coordinate in [-1, 1], amplitude in [-1, 1]; omega 3000 in the first layer, 30 in the others (Sitzmann et al. 2020
 took 7 s of Bach, `gt_bach.wav`).
@@ -29,6 +29,8 @@ BATCH = True
 
 @dataclass(frozen=True)
 class Options:
+    """Everything that decides the figures."""
+
     duration: float = 1.0
     steps: int = 300
     width: int = 64
@@ -40,11 +42,13 @@ class Options:
 
 
 def prepare(request: Request) -> Work:
+    """Make the work of what the command line asks for."""
     options = Options(duration=7.0, steps=3000, width=256) if request.full else Options()
     return work(replace(options, batch=request.batch), seeds(request, 1), request.data)
 
 
 def work(options: Options, numbers: list[int], data: str | None) -> Work:
+    """Make the work: one cell for each way to initialise and each seed."""
     name, rate, values = recording(data, options.duration)
     y = torch.from_numpy(values).unsqueeze(1)
     x = torch.linspace(-1, 1, len(y)).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Short fits of a network to a signal, full batch, and the pictures and recordings they are given."""
+"""Fits networks shortly to a signal, full batch, and reads the pictures and recordings they are given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..pictures import Picture, picture_of, read_picture
 
 
 def fit(model: nn.Module, x: Tensor, target: Tensor, steps: int, lr: float, batch: int = 0) -> list[float]:
-    """Mean squared error before each of `steps` steps of Adam, and after the last.
+    """Fit by Adam; returns the mean squared error before each of `steps` steps, and after the last.
 
     A step sees all rows, or `batch` of them, drawn anew each time without repetition, and its error is theirs. The last
     error is always that of all rows.
@@ -38,7 +38,7 @@ def fit(model: nn.Module, x: Tensor, target: Tensor, steps: int, lr: float, batc
 
 
 def spreads(model: nn.Module, x: Tensor) -> list[dict[str, float]]:
-    """Of each product: standard deviation of its input and of its pre-activation, over rows and features."""
+    """Measure the standard deviation, over rows and features, of each product's input and of its pre-activation."""
     found: list[dict[str, float]] = []
 
     def visit(name: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,25 +52,26 @@ def spreads(model: nn.Module, x: Tensor) -> list[dict[str, float]]:
 
 
 def decibel(mse: float, peak: float = 2.0) -> float:
-    """10 log10(peak^2 / mse): data in [-1, 1] have the peak 2, which is PSNR of data in [0, 1]."""
+    """Return 10 log10(peak^2 / mse): data in [-1, 1] have the peak 2, which is PSNR of data in [0, 1]."""
     return 10 * math.log10(peak * peak / mse) if 0 < mse < math.inf else (math.inf if mse == 0 else -math.inf)
 
 
 def thinned(curve: list[float], points: int = 100) -> list[list[float]]:
-    """[step, mse] of about `points` steps, the last among them."""
+    """Return [step, mse] of about `points` steps, the last among them."""
     every = max(1, (len(curve) - 1) // points)
     steps = sorted({*range(0, len(curve), every), len(curve) - 1})
     return [[step, curve[step]] for step in steps]
 
 
 def shown_curve(axis: Any, points: list[list[float]], label: str, peak: float = 2.0, **style: Any) -> None:
-    """A curve of `thinned` in decibel over the steps."""
+    """Plot a curve of `thinned` in decibel over the steps."""
     known = [(step, decibel(mse, peak)) for step, mse in points if mse is not None and mse > 0]
     axis.plot(*zip(*known), label=label, **style)
 
 
 def picture(data: str | None, size: int, hint: str) -> Picture:
-    """
+    """Read the picture that was named.
+
     Raises:
         CliError: no picture was named, or it cannot be read.
     """
@@ -80,7 +81,7 @@ def picture(data: str | None, size: int, hint: str) -> Picture:
 
 
 def cameraman(data: str | None, size: int) -> Picture:
-    """The grey picture that most papers use: scikit-image's, or a file."""
+    """Return the grey picture that most papers use: scikit-image's, or a file."""
     if data is not None:
         found = read_picture(data, size)
         grey = found.pixels[..., :3].mean(-1, keepdims=True) if found.pixels.shape[2] > 2 else found.pixels[..., :1]
@@ -98,7 +99,7 @@ def cameraman(data: str | None, size: int) -> Picture:
 
 
 def recording(data: str | None, seconds: float) -> tuple[str, int, np.ndarray]:
-    """Name, rate and the first `seconds` of a WAV file, [samples] float32, scaled to a peak of 1.
+    """Return name, rate and the first `seconds` of a WAV file, [samples] float32, scaled to a peak of 1.
 
     Raises:
         CliError: no file was named, it is no WAV, it is silent, scipy is missing.

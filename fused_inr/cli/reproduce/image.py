@@ -1,4 +1,4 @@
-"""VI3NR at a short grid of sigma_p around the solved one against PyTorch's initialisation, on a picture.
+"""Compares VI3NR at a short grid of sigma_p around the solved one with PyTorch's initialisation, on a picture.
 
 The published advice for shallow networks is such a grid (`init.tune_sigma_p` is it for any network). Beside PSNR each
 cell tells the frequency of the untrained network, rms(abs(dy/dx)) / (2 pi std(y)), in periods per unit of coordinate:
@@ -32,6 +32,8 @@ ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True)
 class Options:
+    """Everything that decides the figures."""
+
     size: int = 64
     steps: int = 300
     lr: float = 1e-3
@@ -42,6 +44,7 @@ class Options:
 
 
 def prepare(request: Request) -> Work:
+    """Make the work of what the command line asks for."""
     options = replace(Options(size=256) if request.full else Options(), batch=request.batch)
     if request.widths:
         options = replace(options, widths=request.widths)
@@ -49,6 +52,7 @@ def prepare(request: Request) -> Work:
 
 
 def frequency(net: nn.Module, x: Tensor) -> float:
+    """Measure the network's mean frequency: root mean square of its gradient over 2 pi times its spread."""
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:2048]].requires_grad_()
     y = net(x)
     (slope,) = torch.autograd.grad(y.sum(), x)
@@ -56,6 +60,7 @@ def frequency(net: nn.Module, x: Tensor) -> float:
 
 
 def work(options: Options, numbers: list[int], data: str | None) -> Work:
+    """Make the work: one cell for each activation, width, way to initialise and seed."""
     target = cameraman(data, options.size)
     x, y = target.coordinates(), target.target()
     solved = {name: float(f"{init.search_sigma_p(a).sigma_p:.6g}") for name, a in ACTIVATIONS.items()}

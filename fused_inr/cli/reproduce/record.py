@@ -1,4 +1,4 @@
-"""What all reproductions share: options, a JSON that grows cell by cell, a table and a figure."""
+"""Shares among all reproductions: options, a JSON that grows cell by cell, a table and a figure."""
 
 from __future__ import annotations
 
@@ -60,11 +60,12 @@ class Work:
 class Reproduction(Protocol):
     """What a module of this folder offers."""
 
-    def prepare(self, request: Request) -> Work: ...
+    def prepare(self, request: Request) -> Work:
+        """Make the work of what the command line asks for."""
 
 
 def run(arguments: Namespace) -> int:
-    """The reproduction that the command line asks for; returns the exit code."""
+    """Run the reproduction that the command line asks for; returns the exit code."""
     require("matplotlib", "tqdm")
     name = arguments.name
     module: Reproduction = importlib.import_module(f"{__package__}.{REPRODUCTIONS[name][0]}")
@@ -130,7 +131,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _resume(path: Path, name: str, options: dict) -> tuple[dict[str, Any], dict[str, float]]:
-    """Cells that an earlier run with the same options has computed."""
+    """Return the cells that an earlier run with the same options has computed."""
     if not path.is_file():
         return {}, {}
     try:
@@ -175,7 +176,8 @@ def _figure(work: Work, cells: dict[str, Any]) -> bytes:
 
 
 def require(*modules: str) -> None:
-    """
+    """Make sure that packages are installed.
+
     Raises:
         CliError: one of the packages is not installed.
     """
@@ -187,11 +189,12 @@ def require(*modules: str) -> None:
 
 
 def seeds(request: Request, default: int) -> list[int]:
+    """Return the seeds that were asked for, else as many as `default`."""
     return list(range(default if request.seeds is None else request.seeds))
 
 
 def plain(value: Any) -> Any:
-    """`value` for JSON, which has no NaN and no infinities: they become null."""
+    """Return `value` for JSON, which has no NaN and no infinities: they become null."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -202,7 +205,7 @@ def plain(value: Any) -> Any:
 
 
 def machine() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -213,7 +216,7 @@ def machine() -> str:
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Rows of cells as a text table, the first column to the left, the others to the right."""
+    """Format rows of cells as a text table, the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
@@ -223,7 +226,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def digest(array: Any) -> str:
-    """Names data, so that a run goes on with the same or not at all."""
+    """Return a name for data, so that a run goes on with the same or not at all."""
     import numpy as np
 
     array = np.ascontiguousarray(array)

@@ -1,4 +1,4 @@
-"""SIREN with its own constants and with the tuned pair, after the SplitNet thesis.
+"""Compares SIREN with its own constants and with the tuned pair, after the SplitNet thesis.
 
 Table 3.3: standard deviation of each layer's omega z, and of its sine, at initialisation. Table 3.4: PSNR after 3,000
 steps of Adam at 1e-4 on a photograph of 512x512 (`tokyo512.png`), 3 hidden layers, by width.
@@ -33,6 +33,8 @@ _OMEGA = 30.0
 
 @dataclass(frozen=True)
 class Options:
+    """Everything that decides the figures."""
+
     size: int = 64
     steps: int = 300
     widths: tuple[int, ...] = (128, 256, 512)
@@ -47,6 +49,7 @@ WIDTHS = BATCH = True
 
 
 def prepare(request: Request) -> Work:
+    """Make the work of what the command line asks for."""
     options = Options(size=512, steps=3000, widths=(128, 256, 512, 1024)) if request.full else Options()
     options = replace(options, batch=request.batch)
     if request.widths:
@@ -55,6 +58,7 @@ def prepare(request: Request) -> Work:
 
 
 def work(options: Options, numbers: list[int], data: str | None) -> Work:
+    """Make the work: one cell for each pair of constants and each seed."""
     target = picture(data, options.size, "published: tokyo512.png, a photograph of 512x512")
     whole = picture(data, 0, "")
     x, y = target.coordinates(), target.target()
@@ -88,7 +92,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
 
 
 def sine_spreads(pair: str, x: Tensor, width: int, depth: int, seed: int) -> list[dict[str, float]]:
-    """Of each sine layer: standard deviation of omega z and of its sine, over rows and features."""
+    """Measure, of each sine layer, the standard deviation of omega z and of its sine, over rows and features."""
     flic, initc = PAIRS[pair]
     torch.manual_seed(seed)
     net = SIREN(x.shape[1], width, depth, 3, omega=_OMEGA, first_omega=_OMEGA, flic=flic, initc=initc)

@@ -1,4 +1,4 @@
-"""SplitNet initialised in four ways, after the SplitNet thesis (figure 5.1), and by VI3NR.
+"""Compares SplitNet initialised in four ways, after the SplitNet thesis (figure 5.1), and by VI3NR.
 
 Cameraman, 256x256 grey, data in [-1, 1]; 128 Gaussian Fourier frequencies of standard deviation 10 periods a picture
 (Fourier features take coordinates in [0, 1]; 5 a unit of coordinates in [-1, 1]), split layers to the last, omegas 1.
@@ -42,6 +42,8 @@ WIDTHS = BATCH = True
 
 @dataclass(frozen=True)
 class Options:
+    """Everything that decides the figures."""
+
     size: int = 128
     steps: int = 3000
     widths: tuple[int, ...] = (32,)  # 2.5 weights a pixel: more only memorise
@@ -53,6 +55,7 @@ class Options:
 
 
 def prepare(request: Request) -> Work:
+    """Make the work of what the command line asks for."""
     options = Options(size=256, widths=(128,)) if request.full else Options()
     options = replace(options, batch=request.batch)
     if request.widths:
@@ -61,6 +64,7 @@ def prepare(request: Request) -> Work:
 
 
 def network(way: str, x: Tensor, outputs: int, width: int, options: Options, seed: int) -> SplitNet:
+    """Make a SplitNet behind Fourier features, initialised in one of `WAYS`."""
     m, init = WAYS[way]
     torch.manual_seed(seed)
     encoding = FourierFeatures(2, options.frequencies, std=options.std, seed=seed)
@@ -81,6 +85,7 @@ def network(way: str, x: Tensor, outputs: int, width: int, options: Options, see
 
 
 def work(options: Options, numbers: list[int], data: str | None) -> Work:
+    """Make the work: one cell for each way to initialise and each seed."""
     target = cameraman(data, options.size)
     x, y = target.coordinates(), target.target()
 

@@ -1,4 +1,4 @@
-"""VI3NR's toy experiment (Koneputugodage et al., CVPR 2025): does the variance survive 100 layers, there and back?
+"""Repeats VI3NR's toy experiment (Koneputugodage et al., CVPR 2025): does the variance survive 100 layers and back?
 
     z_0 ~ N(0, sigma_p^2),  z_{i+1} = W_i f(z_i),  Var(W) = gain^2 / n;      L = sum(z_last g),  g ~ N(0, 1)
     E_f = 100 mean(abs(v - sigma_p^2) / (v + sigma_p^2)),  v the variance of each row of z_last
@@ -28,6 +28,8 @@ _BLOCK = 1000  # rows that pass together
 
 @dataclass(frozen=True)
 class Options:
+    """Everything that decides the figures."""
+
     width: int = 1000
     depth: int = 100
     batch: int = 1000
@@ -36,7 +38,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: an activation, its sigma_p, a fixed gain^2 (None: by Monte Carlo), what was published."""
+    """One line of a table: an activation, its sigma_p, a fixed gain^2 (None: by Monte Carlo), what was published."""
 
     label: str
     activation: str
@@ -72,15 +74,14 @@ _FILL = {"uniform": init.vi3nr_uniform_, "normal": init.vi3nr_normal_, "orthogon
 
 
 def activation_of(text: str) -> Activation:
-    """ "gaussian:0.05": a name and the value of its first parameter."""
+    """Return the activation that a text such as "gaussian:0.05" means: a name and the value of its first parameter."""
     name, _, value = text.partition(":")
-    if name == "gaussian":
-        return activations.gaussian(sigma=float(value))
-    return activations.sine(omega=float(value)) if name == "sine" else activations.get(name)
+    activation = activations.get(name)
+    return activation.with_params(**{activation.param_names[0]: float(value)}) if value else activation
 
 
 def solved_rows() -> list[Row]:
-    """Where both conditions hold (tanh: nearly, its condition holds in the limit 0 only; relu: everywhere)."""
+    """Return the rows where both conditions hold (tanh: nearly, only in the limit 0; relu: everywhere)."""
     rows = []
     for text in _SOLVED:
         sigma = init.default_sigma_p(activation_of(text))
@@ -91,7 +92,7 @@ def solved_rows() -> list[Row]:
 def errors(
     activation: Activation, sigma_p: float, gain: float, weights: list[Tensor], batch: int, seed: int
 ) -> tuple[float, float]:
-    """E_f and E_b in percent. `weights`: square matrices of variance 1 / n, which the gain scales."""
+    """Return E_f and E_b in percent. `weights` are square matrices of variance 1 / n, which the gain scales."""
     width = weights[0].shape[1]
     jet, constants = activation.map.torch_jet(), activation.constants
     rng = torch.Generator().manual_seed(seed)
@@ -124,17 +125,19 @@ def _percent(parts: list[Tensor]) -> float:
 
 
 def matrices(distribution: str, width: int, depth: int, seed: int) -> list[Tensor]:
+    """Draw `depth` square matrices of variance 1 / width."""
     rng = torch.Generator().manual_seed(seed)
     return [_FILL[distribution](torch.empty(width, width), 1.0, rng) for _ in range(depth)]
 
 
 def prepare(request: Request) -> Work:
-    """Cells: one for each distribution and seed, since all activations share the weights."""
+    """Make the work of what the command line asks for."""
     options = Options(batch=10_000) if request.full else Options()
     return work(options, seeds(request, 5), request.full)
 
 
 def work(options: Options, numbers: list[int], full: bool = False) -> Work:
+    """Make the work: one cell for each distribution and seed, since all activations share the weights."""
     rows = solved_rows()
 
     def cell(distribution: str, seed: int) -> dict[str, Any]:
