@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .gpu.workers import Pool, Worker
-from .tune import RESERVE_S, Died, Kernels, Key, Numbers, Wanted
+from .tune_kernels import RESERVE_S, Died, Kernels, Key, Numbers, Wanted
 
 #: Seconds for compiling and checking what several searches want, for a look at what the compiler made of the best, and
 #: for timing a group of candidates; what takes longer is rejected.

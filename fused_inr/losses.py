@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import activations, backends
 from ._checks import finite_float, one_of
 from .activations import Activation
-from .models import _Network
+from .models import CoordinateNetwork
 from .network import Criterion
 from .ops import mlp as _op
 
@@ -139,19 +139,19 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
     if weight is not None and weight.shape != x.shape[:-1]:
         raise ValueError(f"weight: expected one number a row, shape {list(x.shape[:-1])}, got {list(weight.shape)}")
     nothing = reduction == "mean" and target.numel() == 0  # the mean is no number, as PyTorch has it
-    if not isinstance(net, _Network) or net.fusion == "layers" or nothing:
+    if not isinstance(net, CoordinateNetwork) or net.fusion == "layers" or nothing:
         return _composed(form, net(x), target, weight, reduction)
-    if not net._own_forward:
+    if not net.own_forward:
         reason = f"{type(net).__name__} has a forward of its own, or hooks"
         if net.fusion == "network":
             raise RuntimeError(f"fusion='network': {reason}; fusion='auto' composes this loss")
         backends.record_layers(f"{form.name} composed: {reason}")
         return _composed(form, net(x), target, weight, reduction)
     encoded = x if net.encoding is None else net.encoding(x)
-    operands, decision = net._whole(encoded, "loss")
+    operands, decision = net.whole_call(encoded, "loss")
     reason = decision.reason
     if operands is None:
-        trained = any(p.requires_grad for m in (net.net, *net._norm_modules()) for p in m.parameters())
+        trained = any(p.requires_grad for m in (net.net, *net.norm_modules()) for p in m.parameters())
         needed = torch.is_grad_enabled() and (encoded.requires_grad or trained)
     else:
         needed = operands.tracked(encoded)
@@ -161,7 +161,7 @@ def _loss(form: Activation, net: nn.Module, x: Tensor, target: Tensor, weight: T
         if net.fusion == "network" and needed:
             raise RuntimeError(f"fusion='network': {reason}; fusion='auto' composes this loss")
         backends.record_layers(f"{form.name} composed: {reason}")
-        return _composed(form, net._decode(encoded), target, weight, reduction)
+        return _composed(form, net.decode(encoded), target, weight, reduction)
     rows = encoded.reshape(-1, encoded.shape[-1])
     scale = 1.0 / max(1, target.numel()) if reduction == "mean" else 1.0
     criterion = Criterion(form.map.key, form.constants, scale)

@@ -120,7 +120,7 @@ class _Kept(NamedTuple):
 _structures: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
-class _Network(nn.Module):
+class CoordinateNetwork(nn.Module):
     """Coordinates, encoding, layers. `first` and `hidden` make a layer from (in_features, out_features).
 
     Attributes (also arguments of every model):
@@ -212,7 +212,7 @@ class _Network(nn.Module):
         self.net.check()
         return self.net.skips if any(self.net.skips) else ()
 
-    def _norm_modules(self) -> list[nn.Module]:
+    def norm_modules(self) -> list[nn.Module]:
         """What stands behind the first layers."""
         norms = getattr(self.net, "_norms", (None,))[0]
         return [] if norms is None else list(norms)[: len(self.net)]
@@ -230,13 +230,13 @@ class _Network(nn.Module):
         """coordinates [.., in_features] to [.., out_features]."""
         if self.encoding is not None:
             coordinates = self.encoding(coordinates)
-        return self._decode(coordinates)
+        return self.decode(coordinates)
 
-    def _decode(self, coordinates: Tensor) -> Tensor:
+    def decode(self, coordinates: Tensor) -> Tensor:
         """What follows the encoding."""
         if self.fusion == "layers":
             return self.net(coordinates)
-        operands, decision = self._whole(coordinates)
+        operands, decision = self.whole_call(coordinates)
         if operands is not None and decision.way == "network":
             return _op.network(coordinates, operands, decision, self.save == "preactivations")
         if self.fusion == "network":
@@ -247,11 +247,11 @@ class _Network(nn.Module):
         return self.net(coordinates)
 
     @property
-    def _own_forward(self) -> bool:
-        """Whether a call does what `_Network.forward` does and no more: no forward of a subclass or of the instance, no
-        hooks."""
+    def own_forward(self) -> bool:
+        """Whether a call does what `CoordinateNetwork.forward` does and no more: no forward of a subclass or of the
+        instance, no hooks."""
         kind = type(self)
-        own = kind.forward is _Network.forward and kind._decode is _Network._decode
+        own = kind.forward is CoordinateNetwork.forward and kind.decode is CoordinateNetwork.decode
         return own and not has_hooks(self) and not any_global_hook()
 
     def _structure(self) -> Structure:
@@ -267,12 +267,12 @@ class _Network(nn.Module):
             net.check()
         # tensors that stand in for parameters (torch.func.functional_call) are those of one call
         keep = not compiling and type(next(net.parameters(), None)) is nn.Parameter
-        found = read(net, self._norm_modules(), _OUR_CONTAINERS, keep)
+        found = read(net, self.norm_modules(), _OUR_CONTAINERS, keep)
         if found.kept:
             _structures[self] = _Kept(net, found)
         return found
 
-    def _whole(self, x: Tensor, direction: str = "forward") -> tuple[_op.Operands | None, _op.Decision]:
+    def whole_call(self, x: Tensor, direction: str = "forward") -> tuple[_op.Operands | None, _op.Decision]:
         """The layers as operands, where they can be, and how this call of them runs, and why."""
         if not isinstance(x, Tensor):
             return None, _op.Decision("", "", f"an input that is a {type(x).__name__}", "layers")
@@ -343,7 +343,7 @@ def _vi3nr(sigma_p: float | None, first_sigma_p: float | None) -> Callable[[nn.M
     return partial(vi3nr_init_, sigma_p=sigma_p, first_sigma_p=first_sigma_p)
 
 
-class MLP(_Network):
+class MLP(CoordinateNetwork):
     """A multi-layer perceptron with any activation.
 
     Args:
@@ -417,7 +417,7 @@ class MLP(_Network):
         )
 
 
-class SIREN(_Network):
+class SIREN(CoordinateNetwork):
     """A network of sine layers (Sitzmann et al. 2020).
 
     Args:
@@ -512,7 +512,7 @@ class SIREN(_Network):
         )
 
 
-class SplitNet(_Network):
+class SplitNet(CoordinateNetwork):
     """A network of split layers: m tanh(w1 z1) sigmoid(w2 z2) sin(w3 z3) cos(w4 z4).
 
     Args:

@@ -55,9 +55,9 @@ _KERNEL_FLAGS = (
     "-fno-trapping-math",
     "-Wno-psabi",
 )
-_OPS_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-g0")
+OPS_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-g0")
 
-_logger = logging.getLogger("fused_inr")
+logger = logging.getLogger("fused_inr")
 _lock = threading.Lock()
 _state: tuple[Path | None, str] | None = None
 _user_libraries: dict[str, ctypes.CDLL] = {}
@@ -89,7 +89,7 @@ def _stamp(folder: Path) -> str:
     return f"torch {torch.__version__} sources {_source_hash(folder)}"
 
 
-def _stamp_of(library: Path) -> str | None:
+def stamp_of(library: Path) -> str | None:
     """The stamp in a library file, read without loading it."""
     data = library.read_bytes()
     begin = data.find(b"FUSED_INR_STAMP=")
@@ -101,7 +101,7 @@ def _stamp_of(library: Path) -> str | None:
 
 def _usable(library: Path, stamp: str) -> bool:
     try:
-        return _stamp_of(library) == stamp
+        return stamp_of(library) == stamp
     except (OSError, ValueError):
         return False
 
@@ -196,7 +196,7 @@ def cached_library(base: Path | None = None, capabilities: Sequence[str] = _SHIP
     if not whole(library):
         with one_at_a_time(library.with_suffix(".lock")):
             if not whole(library):
-                _logger.warning("fused_inr: compiling the native CPU engine (about a minute, once) into %s", library)
+                logger.warning("fused_inr: compiling the native CPU engine (about a minute, once) into %s", library)
                 build(library, capabilities=capabilities, checked=True)
     return library
 
@@ -336,7 +336,7 @@ def build(target: Path, verbose: bool = False, capabilities: Sequence[str] = _SH
     engines = " ".join(f"X({name})" for name in capabilities)
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # at::parallel_for is a header: without, it is serial
     ops = [
-        *_OPS_FLAGS,
+        *OPS_FLAGS,
         *openmp,
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-DFUSED_INR_ENGINES={engines}",
@@ -385,7 +385,7 @@ def open_library(operators: str, packaged: Path | None, cached: Callable[[], Pat
                 torch.ops.load_library(str(packaged))
             return packaged
         except OSError as error:
-            _logger.warning("fused_inr: %s is damaged (%s); one in the cache takes its place", packaged, error)
+            logger.warning("fused_inr: %s is damaged (%s); one in the cache takes its place", packaged, error)
     library = cached()
     if not hasattr(getattr(torch.ops, operators), "stamp"):
         torch.ops.load_library(str(library))

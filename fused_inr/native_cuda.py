@@ -97,7 +97,7 @@ def _stamp(folder: Path) -> str:
 def _usable(library: Path, stamp: str) -> bool:
     """Whether a library is of these versions, and has code for every device here."""
     try:
-        found, _, built = (native._stamp_of(library) or "").partition(" for ")
+        found, _, built = (native.stamp_of(library) or "").partition(" for ")
         archs = sorted(int(a) for a in built.split())
     except (OSError, ValueError):
         return False
@@ -120,7 +120,7 @@ def _nvcc_command(command: Sequence[str], archs: Sequence[int]) -> list[str]:
 def _ops_flags(stamp: str) -> list[str]:
     include = Path(torch.__file__).resolve().parent / "include"
     return [
-        *native._OPS_FLAGS,
+        *native.OPS_FLAGS,
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f'-DFUSED_INR_STAMP="{stamp}"',
         "-isystem",
@@ -182,7 +182,7 @@ def cached_library(base: Path | None = None) -> Path:
     if not native.whole(library):
         with native.one_at_a_time(library.with_suffix(".lock"), patience=900.0):
             if not native.whole(library):
-                native._logger.warning("fused_inr: compiling the CUDA backend (minutes, once) into %s", library)
+                native.logger.warning("fused_inr: compiling the CUDA backend (minutes, once) into %s", library)
                 build(library, archs=archs, checked=True)
     return library
 

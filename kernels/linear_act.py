@@ -493,7 +493,7 @@ def linear_act_backward(
     if need_x:
         gx = _library_gx(gz, x, weight) if library_gx else _input_gradient(gz, x, weight, precision)
     if need_w:
-        gw = _library_gw(gz, x, weight) if library_gw else _weight_gradient(gz, x, weight, precision)
+        gw = _library_gw(gz, x, weight) if library_gw else weight_gradient(gz, x, weight, precision)
     if need_b:
         gb = torch.empty_like(bias, memory_format=torch.contiguous_format)
         if bias.dim() == 1:  # shared by all layers
@@ -537,7 +537,7 @@ def _input_gradient(gz, x, weight, precision: str) -> torch.Tensor:
     return gx
 
 
-def _weight_gradient(gz, x, weight, precision: str) -> torch.Tensor:
+def weight_gradient(gz, x, weight, precision: str) -> torch.Tensor:
     layers, M, N = gz.shape
     K = x.shape[-1]
     gw = weight.new_empty(weight.shape)

@@ -172,7 +172,7 @@ def _odd(x, y):
 
 
 @triton.jit
-def _power_of_two(k):
+def power_of_two(k):
     """2^k for an integer k in -126 .. 127, from its bits."""
     return ((k + 127) << 23).to(tl.float32, bitcast=True)
 
@@ -200,7 +200,7 @@ def fi_exp(x, MODE: tl.constexpr):
         x = tl.where(x > 89.5, 89.5, tl.where(x < -105.0, -105.0, x))  # NaN stays
         k, p = _expm1_reduced(x)
         half = k >> 1  # 2^k itself may overflow where the product does not
-        return (1.0 + p) * _power_of_two(half) * _power_of_two(k - half)
+        return (1.0 + p) * power_of_two(half) * power_of_two(k - half)
     elif MODE == 1:
         return _ex2_approx(x * 1.4426950408889634)
     else:
@@ -228,7 +228,7 @@ def fi_expm1(x, MODE: tl.constexpr):
     else:
         clamped = tl.where(x > 89.0, 89.0, tl.where(x < -20.0, -20.0, x))
         k, p = _expm1_reduced(clamped)
-        half = _power_of_two(k - 1)
+        half = power_of_two(k - 1)
         y = tl.fma(half, p, half - 0.5) * 2.0
         return tl.where(x == 0, x, tl.where(k == 0, p, y))
 
@@ -340,9 +340,9 @@ def _pow_positive(x, y):
     n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
     unused, p = _expm1_reduced(((e - (shifted - 12582912.0)) + rest) * 0.6931471805599453)
     # the argument may round just past ln(2)/2: undo the octave it then took
-    value = (1.0 + p) * _power_of_two(unused)
+    value = (1.0 + p) * power_of_two(unused)
     half = n >> 1
-    return value * _power_of_two(half) * _power_of_two(n - half)
+    return value * power_of_two(half) * power_of_two(n - half)
 
 
 @triton.jit

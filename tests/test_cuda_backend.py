@@ -135,7 +135,7 @@ def test_nvcc_compiles_the_whole_registry_without_spills(scalar, tmp_path):
 def test_the_library_builds_and_its_symbols_are_its_own(tmp_path):
     """Everything but torch, the C library and the driver is inside; no symbol of PyTorch's CUDA parts is needed."""
     library = native_cuda.build(tmp_path / "cuda.so", archs=[90])
-    assert native._stamp_of(library) == f"{native_cuda._stamp(native.sources())} for 90"
+    assert native.stamp_of(library) == f"{native_cuda._stamp(native.sources())} for 90"
     ctypes.CDLL(str(library))  # here, without CUDA
     needed = subprocess.run(["nm", "-D", "--undefined-only", "-C", str(library)], capture_output=True, text=True).stdout
     assert "c10::cuda" not in needed
@@ -189,7 +189,7 @@ def host_library():
     with native.one_at_a_time(library.with_suffix(".lock")):
         if not native.whole(library):
             native_cuda.build(library, on_host=True, checked=True)
-    assert native._stamp_of(library) == f"{stamp} for 0"
+    assert native.stamp_of(library) == f"{stamp} for 0"
     if not hasattr(torch.ops.fused_inr_cuda_on_host, "stamp"):
         torch.ops.load_library(str(library))
     return library

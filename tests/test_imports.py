@@ -14,26 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 #: The packages and the folders that hold them; the last two lie beside fused_inr and install inside it.
 FOLDERS = {"fused_inr": "fused_inr", "fused_inr.kernels": "kernels", "fused_inr.bench": "bench"}
 
-#: Modules that still use private names of others; a package stands for all modules in it. To be emptied.
-PRIVATE_NAMES_STILL_OPEN = (
-    "fused_inr.bench",
-    "fused_inr.kernels",
-    "fused_inr.losses",
-    "fused_inr.models",
-    "fused_inr.native",
-    "fused_inr.native_cuda",
-    "fused_inr.ops",
-    "fused_inr.structure",
-)
-#: Circles that still exist, each by the modules in it. To be emptied.
-CIRCLES_STILL_OPEN: tuple[frozenset[str], ...] = (
-    frozenset({"fused_inr.ops.backends", "fused_inr.ops.moments", "fused_inr.ops.raw"}),
-    frozenset(
-        {"fused_inr.bench.gpu.measure", "fused_inr.bench.gpu.workers", "fused_inr.bench.tune"}
-        | {"fused_inr.bench.tune_workers"}
-    ),
-)
-
 
 def module_files(folders: dict[str, Path]) -> dict[str, Path]:
     """The file of every module below these folders, by the module's full name; a package is its __init__.py."""
@@ -168,20 +148,15 @@ def modules() -> dict[str, Module]:
 
 def test_no_circle_of_imports(modules):
     found = circles({n: m.imports for n, m in modules.items()})
-    new = [group for group in found if not any(open_ >= set(group) for open_ in CIRCLES_STILL_OPEN)]
     described = [
         "; ".join(f"{name} imports {', '.join(sorted(modules[name].imports & set(group)))}" for name in group)
-        for group in new
+        for group in found
     ]
-    assert not new, "modules import each other in a circle: " + " | ".join(described)
+    assert not found, "modules import each other in a circle: " + " | ".join(described)
 
 
 def test_no_private_name_of_another_file(modules):
-    found = [
-        f"{name} uses {', '.join(sorted(module.private))}"
-        for name, module in modules.items()
-        if module.private and not any(name == p or name.startswith(f"{p}.") for p in PRIVATE_NAMES_STILL_OPEN)
-    ]
+    found = [f"{name} uses {', '.join(sorted(module.private))}" for name, module in modules.items() if module.private]
     assert not found, "\n".join(found)
 
 

@@ -773,7 +773,7 @@ def test_gradients_that_were_differentiated_are_expected_again():
 
     def way():
         with torch.enable_grad():
-            return net._whole(x)[1].way
+            return net.whole_call(x)[1].way
 
     assert way() == "network"
     grads = torch.autograd.grad(net(x).square().mean(), list(net.parameters()), create_graph=True)
@@ -790,6 +790,6 @@ def test_gradients_that_were_differentiated_are_expected_again():
         torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-5)
     # many rows: layers, which are fused
     with torch.enable_grad():
-        assert net._whole(torch.rand(20_000, 2))[1].way == "layers"
+        assert net.whole_call(torch.rand(20_000, 2))[1].way == "layers"
     with torch.no_grad():
-        assert net._whole(x)[1].way == "network"
+        assert net.whole_call(x)[1].way == "network"

@@ -87,7 +87,7 @@ def test_the_engine_builds_into_an_empty_folder_and_works(tmp_path):
         x = torch.randn(9, 5)
         y, z = ops.linear_act(x, torch.eye(5), None, [], [2.0], "sine", True)
         assert torch.equal(z, x) and torch.allclose(y, torch.sin(2 * x), atol=1e-6)
-        assert native._stamp_of(native.Path({str(target)!r})) == native._stamp(native.sources())
+        assert native.stamp_of(native.Path({str(target)!r})) == native._stamp(native.sources())
         print(ops.capability(), ops.capabilities())
     """
     assert _run(code) == "generic ['generic']"
@@ -119,7 +119,7 @@ def test_the_products_of_bfloat16_keep_their_sums_in_registers():
 def test_a_library_for_another_torch_is_not_loaded(tmp_path):
     library = tmp_path / "old.so"
     _small_library(library, "torch 1.0.0 sources 0123456789abcdef")
-    assert native._stamp_of(library) == "torch 1.0.0 sources 0123456789abcdef"
+    assert native.stamp_of(library) == "torch 1.0.0 sources 0123456789abcdef"
     assert not native._usable(library, native._stamp(native.sources()))
     _small_library(library, native._stamp(native.sources()))
     assert native._usable(library, native._stamp(native.sources()))
@@ -259,7 +259,7 @@ def test_a_damaged_engine_in_the_cache_is_built_again(own_cache, damage):
         library.write_bytes(whole[:-4096] if damage == "cut" else damage)
         assert native.cached_library(capabilities=("generic",)) == library
         assert native.whole(library)
-        print(native._stamp_of(library) == native._stamp(native.sources()), library.stat().st_size == len(whole))
+        print(native.stamp_of(library) == native._stamp(native.sources()), library.stat().st_size == len(whole))
     """
     # a compiler that takes no time: what is built is the stamp
     wrapper = Path(own_cache).parent / "c++"

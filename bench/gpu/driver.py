@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type not in ("cuda", "cpu"):
         p.error(f"argument --device: expected cuda or cpu, got {options.device!r}")
     if options.worker:
-        return serve(device)
+        return serve(device, measure.RUNS)
     if options.small_cases:
         return checks.run_small_cases(device)
     if options.profiled:

@@ -159,10 +159,8 @@ class Pool:
             worker.close()
 
 
-def serve(device: torch.device) -> int:
-    """The other side: jobs on standard input, results on standard output, until that is closed."""
-    from .measure import RUNS
-
+def serve(device: torch.device, runs: dict[str, Callable[..., dict[str, Any]]]) -> int:
+    """The other side: jobs on standard input, results on standard output, until that is closed; `runs`: who answers."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to the log
 
@@ -174,7 +172,7 @@ def serve(device: torch.device) -> int:
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            result = RUNS[job["run"]](job, device, lambda name: answer({"now": name}))
+            result = runs[job["run"]](job, device, lambda name: answer({"now": name}))
         except Lost as error:
             result = {"error": str(error), "lost": True}
         except Exception as error:

@@ -222,7 +222,7 @@ def type_class(dtype: torch.dtype, precision: str) -> str:
     return "x3" if precision in ("tf32x3", "bf16x3") else precision
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -239,10 +239,10 @@ def pick(
     if arch == "interpreter":
         return _interpreter(op, kind, N, K)
     b = _branch_class(branches)
-    extra = _power_of_two(branches) // 4 if branches > 4 else 1  # more than four branches share four's registers
-    width = _power_of_two(N)
+    extra = power_of_two(branches) // 4 if branches > 4 else 1  # more than four branches share four's registers
+    width = power_of_two(N)
     if op == "weight_grad" and kind != DOT:
-        block_n, block_k = min(64, width), min(64, _power_of_two(K))
+        block_n, block_k = min(64, width), min(64, power_of_two(K))
         narrow = min(block_n, block_k)
         config = LayerConfig(max(4, 64 // narrow), block_n, block_k, 4, 1, dot=False)
         return replace(config, block_m=max(4, min(32, 8192 // (block_n * block_k))))
@@ -255,7 +255,7 @@ def pick(
     if kind == MAP:
         return LayerConfig(max(1, m // extra), min(n, max(16, width)), 16, warps, 1, dot=False)
     if op == "weight_grad":
-        return LayerConfig(m, min(n, max(32, width)), min(k, max(32, _power_of_two(K))), warps, stages)
+        return LayerConfig(m, min(n, max(32, width)), min(k, max(32, power_of_two(K))), warps, stages)
     if extra > 1:
         m = max(16, m // extra)
     config = LayerConfig(m, min(n, max(32, width)) if n > 32 else n, k, warps, stages)
@@ -290,9 +290,9 @@ def using(key: Key, value: Numbers) -> contextlib.AbstractContextManager[None]:
 def pick_map(arch: str, streams: int, N: int) -> LayerConfig:
     """The tile of `act_map`: fewer elements a thread where many streams are alive."""
     if arch == "interpreter":
-        return LayerConfig(64, min(64, max(16, _power_of_two(N))), 1, 1, 1, dot=False)
+        return LayerConfig(64, min(64, max(16, power_of_two(N))), 1, 1, 1, dot=False)
     elements = 128 * (8 if streams <= 4 else 4 if streams <= 16 else 2)
-    block_n = min(64, _power_of_two(N))
+    block_n = min(64, power_of_two(N))
     return LayerConfig(elements // block_n, block_n, 1, 4, 1, dot=False)
 
 
@@ -300,8 +300,8 @@ def _interpreter(op: str, kind: int, N: int, K: int) -> LayerConfig:
     """Small tiles, so that small tests see several of each, in all directions."""
     if op == "weight_grad":
         side = 16 if kind == DOT else 8
-        return LayerConfig(16, min(side, _power_of_two(N)), min(side, _power_of_two(K)), 1, 1, dot=kind == DOT)
-    block_n = _power_of_two(N) if kind == NARROW_N else min(64, max(16, _power_of_two(N)))
+        return LayerConfig(16, min(side, power_of_two(N)), min(side, power_of_two(K)), 1, 1, dot=kind == DOT)
+    block_n = power_of_two(N) if kind == NARROW_N else min(64, max(16, power_of_two(N)))
     return LayerConfig(64, block_n, K if kind == NARROW_K else 16, 1, 1, dot=kind == DOT)
 
 

@@ -71,7 +71,7 @@ class NetworkConfig:
 
 def width(N: int, arch: str) -> int:
     """N as the kernels hold it: a power of two, at least 32 (16 in the interpreter)."""
-    return max(16 if arch == "interpreter" else 32, layer_configs._power_of_two(N))
+    return max(16 if arch == "interpreter" else 32, layer_configs.power_of_two(N))
 
 
 def valid(config: NetworkConfig, arch: str, op: str, B: int, C: int, WIDTH: int, itemsize: int) -> bool:

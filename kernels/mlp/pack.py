@@ -44,7 +44,7 @@ class NetworkSizes:
 
     @property
     def outputs_pad(self) -> int:
-        return max(16, layer_configs._power_of_two(self.outputs))
+        return max(16, layer_configs.power_of_two(self.outputs))
 
     @property
     def rows(self) -> int:

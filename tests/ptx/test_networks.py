@@ -83,7 +83,7 @@ def test_everywhere(gpu, precision, name, width, step, way):
         backends.float32_products(precision if precision.endswith("x3") else None),
         torch.set_grad_enabled(step == "training"),
     ):
-        _, decision = work.fused._whole(work.x.detach(), direction)
+        _, decision = work.fused.whole_call(work.x.detach(), direction)
     if decision.reason:
         pytest.skip(decision.reason)
     check(gpu, step, way, precision, name, width)
