@@ -435,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measurer.close()
 
 
-#: Entries that are searched at the same time; the share of a budget that is kept for making sure of what a search found.
+#: Entries that are searched at the same time; the share of a budget that is kept for making sure of what was found.
 TOGETHER, RESERVE_SHARE = 4, 0.1
 
 

@@ -145,14 +145,14 @@ bool has_activation(const std::string& key, int64_t level, bool learnable) {
   return slot >= 0 && a.map[0][slot] && a.map[1][slot];
 }
 
-// tables: addresses of `Map<float>` for the slots of engine.h, then of `Map<double>`; 0 where there is none
+// tables: addresses of `Map<float>` for each slot, then of `Map<double>`; 0 where there is none
 void register_activation(const std::string& key, int64_t branches, int64_t outputs, int64_t params,
                          at::ArrayRef<int64_t> tables) {
   TORCH_CHECK_VALUE(tables.size() == 2 * kSlots, "tables: expected ", 2 * kSlots, " addresses, got ", tables.size());
   TORCH_CHECK_VALUE(branches >= 1 && outputs >= 1 && params >= 0, "branches, outputs, params: expected at least 1, 1, 0, got ",
                     branches, ", ", outputs, ", ", params);
-  TORCH_CHECK_VALUE(2 * (branches + outputs + params) * 3 <= 2 * kMaxStreams, "activation '", key,
-                    "': too many branches, outputs and parameters together (at most ", kMaxStreams / 3, ")");
+  TORCH_CHECK_VALUE(kMostOfAKind * (branches + outputs + params) <= kMaxStreams, "activation '", key,
+                    "': too many branches, outputs and parameters together (at most ", kMaxStreams / kMostOfAKind, ")");
   TORCH_CHECK_VALUE(built_in(current().load()).count(key) == 0, "key: '", key, "' is a built-in activation");
   Activation a;
   a.branches = static_cast<int>(branches);

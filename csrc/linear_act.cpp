@@ -122,7 +122,7 @@ std::vector<Tensor> act_map(at::TensorList inputs, const OptionalTensors& params
   expect_level(level);
   const bool float64 = !inputs.empty() && compute_type(inputs[0]) == at::kDouble;
   void* map = map_of(a, key, float64, static_cast<int>(level), learnable);
-  const Streams streams(a, static_cast<int>(level), learnable);
+  const Streams streams(a, static_cast<int>(level), learnable && a.params > 0);
   const MapSizes o(inputs, streams, a);
   const Params p(params, constants, a, o.features, o.compute);
 

@@ -46,7 +46,7 @@ class Registry {
   std::unordered_map<std::string, Activation> table_;
 };
 
-// The groups of a map's inputs and outputs, derived level by level (docs/architecture.md, section 1).
+// The groups of the inputs and outputs of a map of some level, which has a slot.
 struct Streams {
   struct Kind {
     int width;
@@ -54,19 +54,20 @@ struct Streams {
   };
   std::vector<Kind> in, out;
 
-  Streams(const Shape& shape, int level, bool learnable) {
-    in.push_back({shape.branches, false});
-    for (int p = 0; p < shape.params; ++p) in.push_back({1, true});
-    out.push_back({shape.outputs, false});
-    for (int l = 1; l <= level; ++l) {
-      std::vector<Kind> gradients;
-      for (size_t i = 0; i < in.size(); ++i) {
-        const bool constant = !learnable && i >= 1 && i <= static_cast<size_t>(shape.params);
-        if (!constant) gradients.push_back(in[i]);
+  Streams(const Shape& shape, int level, bool learnable)
+      : in(groups(kInputs[slot_of(level, learnable)], shape)), out(groups(kResults[slot_of(level, learnable)], shape)) {}
+
+ private:
+  static std::vector<Kind> groups(const char* kinds, const Shape& shape) {
+    std::vector<Kind> all;
+    for (; *kinds; ++kinds) {
+      if (*kinds == 'p') {
+        all.insert(all.end(), static_cast<size_t>(shape.params), {1, true});
+      } else {
+        all.push_back({*kinds == 'z' ? shape.branches : shape.outputs, false});
       }
-      in.insert(in.end(), out.begin(), out.end());
-      out = gradients;
     }
+    return all;
   }
 };
 

@@ -106,7 +106,9 @@ struct LayerSizes {
   bool empty() const { return rows == 0 || batch == 0 || columns() == 0; }
 };
 
-inline void expect_level(int64_t level) { TORCH_CHECK_VALUE(level >= 0 && level <= 3, "level: expected 0 to 3, got ", level); }
+inline void expect_level(int64_t level) {
+  TORCH_CHECK_VALUE(level >= 0 && level <= kMaxLevel, "level: expected 0 to ", kMaxLevel, ", got ", level);
+}
 
 // The sizes of an act_map, from z and the number of tensors, which are checked.
 struct MapSizes {

@@ -34,7 +34,6 @@ import torch
 __all__ = ["build", "compile_maps", "load", "status"]
 
 _PACKAGED = Path(__file__).resolve().parent / "_C.so"
-_SLOTS = 8  # kSlots of csrc/cpu/engine.h
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 #: capability: (bytes of a vector, compiler flags). "wide" runs AVX-512's code on AVX2, for tests.
@@ -447,7 +446,7 @@ def compile_maps(key: str, source: str, cache: Path | None = None) -> ctypes.Arr
             build.run([[*command, *flags, "-shared", str(folder / "cpu" / "user_maps.cpp"), "-o", str(built)]])
             build.publish(built)
     loaded = ctypes.CDLL(str(library))
-    table = (ctypes.c_int64 * (3 + 2 * _SLOTS))()
+    table = (ctypes.c_int64 * ctypes.c_int.in_dll(loaded, "fused_inr_user_maps_size").value)()
     loaded.fused_inr_user_maps.restype = None
     loaded.fused_inr_user_maps(table)
     _user_libraries[key] = loaded  # the engine keeps addresses into it

@@ -187,7 +187,7 @@ class Spec:
             norms.append(next((_KIND_OF[w] for w in rest if w != "skip"), None))
             groups += [self.WEIGHT, self.BIAS, *[self.PARAMETER] * maps[-1].n_params]
             groups += [] if norms[-1] is None else [self.NORM, self.NORM]
-        found = {"maps": maps, "skips": skips, "norms": norms, "groups": groups}
+        found: dict[str, list] = {"maps": maps, "skips": skips, "norms": norms, "groups": groups}
         for name, values in found.items():
             object.__setattr__(self, name, tuple(values))
         object.__setattr__(self, "generated", all(map.generated for map in maps))
@@ -280,7 +280,7 @@ def add_skip(y: Tensor, x: Tensor) -> Tensor:
     return (y + x) * SKIP
 
 
-def in_sequence(x: Tensor, steps: Iterable[tuple[Callable, Callable | None, bool]]) -> Tensor:
+def in_sequence(x: Tensor, steps: Iterable[tuple[Callable, Any, bool]]) -> Tensor:
     """Computes a network a layer after the other: x <- norm(layer(x)), and with a skip (norm(layer(x)) + x) / sqrt(2).
 
     Args:

@@ -111,7 +111,7 @@ def wanted(ctx: Any, is_tensor: Sequence[bool], group_of: Sequence[int] | None =
 
 def multiplied(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     """Multiplies each tensor by one number in few kernels; never in place."""
-    return list(torch._foreach_mul(tensors, factor))  # type: ignore[arg-type]
+    return list(torch._foreach_mul(list(tensors), factor))
 
 
 # -- which transformations run

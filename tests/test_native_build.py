@@ -372,8 +372,6 @@ def test_a_build_that_fails_ends_the_others(tmp_path):
 
 SOURCE = """
 namespace fused_inr {
-constexpr int kMaxLevel = 3;
-constexpr int kMaxLearnableLevel = 2;
 template <class V> FI_INLINE void cubic_l0(const V* in, V* out) { out[0] = in[1] * in[0] * in[0] * in[0]; }
 template <class V> FI_INLINE void cubic_l1(const V* in, V* out) {
   out[0] = fi_const<V>(3.0) * in[1] * in[0] * in[0] * in[2];

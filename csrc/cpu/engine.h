@@ -14,15 +14,7 @@ namespace fused_inr {
 template <class T>
 using Map = void (*)(int64_t n, const T* const* in, const int64_t* stride, T* const* out);
 
-constexpr int kSlots = 8;        // levels 0 to 3 with constant parameters, levels 1 and 2 with learnable ones, the two jets
 constexpr int kMaxStreams = 96;  // of one map, inputs or outputs
-
-inline int slot_of(int level, bool learnable) {
-  if (learnable && level > 0) return level <= 2 ? 3 + level : -1;
-  return level <= 3 ? level : -1;
-}
-
-inline int jet_slot(bool learnable) { return learnable ? 7 : 6; }
 
 struct Maps {  // of one scalar type
   const char* name;

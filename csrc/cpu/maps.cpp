@@ -10,7 +10,6 @@ namespace {
 
 using T = FUSED_INR_SCALAR;
 using V = Vec<T, FUSED_INR_VECTOR_BYTES>;
-static_assert(kMaxLevel == 3 && kMaxLearnableLevel == 2, "Maps has a slot for each of these levels");
 
 FUSED_INR_ACTIVATIONS(FI_MAPS)
 

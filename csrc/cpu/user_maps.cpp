@@ -26,6 +26,8 @@ const Maps rows[] = {FUSED_INR_ACTIVATIONS(FI_ROW)};
 }  // namespace
 }  // namespace fused_inr
 
+extern "C" __attribute__((visibility("default"))) const int fused_inr_user_maps_size = 3 + 2 * fused_inr::kSlots;
+
 // branches, outputs, parameters, then the addresses of every slot for float and for double
 extern "C" __attribute__((visibility("default"))) void fused_inr_user_maps(int64_t* to) {
   using namespace fused_inr;

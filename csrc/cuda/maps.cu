@@ -19,42 +19,26 @@ namespace fused_inr {
 namespace {
 
 using T = FUSED_INR_SCALAR;
-static_assert(kMaxLevel == 3 && kMaxLearnableLevel == 2, "Maps has a slot for each of these levels");
-
-#define FI_FUNCTION(function)                       \
-  struct Map_##function {                           \
-    template <class V>                              \
-    static FI_MEMBER void run(const V* in, V* out) { \
-      function<V>(in, out);                         \
-    }                                               \
+#define FI_FUNCTION(name, B, C, P, own, constant, level, learnable) \
+  struct Map_##name##_##own {                                       \
+    template <class V>                                              \
+    static FI_MEMBER void run(const V* in, V* out) {                \
+      name##_##own<V>(in, out);                                     \
+    }                                                               \
   };
-#define FI_FUNCTIONS(name, B, C, P) \
-  FI_FUNCTION(name##_l0)            \
-  FI_FUNCTION(name##_l1)            \
-  FI_FUNCTION(name##_l2)            \
-  FI_FUNCTION(name##_l3)            \
-  FI_FUNCTION(name##_p1)            \
-  FI_FUNCTION(name##_p2)
+#define FI_FUNCTIONS(name, B, C, P) FUSED_INR_LEVELS(FI_FUNCTION, name, B, C, P)
 FUSED_INR_CHOSEN(FI_FUNCTIONS)
 
 // without parameters the learnable maps are the constant ones
-template <class Constant, class Learnable, int B, int C, int P, int Level>
-constexpr Kernel learnable_kernel() {
-  if constexpr (P > 0) {
-    return kernel_of<RowsOf<T, Learnable, B, C, P, Level, true>>();
-  } else {
-    return kernel_of<RowsOf<T, Constant, B, C, P, Level, false>>();
-  }
+template <class Own, class Constant, int B, int C, int P, int Level, bool Learnable>
+constexpr Kernel kernel_at() {
+  using Map = std::conditional_t<(P > 0), Own, Constant>;
+  return kernel_of<RowsOf<T, Map, B, C, P, Level, Learnable && (P > 0)>>();
 }
 
-#define FI_ROW(name, B, C, P)                                       \
-  {#name, B, C, P,                                                  \
-   {kernel_of<RowsOf<T, Map_##name##_l0, B, C, P, 0, false>>(),     \
-    kernel_of<RowsOf<T, Map_##name##_l1, B, C, P, 1, false>>(),     \
-    kernel_of<RowsOf<T, Map_##name##_l2, B, C, P, 2, false>>(),     \
-    kernel_of<RowsOf<T, Map_##name##_l3, B, C, P, 3, false>>(),     \
-    learnable_kernel<Map_##name##_l1, Map_##name##_p1, B, C, P, 1>(), \
-    learnable_kernel<Map_##name##_l2, Map_##name##_p2, B, C, P, 2>()}},
+#define FI_KERNEL(name, B, C, P, own, constant, level, learnable) \
+  kernel_at<Map_##name##_##own, Map_##name##_##constant, B, C, P, level, learnable>(),
+#define FI_ROW(name, B, C, P) {#name, B, C, P, {FUSED_INR_LEVELS(FI_KERNEL, name, B, C, P)}},
 
 }  // namespace
 

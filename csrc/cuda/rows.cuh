@@ -129,10 +129,15 @@ struct StreamOf {
   int group, branch;
   bool column;  // one value a feature, summed over rows where it is an output
 };
-constexpr StreamOf stream_at(const int* width, const bool* column, int stream) {
+constexpr StreamOf stream_at(const char* kinds, int B, int C, int P, int stream) {
   int group = 0;
-  for (; stream >= width[group]; ++group) stream -= width[group];
-  return {group, stream, column[group]};
+  for (; *kinds; ++kinds) {
+    const int streams = *kinds == 'z' ? B : *kinds == 'y' ? C : P;
+    if (stream < streams) return *kinds == 'p' ? StreamOf{group + stream, 0, true} : StreamOf{group, stream, false};
+    stream -= streams;
+    group += *kinds == 'p' ? P : 1;
+  }
+  return {-1, 0, false};
 }
 
 // f(0) .. f(N - 1), each with its number as a type: what a number selects is a register then, never memory
@@ -150,11 +155,11 @@ template <class Number, class Map, int B, int C, int P, int Level, bool Learnabl
 struct RowsOf {
   using T = Number;
   using V = Scalar<T>;
-  static constexpr Groups groups() { return groups_of(B, C, P, Level, Learnable); }
-  static constexpr StreamOf input(int stream) { return stream_at(groups().in_width, groups().in_column, stream); }
-  static constexpr StreamOf output(int stream) { return stream_at(groups().out_width, groups().out_sum, stream); }
-  static constexpr int kIn = groups().streams_in();
-  static constexpr int kOut = groups().streams_out();
+  static constexpr int kSlot = slot_of(Level, Learnable);
+  static constexpr StreamOf input(int stream) { return stream_at(kInputs[kSlot], B, C, P, stream); }
+  static constexpr StreamOf output(int stream) { return stream_at(kResults[kSlot], B, C, P, stream); }
+  static constexpr int kIn = streams_of(kInputs[kSlot], B, C, P);
+  static constexpr int kOut = streams_of(kResults[kSlot], B, C, P);
   static constexpr int kParams = Learnable ? P : 0;
   static constexpr int kBias = Level == 1 ? B : 0;
   static constexpr int kSums = kBias + kParams;

@@ -7,64 +7,16 @@
 
 namespace fused_inr {
 
-constexpr int kSlots = 6;     // levels 0 to 3 with constant parameters, levels 1 and 2 with learnable ones
 constexpr int kMaxIn = 20;    // groups of streams of one map; with kMaxOut and kMaxSums, what fits a kernel's arguments
 constexpr int kMaxOut = 12;
 constexpr int kMaxSums = 16;
 constexpr int kThreads = 256;
 
-inline int slot_of(int level, bool learnable) {
-  if (learnable && level > 0) return level <= 2 ? 3 + level : -1;
-  return level <= 3 ? level : -1;
-}
-
-// The groups of a map's inputs and outputs, derived level by level (docs/architecture.md, section 1).
-struct Groups {
-  int ins = 0, outs = 0;
-  int in_width[kMaxIn] = {}, out_width[kMaxOut] = {};
-  bool in_column[kMaxIn] = {}, out_sum[kMaxOut] = {};  // one value a feature; summed over rows
-
-  constexpr int streams_in() const {
-    int n = 0;
-    for (int i = 0; i < ins; ++i) n += in_width[i];
-    return n;
-  }
-  constexpr int streams_out() const {
-    int n = 0;
-    for (int i = 0; i < outs; ++i) n += out_width[i];
-    return n;
-  }
-};
-
-constexpr Groups groups_of(int branches, int outputs, int params, int level, bool learnable) {
-  Groups g;
-  g.in_width[g.ins++] = branches;
-  for (int p = 0; p < params; ++p) {
-    g.in_column[g.ins] = true;
-    g.in_width[g.ins++] = 1;
-  }
-  g.out_width[g.outs++] = outputs;
-  for (int l = 1; l <= level; ++l) {
-    Groups next = g;
-    for (int i = 0; i < g.outs; ++i) {
-      next.in_column[next.ins] = g.out_sum[i];
-      next.in_width[next.ins++] = g.out_width[i];
-    }
-    next.outs = 0;
-    for (int i = 0; i < g.ins; ++i) {
-      if (!learnable && i >= 1 && i <= params) continue;
-      next.out_sum[next.outs] = g.in_column[i];
-      next.out_width[next.outs++] = g.in_width[i];
-    }
-    g = next;
-  }
-  return g;
-}
-
 // Whether every group of every level has its place in MapRows.
 constexpr bool fits(int branches, int outputs, int params) {
-  return 3 + 2 * params <= kMaxIn && 3 + 3 + params <= kMaxIn && 2 + params <= kMaxOut && branches + params <= kMaxSums &&
-         branches >= 1 && outputs >= 1;
+  for (int slot = 0; slot < kLevelSlots; ++slot)
+    if (groups_of(kInputs[slot], params) > kMaxIn || groups_of(kResults[slot], params) > kMaxOut) return false;
+  return branches + params <= kMaxSums && branches >= 1 && outputs >= 1;
 }
 
 // Rows of numbers; strides in elements, 0 where one value serves all.
@@ -86,7 +38,7 @@ struct Sum {
 // One map over all rows. Branch k of a group of width w stands in columns k * features .. (k + 1) * features.
 struct MapRows {
   int64_t batch = 1, rows = 0, features = 0;
-  Stream in[kMaxIn], out[kMaxOut];  // in the order of Groups; outputs that are summed, or not wanted, have no data
+  Stream in[kMaxIn], out[kMaxOut];  // in the order of kInputs and kResults; outputs that are summed, or not wanted, have no data
   Stream bias;                      // levels 0 and 1: added to z when it is read, where there is one
   Stream z;                         // level 0: z with its bias is written there, where wanted
   Sum sum[kMaxSums];                // level 1: the gradient of the bias, a sum a branch; then, learnable, of each parameter
@@ -128,7 +80,7 @@ struct Kernel {
 struct Maps {  // of one scalar type
   const char* name;
   int branches, outputs, params;
-  Kernel kernel[kSlots];
+  Kernel kernel[kLevelSlots];
 };
 
 // Ends with a row without a name.

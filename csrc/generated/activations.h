@@ -3,9 +3,6 @@
 
 namespace fused_inr {
 
-constexpr int kMaxLevel = 3;
-constexpr int kMaxLearnableLevel = 2;
-
 template <class V>
 FI_INLINE void complex_gabor_l0(const V* in, V* out) {
   const V z0 = in[0];

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from .printing import cpp_source, torch_source, triton_source
+from .printing import cpp_levels, cpp_source, torch_source, triton_source
 from .registry import registered, registered_losses
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +23,7 @@ def committed_files() -> dict[Path, str]:
         ROOT / "fused_inr/activations/generated.py": torch_source(maps),
         ROOT / "kernels/generated/activations.py": triton_source(maps),
         ROOT / "csrc/generated/activations.h": cpp_source(maps),
+        ROOT / "csrc/generated/levels.h": cpp_levels(),
     }
 
 

@@ -252,10 +252,43 @@ def cpp_source(maps: list[ActivationMap]) -> str:
     return (
         f"// {_HEADER}\n#pragma once\n\n"
         "namespace fused_inr {\n\n"
-        f"constexpr int kMaxLevel = {MAX_LEVEL};\nconstexpr int kMaxLearnableLevel = {MAX_LEARNABLE_LEVEL};\n\n"
         + "\n".join(functions)
         + "\n}  // namespace fused_inr\n\n// name, branches, outputs, parameters\n"
         f"#define FUSED_INR_ACTIVATIONS(X) \\\n  {table}\n"
+    )
+
+
+def cpp_levels() -> str:
+    """Print what every table of maps has a slot for, and the groups of streams of each slot's map, as a C++ header."""
+    # as many streams as no other kind has: a group's width tells what it is
+    probe = ActivationMap("probe", lambda z0, z1, p: (p * z0, p * z1, z0 * z1), {"p": 1.0}, generated=False)
+    kind = {2: "z", 3: "y", 1: "p"}
+    slots = [(level, learnable) for learnable in (False, True) for level in levels(learnable)]
+    programs = [probe.program(*slot) for slot in slots]
+    inputs = ["".join(kind[len(names)] for _, names in program.inputs) for program in programs]
+    results = ["".join(kind[len(nodes)] for _, nodes in program.outputs) for program in programs]
+    names = [probe.function_name(*slot).rpartition("_")[2] for slot in slots]
+    constant = [probe.function_name(level, False).rpartition("_")[2] for level, _ in slots]
+    rows = [
+        f"  X(name, B, C, P, {own}, {other}, {level}, {str(learnable).lower()})"
+        for own, other, (level, learnable) in zip(names, constant, slots, strict=True)
+    ]
+    quoted = [", ".join(f'"{groups}"' for groups in kinds) for kinds in (inputs, results)]
+    return (
+        f"// {_HEADER}\n#pragma once\n\n"
+        "namespace fused_inr {\n\n"
+        f"constexpr int kMaxLevel = {MAX_LEVEL};\nconstexpr int kMaxLearnableLevel = {MAX_LEARNABLE_LEVEL};\n\n"
+        f"// Slots of a table of maps: {', '.join(names)}; then, where a table has them, the jets.\n"
+        f"constexpr int kLevelSlots = {len(slots)};\nconstexpr int kJetSlot = {len(slots)};\n"
+        f"constexpr int kLearnableJetSlot = {len(slots) + 1};\nconstexpr int kSlots = {len(slots) + 2};\n\n"
+        "// The groups of streams of each slot's map, in order: z and y have a stream for every branch and for every output, p\n"
+        "// stands for a group of one stream for every parameter.\n"
+        f"constexpr const char* kInputs[] = {{{quoted[0]}}};\n"
+        f"constexpr const char* kResults[] = {{{quoted[1]}}};\n"
+        f"constexpr int kMostOfAKind = {max(max(Counter(groups).values()) for groups in inputs + results)};\n\n"
+        "}  // namespace fused_inr\n\n"
+        "// each slot's name, that of a map without parameters, level, learnable\n"
+        "#define FUSED_INR_LEVELS(X, name, B, C, P) \\\n" + " \\\n".join(rows) + "\n"
     )
 
 

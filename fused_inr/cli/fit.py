@@ -161,7 +161,7 @@ def _announce(options: FitOptions, picture: Picture, trainer: Trainer, explanati
     height, width, channels = picture.pixels.shape
     layers = "-".join(map(str, (2, *(options.width,) * (options.depth + 1), channels)))
     layers += ", skip connections" * options.residual
-    layers += {"layer": ", LayerNorm", "rms": ", RMSNorm"}.get(options.norm, "")
+    layers += {"layer": ", LayerNorm", "rms": ", RMSNorm"}.get(options.norm or "", "")
     rows = min(trainer.rows, len(trainer.coordinates))
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     print(

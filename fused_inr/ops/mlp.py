@@ -484,8 +484,8 @@ def network(x: Tensor, operands: Operands, decision: Decision, save: bool) -> Te
         run = Network.apply if track else Network.forward
         y = exactly(x.device, run, rows, call, *tensors)[0]
     elif track:
-        run = apply_to_parameters if operands.parameters else apply
-        y = exactly(x.device, run, Network, rows, call, *tensors)[0]
+        applied = apply_to_parameters if operands.parameters else apply
+        y = exactly(x.device, applied, Network, rows, call, *tensors)[0]
     else:
         y = exactly(x.device, Network.forward, rows, call, *tensors)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])

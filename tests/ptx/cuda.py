@@ -42,6 +42,7 @@ extern "C" int64_t map_rows_of(MapRows* a, const int64_t* sizes, int width, int 
   return sizeof(MapRows);
 }
 """
+SHIM_HEADERS = ("cuda/rows.h", "cuda/rows.cuh", "streams.h", "generated/levels.h")
 STORAGE = {np.dtype(np.float32): 0, np.dtype(np.uint16): 2, np.dtype(np.float16): 3}
 MAPS = {"sine": (1, 1, 1), "gaussian": (1, 1, 1), "split": (4, 1, 5)}
 
@@ -105,7 +106,7 @@ def _shim() -> ctypes.CDLL:
     command, version = native.compiler()
     folder = native.sources()
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-DFI_ONE_LANE=1", f"-I{folder / 'cuda'}", "-mf16c", "-mfma"]
-    name = native.digest(version, SHIM, *flags, *((folder / "cuda" / f).read_text() for f in ("rows.h", "rows.cuh")))
+    name = native.digest(version, SHIM, *flags, *((folder / f).read_text() for f in SHIM_HEADERS))
 
     def make(build: native.Build) -> Path:
         written, target = build.folder / "shim.cpp", build.folder / "shim.so"
