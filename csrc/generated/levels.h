@@ -12,8 +12,8 @@ constexpr int kJetSlot = 6;
 constexpr int kLearnableJetSlot = 7;
 constexpr int kSlots = 8;
 
-// The groups of streams of each slot's map, in order: z and y have a stream for every branch and for every output, p
-// stands for a group of one stream for every parameter.
+// The groups of streams of each slot's map, in order: z and y have a stream for every branch and for every
+// output, p stands for a group of one stream for every parameter.
 constexpr const char* kInputs[] = {"zp", "zpy", "zpyz", "zpyzzy", "zpy", "zpyzp"};
 constexpr const char* kResults[] = {"y", "z", "zy", "zyz", "zp", "zpy"};
 constexpr int kMostOfAKind = 3;

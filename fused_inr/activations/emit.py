@@ -12,8 +12,11 @@ from pathlib import Path
 
 from .printing import cpp_levels, cpp_source, torch_source, triton_source
 from .registry import registered, registered_losses
+from .spec import ActivationMap
 
 ROOT = Path(__file__).resolve().parents[2]
+#: A map in which branches, outputs and parameters can be told apart by their number.
+PROBE = ActivationMap("probe", lambda z0, z1, p: (p * z0, p * z1, z0 * z1), {"p": 1.0}, generated=False)
 
 
 def committed_files() -> dict[Path, str]:
@@ -23,7 +26,7 @@ def committed_files() -> dict[Path, str]:
         ROOT / "fused_inr/activations/generated.py": torch_source(maps),
         ROOT / "kernels/generated/activations.py": triton_source(maps),
         ROOT / "csrc/generated/activations.h": cpp_source(maps),
-        ROOT / "csrc/generated/levels.h": cpp_levels(),
+        ROOT / "csrc/generated/levels.h": cpp_levels(PROBE),
     }
 
 

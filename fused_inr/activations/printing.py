@@ -258,10 +258,11 @@ def cpp_source(maps: list[ActivationMap]) -> str:
     )
 
 
-def cpp_levels() -> str:
-    """Print what every table of maps has a slot for, and the groups of streams of each slot's map, as a C++ header."""
-    # as many streams as no other kind has: a group's width tells what it is
-    probe = ActivationMap("probe", lambda z0, z1, p: (p * z0, p * z1, z0 * z1), {"p": 1.0}, generated=False)
+def cpp_levels(probe: ActivationMap) -> str:
+    """Print what every table of maps has a slot for, and the groups of streams of each slot's map, as a C++ header.
+
+    `probe` is a map of 2 branches, 3 outputs and 1 parameter: the width of a group then tells what it is.
+    """
     kind = {2: "z", 3: "y", 1: "p"}
     slots = [(level, learnable) for learnable in (False, True) for level in levels(learnable)]
     programs = [probe.program(*slot) for slot in slots]
@@ -281,8 +282,8 @@ def cpp_levels() -> str:
         f"// Slots of a table of maps: {', '.join(names)}; then, where a table has them, the jets.\n"
         f"constexpr int kLevelSlots = {len(slots)};\nconstexpr int kJetSlot = {len(slots)};\n"
         f"constexpr int kLearnableJetSlot = {len(slots) + 1};\nconstexpr int kSlots = {len(slots) + 2};\n\n"
-        "// The groups of streams of each slot's map, in order: z and y have a stream for every branch and for every output, p\n"
-        "// stands for a group of one stream for every parameter.\n"
+        "// The groups of streams of each slot's map, in order: z and y have a stream for every branch and for every\n"
+        "// output, p stands for a group of one stream for every parameter.\n"
         f"constexpr const char* kInputs[] = {{{quoted[0]}}};\n"
         f"constexpr const char* kResults[] = {{{quoted[1]}}};\n"
         f"constexpr int kMostOfAKind = {max(max(Counter(groups).values()) for groups in inputs + results)};\n\n"
