@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+pytest.register_assert_rewrite("suite", "linear_act_oracle", "layer_oracle", "ptx.layers")
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device of the tests that take the fixture `device` (cpu, cuda)")
@@ -42,9 +44,9 @@ def device(request) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh memory holds NaN, so that an element that no kernel writes shows."""
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Fresh memory (`torch.empty`, in C++ too) holds NaN, so that an element that nothing writes shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -11,8 +11,6 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from test_activations import BY_HAND
-from test_activations import DETACHED as DETACHED
 from tolerances import UNIT, Map, Rounded, cat, chunk, compute_type, times, tolerance, total
 from torch import Tensor
 from torch.nn.functional import linear
@@ -69,6 +67,10 @@ def _sinc(z: Tensor, omega: Tensor) -> Tensor:
 
 
 #: What float64 derivatives are taken of.
+#: every activation as users of PyTorch write it
+BY_HAND = {m.name: m.facts.eager for m in fi.activations.registered()}
+#: whose derivatives are, on purpose, not those of their values
+DETACHED = {m.name for m in fi.activations.registered() if m.facts.detached}
 ORACLE: dict[str, Callable] = {**BY_HAND, "sinc": _sinc}
 
 

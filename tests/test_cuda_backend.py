@@ -15,9 +15,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import test_linear_act as shared
 import torch
 from linear_act_oracle import NAMES
+from suite import linear_act as shared
 from tolerances import UNIT, tolerance
 
 import fused_inr as fi

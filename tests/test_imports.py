@@ -204,3 +204,17 @@ def test_circles_are_found(tmp_path, a, b, circle):
 )
 def test_private_names_are_found(tmp_path, text, private):
     assert package(tmp_path, a=text, b="", _c="")["p.a"].private == private
+
+
+def test_no_test_imports_another():
+    """What several files of tests use stands in a module that is none of them (tests/suite, ..)."""
+    found = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            source = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if isinstance(node, ast.Import) or source in ("", "ptx", "tests"):
+                found += [f"{path.name}: {name}" for name in names if name.rpartition(".")[2].startswith("test_")]
+            if source.rpartition(".")[2].startswith("test_"):
+                found.append(f"{path.name}: {source}")
+    assert not found, found

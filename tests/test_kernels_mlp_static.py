@@ -15,7 +15,11 @@ import pytest
 triton = pytest.importorskip("triton")
 static_report = pytest.importorskip("fused_inr.bench.static_report")
 
-from test_kernels_static import failures  # noqa: E402
+
+
+def failures(rows: list[dict]) -> list[str]:
+    return static_report.failures(rows, triton.__version__)
+
 
 #: (architecture, kernel, activation, dtype, precision, N, K, aligned): the widest that registers hold, the deepest in
 #: spills when it was made, each kernel.

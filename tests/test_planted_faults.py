@@ -14,12 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import test_linear_act
-import test_mlp
-import test_moments
-import test_special_values
-import test_torch_integration
 import torch
+from suite import linear_act, mlp, moments, special_values, torch_integration
 
 from fused_inr import activations, backends, functional
 from fused_inr.activations import generated, primitives
@@ -241,19 +237,19 @@ def norms_weight_from_what_is_not_normalised(patch):
 
 
 def finite_differences():
-    test_linear_act.test_first_and_second_derivatives("sine", "contiguous", "reference")
+    linear_act.test_first_and_second_derivatives("sine", "contiguous", "reference")
 
 
 def rounding_bound(name="sine", dtype=F32):
-    test_linear_act.test_rounding_stays_within_the_bound(name, dtype, "reference", CPU)
+    linear_act.test_rounding_stays_within_the_bound(name, dtype, "reference", CPU)
 
 
 def layer_norm():
-    test_mlp.test_layer_norm_in_float64("sine", "reference", "layer")
+    mlp.test_layer_norm_in_float64("sine", "reference", "layer")
 
 
 def every_shape(k):
-    test_linear_act.test_every_shape("sine", k, "reference", CPU)
+    linear_act.test_every_shape("sine", k, "reference", CPU)
 
 
 QUICK = {
@@ -263,26 +259,26 @@ QUICK = {
     second_order_bias_forgotten: finite_differences,
     lost_cross_term_of_x_and_weight: finite_differences,
     sinc_without_its_series: lambda: rounding_bound("sinc"),
-    infinity_times_zero: lambda: test_special_values.test_special_values("gaussian", F32, "reference", CPU),
+    infinity_times_zero: lambda: special_values.test_special_values("gaussian", F32, "reference", CPU),
     transposed_weight: lambda: every_shape(17),
     tail_of_k_ignored: lambda: every_shape(17),
     tail_of_m_not_written: lambda: every_shape(3),
     tail_of_m_missing_from_the_sums: lambda: every_shape(3),
     half_precision_inside: lambda: every_shape(3),
-    saved_tensor_overwritten: lambda: test_linear_act.test_nothing_that_was_passed_is_overwritten(
+    saved_tensor_overwritten: lambda: linear_act.test_nothing_that_was_passed_is_overwritten(
         "sine", "reference", CPU
     ),
-    output_is_what_was_saved: lambda: test_linear_act.test_the_output_may_be_changed_in_place(
+    output_is_what_was_saved: lambda: linear_act.test_the_output_may_be_changed_in_place(
         "relu", F32, "reference", CPU
     ),
     strides_that_the_fake_does_not_have: lambda: (
-        test_torch_integration.test_fake_tensors_have_the_shapes_types_and_strides_of_the_real_ones("reference")
+        torch_integration.test_fake_tensors_have_the_shapes_types_and_strides_of_the_real_ones("reference")
     ),
-    autocast_ignored: lambda: test_torch_integration.test_autocast("sine", torch.bfloat16, "reference", CPU),
-    autocast_inside_the_operation: lambda: test_torch_integration.test_autocast(
+    autocast_ignored: lambda: torch_integration.test_autocast("sine", torch.bfloat16, "reference", CPU),
+    autocast_inside_the_operation: lambda: torch_integration.test_autocast(
         "sine", torch.bfloat16, "reference", CPU
     ),
-    one_layer_of_a_batch_for_all: lambda: test_linear_act.test_a_batch_of_weights_is_the_stack_of_layers(
+    one_layer_of_a_batch_for_all: lambda: linear_act.test_a_batch_of_weights_is_the_stack_of_layers(
         "sine", "reference"
     ),
     eps_of_a_norm_ignored: layer_norm,
@@ -290,9 +286,9 @@ QUICK = {
     weight_of_a_norm_dropped_in_backward: layer_norm,
     statistics_of_a_norm_held_constant_in_backward: layer_norm,
     norms_weight_from_what_is_not_normalised: layer_norm,
-    draws_reused_by_every_call: test_moments.test_normals_are_normal,
-    draws_shared_by_the_branches: test_moments.test_normals_are_normal,
-    bits_that_change: lambda: test_linear_act.test_the_same_bits_twice("sine", "reference", CPU),
+    draws_reused_by_every_call: moments.test_normals_are_normal,
+    draws_shared_by_the_branches: moments.test_normals_are_normal,
+    bits_that_change: lambda: linear_act.test_the_same_bits_twice("sine", "reference", CPU),
 }
 
 
@@ -311,9 +307,9 @@ def test_a_needless_gradient_is_caught(fault, monkeypatch):
 
     def check(patch):
         if fault is gradient_for_a_frozen_input:
-            test_linear_act.test_a_frozen_input_costs_nothing((True, False, True), "reference", CPU, patch)
+            linear_act.test_a_frozen_input_costs_nothing((True, False, True), "reference", CPU, patch)
         else:
-            test_linear_act.test_a_backward_is_asked_for_no_more_than_wanted("reference", CPU, patch)
+            linear_act.test_a_backward_is_asked_for_no_more_than_wanted("reference", CPU, patch)
 
     with monkeypatch.context() as patch:
         check(patch)

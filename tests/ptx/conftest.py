@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
-def gpu(request, poisoned):
+def gpu(request):
     """An emulated device, and fresh memory that holds NaN; the parameter, if any, is its compute capability (80)."""
     with ptx.emulated(getattr(request, "param", 80)) as device:
         yield device

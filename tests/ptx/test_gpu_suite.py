@@ -1,11 +1,11 @@
-"""Tests of `tests/test_gpu.py` on an emulated device: layouts, batches, learnable parameters, autocast, vmap, values
+"""Tests of `tests/suite/gpu.py` on an emulated device: layouts, batches, learnable parameters, autocast, vmap, values
 that are not finite, random numbers, moments. `device` is the emulated one's here; conftest.py says which are slow.
 
 What makes no sense emulated stays with a GPU: streams, captured graphs, growing memory, 2^31 elements, speed.
 """
 
 # ruff: noqa: F401
-from test_gpu import (
+from suite.gpu import (
     test_a_batch_of_weights_is_as_many_layers,
     test_autocast,
     test_float32_sine_at_every_exponent,

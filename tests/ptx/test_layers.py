@@ -2,47 +2,16 @@
 (act_map at second order) as close to float64 as eager PyTorch."""
 
 import pytest
-import torch
-from fused_inr.bench import bounds, ptx
-from fused_inr.bench.cases import PRECISIONS, matmul_precision
+from fused_inr.bench import ptx
 from fused_inr.bench.gpu.checks import layer_accuracy
 
-import fused_inr as fi
-from fused_inr import backends
-from fused_inr.functional import linear_act
-
+from .layers import NARROW_K, NARROW_N, SPLIT, TAILS, assert_within_bounds, shares
 from .tensors import spread, uniform
 
 MAPS = ("sine", "split", "gaussian", "complex_gabor")
 TYPES = ("ieee", "tf32", "bf16", "fp16")
-SPLIT = ("tf32x3", "bf16x3")
-#: a tail in every direction; few inputs; few outputs
-TAILS, NARROW_K, NARROW_N = (131, 33, 49), (131, 2, 49), (67, 49, 3)
 #: a reduction of several steps, tails of one, one row
 MORE = ((70, 145, 80), (300, 257, 130), (1, 16, 16), (5, 3, 1), (9, 300, 4))
-
-
-def shares(name: str, precision: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, float]:
-    """Of its bound, the error of the output and of the gradients of x, weight and bias."""
-    act = fi.activations.get(name)
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    g = torch.randn(len(x), len(weight) // act.branches * act.outputs).to(x.dtype)
-    with matmul_precision(precision), backends.float32_products(precision if precision in SPLIT else None):
-        y = linear_act(*leaves, act)
-        gradients = torch.autograd.grad(y, leaves, g)
-    exact, bound = bounds.layer_bounds(x, weight, bias, act, g, precision, kept=bounds.keeps(x, act))
-    found = dict(zip(("y", "gx", "gw", "gb"), (y.detach(), *gradients)))
-    return {tensor: bounds.of_bound(t, exact[tensor], bound[tensor])["of_bound"] for tensor, t in found.items()}
-
-
-def assert_within_bounds(name: str, precision: str, *shapes) -> None:
-    dtype, beyond = PRECISIONS.get(precision, torch.float32), {}
-    for m, k, n in shapes:
-        layer = fi.FusedLinear(k, n, activation=name).to(dtype)
-        for tensor, share in shares(name, precision, uniform(m, k).to(dtype), layer.weight, layer.bias).items():
-            if not share <= 1:
-                beyond[m, k, n, tensor] = share
-    assert not beyond
 
 
 def assert_second_order(name: str, precision: str, *shape) -> None:
@@ -85,7 +54,7 @@ def test_strides_beyond_32_bits(gpu, far):
     assert max(found.values()) <= 1, found
 
 
-def test_products_left_to_the_library(poisoned):
+def test_products_left_to_the_library():
     """float32 in ieee precision, as on a device by default: cuBLAS multiplies, the kernels map."""
     with ptx.emulated(80, by_library=True) as device:
         assert_within_bounds("split", "ieee", TAILS)

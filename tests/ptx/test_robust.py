@@ -11,9 +11,7 @@ import fused_inr as fi
 from fused_inr.activations import registered
 from fused_inr.functional import linear_act
 
-from .test_layers import NARROW_K, TAILS, assert_within_bounds
-
-pytestmark = pytest.mark.usefixtures("poisoned")
+from .layers import NARROW_K, TAILS, assert_within_bounds
 
 WORST = [
     Options(errors="up"),
