@@ -85,6 +85,7 @@ class Chain(nn.Sequential):
                 del norms[i]
 
     def set_norms(self, norms: nn.ModuleList | None) -> None:
+        """Takes the norms that stand behind the first layers, or None."""
         self._norms = (norms,)
 
     def check(self) -> None:

@@ -121,6 +121,7 @@ class Structure:
         self._children.append((module._modules, list(module._modules.values())))
 
     def watch_child(self, module: nn.Module, name: str) -> None:
+        """Which module a module holds under a name."""
         self._same.append((module._modules, name, module._modules.get(name)))
 
     def watch_tensor(self, module: nn.Module, name: str) -> None:

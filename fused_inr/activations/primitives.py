@@ -14,6 +14,7 @@ Value = torch.Tensor | float
 
 def _unary(of_tensor, of_float):
     def primitive(x: Value) -> Value:
+        """Computes the function of this name, of a tensor or of a number."""
         return of_tensor(x) if isinstance(x, torch.Tensor) else of_float(x)
 
     return primitive
@@ -25,6 +26,7 @@ def _tensor(x: Value) -> torch.Tensor:
 
 def _by_tensor(of_tensor):
     def primitive(*args: Value) -> Value:
+        """Computes the function of this name, of tensors and numbers."""
         if any(isinstance(a, torch.Tensor) for a in args):
             like = next(a for a in args if isinstance(a, torch.Tensor))
             return of_tensor(*(a if isinstance(a, torch.Tensor) else torch.full_like(like, a) for a in args))

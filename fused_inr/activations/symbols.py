@@ -8,13 +8,13 @@
 import sympy
 
 
-def _primitive(name: str) -> type[sympy.Function]:
-    return type(name, (sympy.Function,), {"fused_inr_primitive": name, "is_real": True, "nargs": 1})
+def _primitive(name: str, text: str) -> type[sympy.Function]:
+    return type(name, (sympy.Function,), {"__doc__": text, "fused_inr_primitive": name, "is_real": True, "nargs": 1})
 
 
-sigmoid = _primitive("sigmoid")
-softplus = _primitive("softplus")
-saturate = _primitive("saturate")
-detach = _primitive("detach")
-step = _primitive("step")
-keep = _primitive("keep")
+sigmoid = _primitive("sigmoid", "1 / (1 + exp(-x)).")
+softplus = _primitive("softplus", "log(1 + exp(x)), without overflow.")
+saturate = _primitive("saturate", "x limited to [-40, 40], with derivative 1.")
+detach = _primitive("detach", "x, with derivative 0.")
+step = _primitive("step", "1 where x > 0, else 0.")
+keep = _primitive("keep", "x, a whole that sympy does not rearrange.")

@@ -110,9 +110,14 @@ class Backend:
     def linear_act_backward(
         self, g, x, weight, bias, params, constants, z, map, precision, needs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of x, weight, bias and of the parameters, [P, N] together; empty where `needs` says so.
+
+        z is what the forward kept, or None: it is computed again.
+        """
         raise NotImplementedError
 
     def act_map(self, inputs, params, constants, map, level, learnable) -> list[Tensor]:
+        """The map of a level: a tensor for each group of streams, as `group_branches` has them."""
         raise NotImplementedError
 
     def moments(self, sigmas, params, start, samples, seed, map) -> Tensor:

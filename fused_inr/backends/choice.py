@@ -145,6 +145,7 @@ _serving_cache: dict[tuple, _Serving] = {}
 
 @constant_to_dynamo  # which need not trace the search (a lock, a build)
 def serving(forced: str | None, key: str, device: torch.device, dtype: torch.dtype) -> _Serving:
+    """The backend that serves a map on a device ("": none), and why not those before it; remembered."""
     question = (forced, key, device, dtype)
     found = _serving_cache.get(question)
     if found is None:

@@ -36,6 +36,7 @@ class Setting:
 
     @contextmanager
     def block(self, value: str | None) -> Iterator[None]:
+        """Asks for a value within a block."""
         entry = (object(), value)  # its own, though another thread may ask for the same
         token = self._block.set((value,))
         with self._lock:
@@ -50,6 +51,7 @@ class Setting:
             self._block.reset(token)
 
     def get(self) -> str | None:
+        """The value that holds here and now."""
         if torch.compiler.is_compiling():
             return self.compiled
         block = self._block.get()

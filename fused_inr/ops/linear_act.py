@@ -312,6 +312,7 @@ def _saved(ctx):
 
 
 def _setup(ctx, inputs, output):
+    """Saves what the backward needs."""
     x, weight, bias, config, *params = inputs
     _, z = output
     if not config.linked:
@@ -387,6 +388,7 @@ def _fused_backward_from_z(config, needs, g, g_z, x, weight, bias, z, params):
 
 
 def _backward(ctx, g, g_z):
+    """Gradients for the cotangents of y and z: fused, or of pieces where they are differentiated again."""
     if not ctx.config.linked:
         g_z = None  # Dynamo gives zeros for an output without a derivative
     if g is None and g_z is None:
