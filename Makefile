@@ -1,5 +1,5 @@
 # Two commands are all the set-up there is:  make demo   and   make test
-# Other targets: bench gpu compat lint clean (see README.md).
+# Other targets: bench gpu compat docs lint clean (see README.md).
 
 SHELL := /bin/sh
 VENV := .venv
@@ -21,7 +21,7 @@ INGREDIENTS := pyproject.toml constraints.txt $(wildcard setup.py) \
 INTERPRETER_TESTS = $(wildcard tests/test_*interpreter*.py)
 DEMO = fit --compare --size 144 --steps 120 --lr 2e-4 --out demo
 
-.PHONY: demo test bench gpu compat compat-torch lint clean check-tools
+.PHONY: demo test bench gpu compat compat-torch docs lint clean check-tools
 
 demo: $(STAMP)
 	@$(BIN)/fused-inr $(DEMO)
@@ -49,6 +49,13 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/fused-inr bench table
+
+# The API reference, from the docstrings.
+docs: $(STAMP)
+	@$(BIN)/python -m pip install -q -c constraints.txt pdoc
+	$(BIN)/python -m pdoc --docformat google -o build/docs fused_inr \
+	    '!fused_inr.kernels' '!fused_inr.bench' '!fused_inr._csrc' '!fused_inr.cli' '!fused_inr.activations.generated'
+	@echo "build/docs/index.html"
 
 lint: $(STAMP)
 	@$(BIN)/python -m pip install -q -c constraints.txt ruff mypy

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -84,13 +83,6 @@ print(*(m for m in heavy if m in sys.modules))
 """
     loaded, _ = python(code, tmp_path)
     assert loaded.split() == []
-
-
-def test_examples_of_the_readme_run(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 6
-    # the one about a fit's results needs a fit; tests/test_cli.py loads its weights
-    python("\n".join(block for block in blocks if "results/" not in block), tmp_path)
 
 
 # -- a checkout that nobody installed
