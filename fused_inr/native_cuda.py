@@ -84,8 +84,8 @@ def _runs_on(architecture: int, capability: int, newest: bool) -> bool:
 def _source_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     shared = ("primitives.h", "philox.h", "streams.h", "maps.h", "operands.h")
-    shared += ("generated/activations.h", "generated/levels.h")
-    for path in [*sorted((folder / "cuda").iterdir()), *(folder / name for name in shared)]:
+    generated = ("generated/activations.h", "generated/levels.h")
+    for path in [*sorted((folder / "cuda").iterdir()), *(folder / name for name in (*shared, *generated))]:
         digest.update(f"{path.name}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

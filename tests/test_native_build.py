@@ -268,7 +268,7 @@ def test_a_damaged_engine_in_the_cache_is_built_again(own_cache, damage):
 [ "$1" = --version ] && { echo "c++ 1.0"; exit 0; }
 for word; do case "$word" in -DFUSED_INR_STAMP=*) stamp=${word#*=};; esac; done
 while [ "$1" != -o ]; do shift; done
-case "$2" in *.so) cat "$(dirname "$2")/library.o" > "$2"; head -c 65536 /dev/zero >> "$2";;
+case "$2" in *.so) cat "$(dirname "$2")/ops_library.o" > "$2"; head -c 65536 /dev/zero >> "$2";;
 *) echo "FUSED_INR_STAMP=$stamp;" | tr -d '"' > "$2";; esac
 """
     )
