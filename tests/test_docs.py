@@ -72,7 +72,7 @@ def test_documents_name_files_that_exist():
     missing = set()
     for path in texts:
         for name in re.findall(r"`((?:fused_inr|kernels|csrc|tests|bench|docs)/[\w./]+\.\w+)`", path.read_text()):
-            if not (ROOT / name).exists():
+            if "NAME" not in name and not (ROOT / name).exists():
                 missing.add(f"{path.name}: {name}")
     assert not missing, sorted(missing)
 
