@@ -166,6 +166,8 @@ class Spec:
     maps: tuple[ActivationMap, ...] = field(init=False, compare=False, repr=False)
     skips: tuple[bool, ...] = field(init=False, compare=False, repr=False)
     norms: tuple[str | None, ...] = field(init=False, compare=False, repr=False)
+    #: of each layer how many parameters its activation has
+    counts: tuple[int, ...] = field(init=False, compare=False, repr=False)
     #: of each tensor of the network: WEIGHT, BIAS, PARAMETER or NORM
     groups: tuple[int, ...] = field(init=False, compare=False, repr=False)
     #: whether the code of all maps is among the committed files
@@ -188,6 +190,7 @@ class Spec:
             groups += [self.WEIGHT, self.BIAS, *[self.PARAMETER] * maps[-1].n_params]
             groups += [] if norms[-1] is None else [self.NORM, self.NORM]
         found: dict[str, list] = {"maps": maps, "skips": skips, "norms": norms, "groups": groups}
+        found["counts"] = [map.n_params for map in maps]
         for name, values in found.items():
             object.__setattr__(self, name, tuple(values))
         object.__setattr__(self, "generated", all(map.generated for map in maps))
@@ -245,12 +248,12 @@ def gradients_by_layer(spec: Spec, results: Sequence[Any]) -> list[tuple[Any, An
     bias, of each of its parameters (None where they were not asked for), of its norm's weight and bias."""
     found: list[tuple[Any, Any, Sequence[Any], Sequence[Any]]] = []
     at = 0
-    for map, norm in zip(spec.maps, spec.norms):
+    for count, norm in zip(spec.counts, spec.norms):
         weight, bias, at = results[at], results[at + 1], at + 2
         params: Sequence[Any] = ()
-        if map.n_params:
+        if count:
             together, at = results[at], at + 1
-            params = together if together.dim() == 2 else [None] * map.n_params
+            params = together if together.dim() == 2 else [None] * count
         behind: Sequence[Any] = ()
         if norm is not None:
             behind, at = results[at : at + 2], at + 2

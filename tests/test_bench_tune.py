@@ -421,11 +421,11 @@ def test_what_is_measured_runs():
     """In the interpreter: the checks hold every kind of entry to its bounds, see a wrong result, and the calls work."""
     code = """
 import torch
-from fused_inr.bench import tune as bench
+from fused_inr.bench import tune_kernels, tune as bench
 from fused_inr.kernels import linear_act
 from fused_inr.kernels.configurations import linear_act as layer_configs
 device = torch.device("cpu")
-kernels = bench.Kernels(device, rows=3, seconds=0.0)
+kernels = tune_kernels.Kernels(device, rows=3, seconds=0.0)
 bench.SHAPES.update(dot=((20, 24),), narrow_k=((20, 2),), narrow_n=((3, 24),), map=((20, 24),))
 for key in [("sm90", "forward", "dot", "half", 1), ("sm90", "gz", "dot", "x3", 2), ("sm90", "gz", "map", "ieee", 4),
             ("sm90", "forward", "narrow_n", "ieee", 1), ("sm90", "gz", "narrow_k", "tf32", 1),
@@ -596,10 +596,10 @@ def test_what_is_measured_of_networks_runs():
     """In the interpreter: every operation is held to its bounds, a wrong result is seen, and the calls work."""
     code = """
 import torch
-from fused_inr.bench import tune as bench
+from fused_inr.bench import tune_kernels, tune as bench
 from fused_inr.kernels import mlp
 from fused_inr.kernels.configurations import mlp as network_configs
-kernels = bench.Kernels(torch.device("cpu"), rows=4, seconds=0.0)
+kernels = tune_kernels.Kernels(torch.device("cpu"), rows=4, seconds=0.0)
 for op in ("forward", "save", "train", "one_pass"):
     numbers = (16, 1, 1, 1, 2, True, False, 0)  # the interpreter has its own; 16 columns: one pass in registers
     print(op, repr(kernels.problem(("sm90", op, "half", 1, 1, 16), numbers)))

@@ -24,6 +24,7 @@ import fused_inr as fi
 from fused_inr import activations, backends, native, native_cuda
 from fused_inr.activations import lookup, registered
 from fused_inr.backends import choice
+from fused_inr.backends.base import group_branches
 from fused_inr.ops import moments, raw
 
 MAPS = {m.name: m for m in registered()}
@@ -206,7 +207,7 @@ def on_host(host_library, monkeypatch, tmp_path):
 
 def map_arguments(m, level, learnable, dtype, features, rows=70):
     """Inputs of `act_map` in varied layouts: plain, stride 0 on rows, transposed, one number or one a feature."""
-    ins, _ = raw.group_branches(m.key, level, learnable)
+    ins, _ = group_branches(m, level, learnable)
     generator = torch.Generator().manual_seed(level)
 
     def draw(*shape):
