@@ -1,6 +1,12 @@
-"""Blocks of code in the documentation and in docstrings run; links between the documents lead somewhere."""
+"""Blocks of code in the documentation and in docstrings run; what the documents name exists; the API reference shows
+every public name.
+
+A block whose first line is a comment `# needs ..` runs only where there is what it names: "a GPU", "Triton" (on an
+emulated device), "a file" (never here).
+"""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -9,9 +15,16 @@ from pathlib import Path
 
 import pytest
 
+import fused_inr
+from fused_inr.cli.bench import BENCHES
+
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
-#: what a block in a docstring may take for granted
+NEEDS = re.compile(r"\s*# needs (a GPU|Triton|a file)\b")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+#: in which each block goes on where the one before it ended; everywhere else a block stands for itself
+ONE_AFTER_ANOTHER = ["README.md", "docs/guide.md"]
+#: what a block that stands for itself may take for granted
 BEFORE = """
 import sympy
 import torch
@@ -35,15 +48,36 @@ def run(code: str, folder: Path) -> None:
     assert ran.returncode == 0, f"{code}\n{ran.stderr}"
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+def missing(block: str) -> str:
+    """What a block needs that is not here; empty if it can run."""
+    found = NEEDS.match(block)
+    if found is None:
+        return ""
+    if found[1] == "a GPU":
+        import torch
+
+        return "" if torch.cuda.is_available() else "no GPU"
+    if found[1] == "Triton":
+        pytest.importorskip("triton")
+        from fused_inr.bench import ptx
+
+        return ptx.unavailable()
+    return "a file"
+
+
+@pytest.mark.parametrize("document", ONE_AFTER_ANOTHER)
 def test_examples_follow_one_another(document, tmp_path):
     found = blocks((ROOT / document).read_text())
     assert len(found) >= 2
-    # the one about a fit's results needs a fit; tests/test_cli.py loads its weights
-    run("\n".join(block for block in found if "results/" not in block), tmp_path)
+    run("\n".join(block for block in found if not missing(block)), tmp_path)
 
 
-def docstrings():
+def separate():
+    """The blocks that stand for themselves: of the other documents, and of docstrings."""
+    for path in DOCUMENTS:
+        name = str(path.relative_to(ROOT))
+        for i, block in enumerate(blocks(path.read_text()) if name not in ONE_AFTER_ANOTHER else []):
+            yield pytest.param(block, id=f"{name} {i}")
     for path in sorted((ROOT / "fused_inr").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -52,30 +86,59 @@ def docstrings():
                     yield pytest.param(block, id=f"{path.relative_to(ROOT)} {name} {i}")
 
 
-@pytest.mark.parametrize("block", docstrings())
-def test_examples_in_docstrings_run(block, tmp_path):
+@pytest.mark.parametrize("block", list(separate()))
+def test_examples_that_stand_for_themselves(block, tmp_path):
+    if why := missing(block):
+        pytest.skip(why)
     run(BEFORE + block, tmp_path)
 
 
-def test_other_documents_have_no_blocks_that_nobody_runs():
-    # kernels.md: what to run on an emulated device, which tests/ptx do
-    run_here = {"README.md", "docs/guide.md", "docs/kernels.md"}
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        name = str(path.relative_to(ROOT))
-        assert name in run_here or not blocks(path.read_text()), name
+def named(pattern: str) -> list[tuple[str, str]]:
+    """(document, what the pattern's group found) in all documents but the one that tells of what was."""
+    texts = {path.name: path.read_text() for path in DOCUMENTS if path.name != "CHANGELOG.md"}
+    return [(document, found) for document, text in texts.items() for found in re.findall(pattern, text)]
 
 
 def test_documents_name_files_that_exist():
-    """Files of this repository in backticks, with a folder: in documents of their own and in the code's docstrings."""
-    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-    texts = [path for path in texts if path.name != "CHANGELOG.md"]  # tells of what was
-    missing = set()
-    for path in texts:
-        for name in re.findall(r"`((?:fused_inr|kernels|csrc|tests|bench|docs)/[\w./]+\.\w+)`", path.read_text()):
-            if "NAME" not in name and not (ROOT / name).exists():
-                missing.add(f"{path.name}: {name}")
-    assert not missing, sorted(missing)
+    """Files of this repository in backticks, with a folder."""
+    names = named(r"`((?:fused_inr|kernels|csrc|tests|bench|docs)/[\w./]+\.\w+)`")
+    lost = [found for found in names if "NAME" not in found[1] and not (ROOT / found[1]).exists()]
+    assert names and not lost
+
+
+def test_documents_name_tests_and_commands_that_exist():
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    tests = set(re.findall(r"^ *def (test_\w+)", code, re.MULTILINE)) | {p.stem for p in ROOT.glob("tests/**/*.py")}
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for pattern, known in (
+        (r"`(test_\w+)`", tests),
+        (r"`make ([a-z][\w-]*)", targets),
+        (r"^make (\w+)", targets),
+        (r"fused-inr bench ([a-z]+)", set(BENCHES)),
+    ):
+        names = named("(?m)" + pattern)
+        lost = [found for found in names if found[1] not in known]
+        assert names and not lost, pattern
 
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_the_reference_shows_every_public_name(tmp_path):
+    """The pages of `make docs`, from the command in the Makefile."""
+    pytest.importorskip("pdoc")
+    shown = re.search(r"^DOCUMENTED := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    options = ["--docformat", "google", "--template-directory", str(ROOT / "docs" / "reference"), "-o", str(tmp_path)]
+    command = [sys.executable, "-m", "pdoc", *options, *shown[1].replace("'", "").split()]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    modules = ["fused_inr", *(f"fused_inr.{n}" for n in fused_inr.__all__ if n.islower() and n[0] != "_")]
+    pages = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.html")} - {"index.html", "search.js"}
+    assert pages == {f"{module.replace('.', '/')}.html" for module in modules}
+    for module in modules:
+        page = (tmp_path / f"{module.replace('.', '/')}.html").read_text()
+        names = getattr(importlib.import_module(module), "__all__", ())
+        lost = [n for n in names if f'id="{n}"' not in page and f'href="{module.split(".")[-1]}/{n}.html"' not in page]
+        assert not lost, module
+        # an asterisk between two names is a product, and stays one
+        assert "<em>" not in page, module
