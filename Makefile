@@ -54,7 +54,6 @@ bench: $(STAMP)
 # that those modules do not say (tests/test_docs.py makes the same pages).
 DOCUMENTED := fused_inr '!fused_inr.activations.' '!fused_inr.init.'
 docs: $(STAMP)
-	@$(BIN)/python -m pip install -q -c constraints.txt pdoc
 	$(BIN)/python -m pdoc --docformat google --template-directory docs/reference -o build/docs $(DOCUMENTED)
 	@echo "build/docs/index.html"
 
