@@ -124,7 +124,7 @@ def inside_transform() -> bool:
 
 
 def _levels(kind: Any) -> int:
-    # not `retrieve_all_functorch_interpreters`, which makes an object for each and takes 50 us
+    # not `retrieve_all_functorch_interpreters`, which makes an object for each
     return sum(i.key() == kind for i in torch._C._functorch.get_interpreter_stack() or ())
 
 
