@@ -316,19 +316,20 @@ def plain_layer(weight: Tensor, bias: Tensor | None, activation: Activation) -> 
     """
     function, branches = activation.map.torch_map(0), activation.branches
     values = tuple(activation.params.values())
-    linear = torch.nn.functional.linear
+    linear, own = torch.nn.functional.linear, weight.dtype
 
-    def layer(x: Tensor) -> Tensor:
-        dtype = x.dtype
-        if weight.dim() == 2 and dtype.itemsize >= 4 and weight.dtype is dtype:
-            z = linear(x, weight, bias)
-        else:
-            z = _product(x, weight, bias)
-        outputs = function(z, *values) if branches == 1 else function(*z.chunk(branches, -1), *values)
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        return y if y.dtype is dtype else y.to(dtype)
+    def general(x: Tensor) -> Tensor:
+        z = _product(x, weight, bias)
+        outputs = function(*z.chunk(branches, -1), *values) if branches > 1 else function(z, *values)
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)).to(x.dtype)
 
-    return layer
+    if weight.dim() != 2 or own.itemsize < 4 or branches > 1 or activation.outputs > 1 or activation.has_tensors:
+        return general
+
+    def simple(x: Tensor) -> Tensor:
+        return function(linear(x, weight, bias), *values)[0] if x.dtype is own else general(x)
+
+    return simple
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

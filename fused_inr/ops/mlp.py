@@ -499,6 +499,10 @@ _PLAIN_TILE, _PLAIN_TILE_OF_A_THREAD = 2048, 512
 def plain(x: Tensor, operands: Operands, reason: str) -> Tensor:
     """x [.., K] through all layers by PyTorch's own functions, tile by tile; differentiable any number of times."""
     backends.record_plain_network(x, operands.layers, reason)
+    if reason is _FEW_ROWS.reason:  # no autocast, no transformation, less than a tile
+        if operands.elementwise:
+            backends.refuse_freed(*operands.elementwise)
+        return in_sequence(x, operands.steps())
     return exactly(x.device, _in_tiles, x, operands)
 
 
