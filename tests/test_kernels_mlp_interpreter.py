@@ -460,7 +460,7 @@ def test_bits_and_inputs():
     loss = [mlp_loss(net.x, net.g, None, *net.arguments(), "squared_error", [], 0.1) for _ in range(2)]
 
     def bits(tensors):  # what lies between the parts of `saved` is no number
-        return [t.contiguous().view(torch.uint8) for t in tensors]
+        return [t.reshape(-1).view(torch.uint8) for t in tensors]
 
     assert all(torch.equal(a, b) for a, b in zip(bits(first), bits(again), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(bits(loss[0]), bits(loss[1]), strict=True))
