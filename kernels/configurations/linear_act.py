@@ -109,7 +109,7 @@ def valid(config: LayerConfig, arch: str, op: str, kind: int, branches: int, ite
 # Keys: (operation, class of type, branches up to). Classes: half = bfloat16 and float16, x3 = tf32x3 and bf16x3.
 _DOT: dict[tuple[str, str, int], tuple[int, int, int, int, int]] = {
     ("forward", "half", 1): (128, 128, 64, 8, 3),
-    ("forward", "half", 2): (128, 64, 64, 8, 3),
+    ("forward", "half", 2): (128, 64, 32, 8, 3),
     ("forward", "half", 4): (128, 32, 64, 8, 3),
     ("forward", "tf32", 1): (128, 128, 32, 8, 3),
     ("forward", "tf32", 2): (128, 64, 32, 8, 3),
@@ -141,7 +141,7 @@ _DOT: dict[tuple[str, str, int], tuple[int, int, int, int, int]] = {
 # By branches; NARROW_K takes K itself for block_k, NARROW_N the power of two above N for block_n, MAP has no block_k.
 _OTHERS: dict[int, dict[int, tuple[int, int, int, int, int]]] = {
     NARROW_K: {1: (64, 64, 0, 4, 1), 2: (32, 64, 0, 4, 1), 4: (16, 32, 0, 4, 1)},
-    NARROW_N: {1: (32, 0, 32, 4, 1), 2: (32, 0, 32, 4, 1), 4: (16, 0, 32, 4, 1)},
+    NARROW_N: {1: (32, 0, 32, 4, 1), 2: (16, 0, 32, 4, 1), 4: (16, 0, 32, 4, 1)},
     MAP: {1: (64, 32, 0, 4, 1), 2: (32, 32, 0, 4, 1), 4: (16, 32, 0, 4, 1)},
 }
 
