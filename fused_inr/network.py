@@ -198,8 +198,8 @@ class Spec:
     def layers(self, tensors: Sequence[Tensor | None]) -> list[Layer]:
         """The network's layers."""
         layers, at, number = [], 0, 0
-        for map, skip, norm in zip(self.maps, self.skips, self.norms):
-            weight, bias, count = tensors[at], tensors[at + 1], map.n_params
+        for map, skip, norm, count in zip(self.maps, self.skips, self.norms, self.counts):
+            weight, bias = tensors[at], tensors[at + 1]
             params = tensors[at + 2 : at + 2 + count]
             constants = self.numbers[number : number + count]
             at, number = at + 2 + count, number + count

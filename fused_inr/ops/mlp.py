@@ -129,17 +129,14 @@ class Operands:
         self.spec = spec_of(
             tuple([layer.word for layer in layers]), tuple([n for layer in layers for n in layer.numbers])
         )
-        self._set([t for layer in layers for t in layer.tensors])
+        self.tensors: Sequence[Tensor | None] = [t for layer in layers for t in layer.tensors]
+        self.present = [t for t in self.tensors if t is not None]
+        self.parameters = all(type(t) is torch.nn.Parameter for t in self.present)
         self.elementwise = [t for layer in layers if layer.activation.has_tensors for t in layer.activation.tensors]
         self.elementwise += [t for layer in layers if layer.norm is not None for t in layer.norm[1:3]]
         self.widest = max(layer.weight.shape[0] for layer in layers) if layers else 0
         self.decisions: dict[tuple, Decision] = {}
         self._steps: list[tuple] | None = None
-
-    def _set(self, tensors: Sequence[Tensor | None]) -> None:
-        self.tensors = tensors
-        self.present = [t for t in tensors if t is not None]
-        self.parameters = all(type(t) is torch.nn.Parameter for t in self.present)
 
     def steps(self) -> list[tuple[Callable, Norm | None, bool]]:
         """The network for `in_sequence`, by PyTorch's functions."""
