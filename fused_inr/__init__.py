@@ -27,19 +27,24 @@ __all__ = [
     "backends",
     "encodings",
     "functional",
+    "fuse",
+    "fused",
+    "fusion",
     "init",
     "layers",
     "losses",
     "models",
+    "unfuse",
 ]
 
 if TYPE_CHECKING:
-    from . import activations, backends, encodings, functional, init, layers, losses, models
+    from . import activations, backends, encodings, functional, fusion, init, layers, losses, models
     from .encodings import FourierFeatures
+    from .fusion import fuse, fused, unfuse
     from .layers import FusedLinear, GaussianLayer, SincLayer, SineLayer, SplitLayer
     from .models import MLP, SIREN, SplitNet
 
-_SUBMODULES = {"activations", "backends", "encodings", "functional", "init", "layers", "losses", "models"}
+_SUBMODULES = {"activations", "backends", "encodings", "functional", "fusion", "init", "layers", "losses", "models"}
 _HOME = {
     "FourierFeatures": "encodings",
     "FusedLinear": "layers",
@@ -50,6 +55,9 @@ _HOME = {
     "MLP": "models",
     "SIREN": "models",
     "SplitNet": "models",
+    "fuse": "fusion",
+    "fused": "fusion",
+    "unfuse": "fusion",
 }
 
 

@@ -6,12 +6,15 @@ one file (`docs/facts.md` tells which release does what).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._functorch import utils as _functorch
+from torch.nn.utils import stateless as _stateless
 
 _F = TypeVar("_F", bound=Callable)
 _PLAIN = (Tensor, nn.Parameter)
@@ -38,14 +41,14 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Does `function.apply`, without the 25 us of its signature inspection where no transformation is active."""
     if transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply(*_functorch.unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 def apply_to_parameters(function: type[torch.autograd.Function], x: Tensor, *args: Any) -> Any:
     """Does `apply` where all tensors but x are parameters: only x may come from a transformation that has ended."""
     if transforms_active():
         return function.apply(x, *args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers((x,)), *args)  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply(*_functorch.unwrap_dead_wrappers((x,)), *args)  # type: ignore[misc]
 
 
 def exactly(device: torch.device, function: Callable, *args: Any) -> Any:
@@ -114,6 +117,52 @@ def multiplied(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     return list(torch._foreach_mul(list(tensors), factor))
 
 
+# -- overrides of functions
+
+#: Within it no subclass of Tensor is asked before a function runs; no mode either.
+without_subclasses = torch._C.DisableTorchFunctionSubclass
+without_overrides = torch._C.DisableTorchFunction
+#: The pair of hooks that saved tensors go through now, or None.
+_top_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def saved_tensor_hooks() -> Any:
+    """Returns the hooks that tensors saved for the backward go through now (`torch.autograd.graph`, checkpoints)."""
+    return _top_hooks(True)
+
+
+class _Arguments(threading.local):
+    """What is done, in this thread, to the arguments of every Function before it is applied."""
+
+    def __init__(self) -> None:
+        self.stack: list[Callable[[Any], Any]] = []
+
+
+_arguments = _Arguments()
+_unwrap_dead_wrappers = _functorch.unwrap_dead_wrappers
+
+
+def _unwrap(args: tuple) -> tuple:
+    if _arguments.stack:
+        args = _arguments.stack[-1](args)
+    return _unwrap_dead_wrappers(args)
+
+
+@contextmanager
+def arguments_of_functions(change: Callable[[Any], Any]) -> Iterator[None]:
+    """Within the block the arguments of every `autograd.Function` that this thread applies go through `change`.
+
+    `Function.apply` looks at no override, and `apply` may have been bound long ago (`trunc_exp = _TruncExp.apply`); what it
+    calls first in every case is `unwrap_dead_wrappers`.
+    """
+    _functorch.unwrap_dead_wrappers = _unwrap
+    _arguments.stack.append(change)
+    try:
+        yield
+    finally:
+        _arguments.stack.pop()
+
+
 # -- which transformations run
 
 
@@ -142,3 +191,8 @@ def forward_mode() -> bool:
     """Tells whether forward-mode derivatives are computed."""
     # PyTorch switches it off while it runs a Function's own jvp
     return torch.autograd.forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+
+
+def substituted_parameters(model: nn.Module, parameters: dict[str, Tensor]) -> Any:
+    """Returns a context manager in which a module has other tensors for its parameters, whichever method is called."""
+    return _stateless._reparametrize_module(model, parameters, tie_weights=True)

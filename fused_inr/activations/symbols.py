@@ -2,7 +2,8 @@
 
 `sigmoid(x)`, `softplus(x)` = log(1 + exp(x)) without overflow, `saturate(x)` = x limited to [-40, 40] with derivative 1
 (for exp(-saturate(x)**2), whose derivatives then vanish at infinity), `detach(x)` = x with derivative 0,
-`step(x)` = 1 where x > 0, `keep(x)` = x, a whole that sympy does not rearrange.
+`step(x)` = 1 where x > 0, `expm1(x)` = exp(x) - 1 and `log1p(x)` = log(1 + x) exact near 0, `keep(x)` = x, a whole that
+sympy does not rearrange.
 """
 
 import sympy
@@ -18,3 +19,5 @@ saturate = _primitive("saturate", "x limited to [-40, 40], with derivative 1.")
 detach = _primitive("detach", "x, with derivative 0.")
 step = _primitive("step", "1 where x > 0, else 0.")
 keep = _primitive("keep", "x, a whole that sympy does not rearrange.")
+expm1 = _primitive("expm1", "exp(x) - 1, exact near 0.")
+log1p = _primitive("log1p", "log(1 + x), exact near 0.")

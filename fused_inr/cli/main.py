@@ -23,7 +23,9 @@ from .reproduce import REPRODUCTIONS
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fused-inr", description="Fused layers for implicit neural representations.")
     parser.add_argument("--version", action="version", version=f"fused_inr {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="fit | gain | doctor | bench | reproduce", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="fit | fuse | gain | doctor | bench | reproduce", required=True
+    )
 
     fit = commands.add_parser(
         "fit",
@@ -65,6 +67,24 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--backend", choices=BACKENDS, help="auto: the fastest that serves (default)")
     where.add_argument("--compare", action="store_true", help="the same fit with eager layers and torch.compile")
     where.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    fuse = commands.add_parser(
+        "fuse",
+        help="make a model of your own run fused, and tell how",
+        description="Make a model, fuse its layers on random inputs between -1 and 1, and print what was fused, how far it "
+        "differs from the original and how fast it is, and what was left, and why.",
+    )
+    fuse.add_argument(
+        "model", metavar="MODULE:CALLABLE", help="what makes the model: package.module:Class or file.py:make"
+    )
+    text = "shape of an input, in the order of the method's arguments: 65536x2"
+    fuse.add_argument("--input", action="append", required=True, metavar="ROWSxCOLUMNS", help=text)
+    text = "a method to fuse (forward); the first gets the inputs"
+    fuse.add_argument("--method", action="append", metavar="NAME", help=text)
+    text = "speed: leave what the model's own functions compute faster (default); always: fuse what can be"
+    fuse.add_argument("--prefer", choices=("speed", "always"), default="speed", help=text)
+    fuse.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, .. (cpu)")
+    fuse.add_argument("--json", metavar="FILE", help="the report for programs")
 
     doctor = commands.add_parser(
         "doctor", help="what runs here, and why", description="Versions, devices, what would run a layer here, and why."
@@ -157,6 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import doctor
 
             return doctor.run(arguments.json)
+        if arguments.command == "fuse":
+            from . import fuse
+
+            return fuse.run(arguments)
         if arguments.command == "gain":
             from . import gain
 
