@@ -29,7 +29,7 @@ import torch
 
 from ..cli import CliError
 from ..cli.files import prepare_folder, write_all
-from . import process, report, tune_networks, tune_workers
+from . import report, timing, tune_networks, tune_workers
 from .tune_kernels import (
     ACTIVATIONS,
     RESERVE_S,
@@ -398,7 +398,7 @@ def parser() -> report.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 no GPU or a bad argument, 130 stopped by a signal (what was found until then is written)."""
-    start = time.monotonic() - process.age()
+    start = time.monotonic() - timing.age()
     p = parser()
     options = p.parse_args(argv)
     try:

@@ -18,7 +18,7 @@ from fused_inr.bench import bounds, cases, report, table, timing, worker
 from fused_inr.bench.cases import Case, Work
 from fused_inr.bench.gpu import checks, driver
 
-from fused_inr.cli import CliError
+from fused_inr.cli import CliError, children
 
 CPU = torch.device("cpu")
 SMALL = {"width": 16, "rows": 60, "hidden_layers": 1}
@@ -295,14 +295,14 @@ def test_the_warmed_allocator_keeps_large_blocks(warmed, says):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_rows_are_measured_with_both_allocators(tmp_path, monkeypatch):
     seen = []
-    real = worker.subprocess.Popen
+    real = children.subprocess.Popen
 
     def noted(command, **keywords):
         if "fused_inr.bench.worker" in command:
             seen.append({name: keywords["env"].get(name) for name in timing.WARMED_ALLOCATOR})
         return real(command, **keywords)
 
-    monkeypatch.setattr(worker.subprocess, "Popen", noted)
+    monkeypatch.setattr(children.subprocess, "Popen", noted)
     path = tmp_path / "t.json"
     arguments = [
         "--quick",

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
+from ...cli.children import Tell, one_line
 from .. import cases, timing
 from ..cases import Case, Work
-from ..worker import one_line
 from . import checks
 from .workers import settle
 
-Tell = Callable[[str], None]
 #: Ways of ours to do a step, as variants of a cell; the rest are rivals.
 OURS = ("fused", "one-pass", "recompute", "layers", "cuda")
 #: Rows that are compiled with ahead of time: no kernel depends on their number, and sums still take several programs.
