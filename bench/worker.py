@@ -27,7 +27,7 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
     from . import cases, timing
 
     device = torch.device(job["device"])
-    work = cases.Work(cases.Case(**job["case"]), device)
+    work = cases.Workload(cases.Case(**job["case"]), device)
     result: dict[str, Any] = {"work": str(work.case), "backends": work.backends(), "check": work.check(), "failed": {}}
     calls: dict[str, Any] = {}
     with cases.matmul_precision(work.case.precision):
@@ -58,7 +58,7 @@ def _memory(job: dict[str, Any]) -> dict[str, Any]:
     from . import cases, timing
 
     device = torch.device(job["device"])
-    work = cases.Work(cases.Case(**job["case"]), device)
+    work = cases.Workload(cases.Case(**job["case"]), device)
     with cases.matmul_precision(work.case.precision):
         return {"peak_mib": timing.peak_memory(work.call(job["variant"]), work.release, device)}
 

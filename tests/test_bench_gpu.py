@@ -114,7 +114,7 @@ def test_a_rehearsal_writes_elsewhere_and_results_are_never_overwritten(tmp_path
 # -- the driver
 
 
-class Driver:
+class ScriptedDriver:
     """A driver with cells of the test's choosing, and what a worker would answer."""
 
     def __init__(self, tmp_path, monkeypatch, answers, *arguments):
@@ -134,7 +134,7 @@ def test_a_failing_cell_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch)
     def fails():
         raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
 
-    found = Driver(tmp_path, monkeypatch, {"a": fails, "b": lambda: {"passed": True}})
+    found = ScriptedDriver(tmp_path, monkeypatch, {"a": fails, "b": lambda: {"passed": True}})
     found.everything()
     a, b = json.loads((tmp_path / "results.json").read_text())["results"]
     assert a["error"] == "RuntimeError: CUDA error: an illegal memory access"
@@ -147,14 +147,14 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     def stops():
         raise KeyboardInterrupt
 
-    found = Driver(tmp_path, monkeypatch, {"a": lambda: {"passed": True}, "b": stops})
+    found = ScriptedDriver(tmp_path, monkeypatch, {"a": lambda: {"passed": True}, "b": stops})
     with pytest.raises(KeyboardInterrupt):
         found.everything()
     assert [r["cell"] for r in json.loads((tmp_path / "results.json").read_text())["results"]] == ["a"]
 
 
 def test_cells_beyond_the_budget_are_named(tmp_path, monkeypatch):
-    found = Driver(tmp_path, monkeypatch, {"a": lambda: {"passed": True}})
+    found = ScriptedDriver(tmp_path, monkeypatch, {"a": lambda: {"passed": True}})
     found.run.options.budget = -1.0
     found.everything()
     assert found.run.not_reached == ["a"]
@@ -478,12 +478,12 @@ def test_a_job_of_compiling_ahead_runs():
 def test_compiling_ahead_takes_few_rows(monkeypatch):
     seen = []
 
-    class Recorded(measure.Steps):
+    class RecordedSteps(measure.Steps):
         def __init__(self, case, device):
             seen.append(case.rows)
             super().__init__(case, device)
 
-    monkeypatch.setattr(measure, "Steps", Recorded)
+    monkeypatch.setattr(measure, "Steps", RecordedSteps)
     case = asdict(Case("network", "training", **(SMALL | {"rows": 5000})))
     cell = {"run": "bench", "cell": "c", "case": case, "variants": ["fused"]}
     (job,) = measure.ahead_jobs([cell])
@@ -511,7 +511,7 @@ def test_a_network_is_timed_in_every_way():
 
 
 def test_a_gate_that_fails_is_recorded_and_the_times_are_still_taken(monkeypatch):
-    outcome = cases.Work.outcome
+    outcome = cases.Workload.outcome
 
     def wrong(self, variant):
         found = outcome(self, variant)
@@ -519,7 +519,7 @@ def test_a_gate_that_fails_is_recorded_and_the_times_are_still_taken(monkeypatch
             found["gradient of parameter 0"] *= 1.01
         return found
 
-    monkeypatch.setattr(cases.Work, "outcome", wrong)
+    monkeypatch.setattr(cases.Workload, "outcome", wrong)
     case = asdict(Case("network", "training", **SMALL))
     cell = {"case": case, "variants": ["one-pass", "fused", "eager"], "seconds": 0.0}
     result = measure.RUNS["bench"](cell, CPU, silent)
@@ -554,14 +554,14 @@ def test_products_of_split_factors_are_held_to_eager_in_tf32():
     steps = measure.Steps(Case(**case), CPU)
     exact = steps.work.exact()
     seen = []
-    outcome = cases.Work.outcome
+    outcome = cases.Workload.outcome
 
     def record(self, variant):
         seen.append((self.case.precision, variant))
         return outcome(self, variant)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases.Work, "outcome", record)
+        patch.setattr(cases.Workload, "outcome", record)
         result = steps.errors("fused bf16x3", exact)
     assert result["passed"] and seen == [("tf32", "eager"), ("tf32", "fused")]
 
@@ -577,7 +577,7 @@ def test_without_a_reference_there_are_times_and_no_gates(monkeypatch):
     def no_memory(self, rows_at_once):
         raise torch.OutOfMemoryError("too much")
 
-    monkeypatch.setattr(cases.Work, "exact", no_memory)
+    monkeypatch.setattr(cases.Workload, "exact", no_memory)
     case = asdict(Case("layer", "training", **SMALL))
     result = measure.RUNS["bench"]({"case": case, "variants": ["fused", "eager"], "seconds": 0.0}, CPU, silent)
     assert set(result["variants"]) == {"fused", "eager"}

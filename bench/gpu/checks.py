@@ -217,7 +217,7 @@ def small_case(name: str, device: torch.device) -> dict[str, Any]:
     if kind == "network":
         precision, way = rest
         case = cases.Case("network", "training", width=int(what), rows=300, precision=precision, way=way)
-        work = cases.Work(case, device)
+        work = cases.Workload(case, device)
         found = work.errors(work.exact())
         worst = max(figures["of_bound"] for figures in found.values())
         return {"of_bound": worst, "passed": bool(worst <= 1), "backends": work.backends()}
@@ -377,7 +377,7 @@ def run_profiled(device: torch.device) -> int:
     rows = 1 << 18 if device.type == "cuda" else 64
     for width, step, way in PROFILED:
         case = cases.Case("network", step, width=width, rows=rows, precision="bf16", way=way)
-        call = cases.Work(case, device).call("fused")
+        call = cases.Workload(case, device).call("fused")
         for _ in range(3):
             call()
         print(f"{case}", flush=True)

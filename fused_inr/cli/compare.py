@@ -25,7 +25,7 @@ VARIANTS = ("eager", "torch.compile")
 
 
 @dataclass
-class Result:
+class FitResult:
     """What one variant came to, with times in ms and s, and memory in MiB over the process before its first step."""
 
     name: str
@@ -55,11 +55,11 @@ class Measured:
             self.kept = self.memory.kept()
             self.memory.restart()
 
-    def result(self, name: str, picture: Picture) -> tuple[Result, np.ndarray]:
+    def result(self, name: str, picture: Picture) -> tuple[FitResult, np.ndarray]:
         """Return what the fit came to, and its reconstruction."""
         trainer, peak = self.trainer, self.memory.peak()  # before evaluating, which takes memory too
         pixels, psnr = final_psnr(picture, trainer.evaluate())
-        return Result(name, trainer.ms_per_step(), trainer.warm_up_seconds(), finite(psnr), peak, self.kept), pixels
+        return FitResult(name, trainer.ms_per_step(), trainer.warm_up_seconds(), finite(psnr), peak, self.kept), pixels
 
 
 class Comparison:
@@ -77,7 +77,7 @@ class Comparison:
         for variant in self._variants:
             variant.ask({"train": steps})
 
-    def results(self) -> list[Result]:
+    def results(self) -> list[FitResult]:
         """End the fits and return what each came to."""
         return [variant.result() for variant in self._variants]
 
@@ -105,10 +105,10 @@ class _Variant:
         self.error = answer.get("error")
         return answer
 
-    def result(self) -> Result:
+    def result(self) -> FitResult:
         """End the fit and return what it came to, or its error."""
         answer = self.ask({"finish": True})
-        return Result(self.name, error=self.error) if self.error is not None else Result(**answer["result"])
+        return FitResult(self.name, error=self.error) if self.error is not None else FitResult(**answer["result"])
 
     def close(self) -> None:
         """End the process."""
@@ -142,7 +142,7 @@ def _trainer(name: str, options: FitOptions, picture: Picture) -> Trainer:
     return trainer
 
 
-def table(results: list[Result]) -> str:
+def table(results: list[FitResult]) -> str:
     """Format the results side by side; `speed` is against eager."""
     eager = next((r.ms_per_step for r in results if r.name == "eager"), None)
     head = ("", "ms/step", "speed", "PSNR dB", "peak MiB", "kept MiB", f"first {WARM_UP} steps s")
