@@ -1,7 +1,8 @@
 """What is measured: layers and networks, the steps people run on them, and the same written in plain PyTorch.
 
 The eager twin of a network is `nn.Linear` and an activation as published codes write them (`torch.sin(30 * linear(x))`,
-SplitNet's four chunks), with the same weights. Before a clock starts, `Work.check` holds the fused step to its bound.
+SplitNet's four chunks), with the same weights. Before a clock starts, `Workload.check` holds the fused step to its
+bound.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def _gradients(module: nn.Module) -> dict[str, Tensor]:
     return {f"gradient of parameter {i}": torch.zeros_like(p) if p.grad is None else p.grad.clone() for i, p in found}
 
 
-class Work:
+class Workload:
     """A case in memory: modules, inputs, and each variant's step as a function without arguments.
 
     `call(variant)` runs a step, leaving gradients in the parameters as a user's step does, and drops the previous ones

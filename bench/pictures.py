@@ -6,22 +6,22 @@ Each way runs in fresh processes, in turn: seconds of the call, and how much the
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..cli import children
 from ..cli.arguments import Parser, integer
 from ..cli.memory import PeakMemory
 from ..cli.pictures import read_picture
-from . import process, report
+from . import report
 
 #: what a 48-megapixel JPEG may take to become 256 pixels
 SECONDS, MIB = 0.5, 300.0
@@ -56,22 +56,21 @@ def draw(folder: Path, width: int, height: int, ending: str) -> Path:
 
 
 def _measure(way: str, path: Path, size: int) -> dict[str, float]:
-    command = process.python("-m", __name__, "--child", way, str(path), str(size))
-    done = subprocess.run(command, env=process.environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{way}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout)
+    answer = children.ask_once(("-m", __name__), {"way": way, "path": str(path), "size": size})
+    if "error" in answer:
+        raise RuntimeError(f"{way}: {answer['error']}")
+    return answer
 
 
-def _child(way: str, path: str, size: str) -> None:
+def _answer(request: dict[str, Any], tell: children.Tell) -> dict[str, float]:
     import PIL.Image
 
     PIL.Image.MAX_IMAGE_PIXELS = None
     PIL.Image.init()
     memory, start = PeakMemory(torch.device("cpu")), time.perf_counter()
-    WAYS[way](path, int(size))
+    WAYS[request["way"]](request["path"], request["size"])
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "mib": memory.peak()}))
+    return {"seconds": seconds, "mib": memory.peak()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,4 +104,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    _child(*sys.argv[2:])
+    sys.exit(children.serve(_answer))

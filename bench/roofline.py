@@ -42,7 +42,7 @@ REGISTER_UNIT, SCHEDULERS, SHARED_UNIT, SHARED_SYSTEM = 256, 4, 128, 1024
 
 
 @dataclass(frozen=True)
-class Device:
+class PeakRates:
     """Peak rates: bytes/s; FLOP/s of the dense product of half types and of TF32; multiprocessors; the clock that the
     data sheet's float32 rate implies; and of a multiprocessor a clock: float32 and float64 lanes, special functions
     (and conversions to float64), integer multiplications, other integer operations."""
@@ -88,16 +88,16 @@ class Device:
 DEVICES = (
     # NVIDIA A100 data sheet, 80 GB SXM: 2,039 GB/s, 312 and 156 TFLOP/s dense, 19.5 TFLOP/s float32, 9.7
     # float64; GA100 white paper: 108 multiprocessors of 64 lanes, 1.41 GHz
-    Device("A100", "sm80", 2.039e12, 312e12, 156e12, 108, 1.41e9, 64, 32),
+    PeakRates("A100", "sm80", 2.039e12, 312e12, 156e12, 108, 1.41e9, 64, 32),
     # NVIDIA H200 data sheet, SXM: 4.8 TB/s, otherwise as the H100; a copy was seen to reach 4.3 TB/s, bf16 products 790
     # TFLOP/s on random data
-    Device("H200", "sm90", 4.8e12, 989e12, 494e12, 132, 1.98e9, 128, 64),
+    PeakRates("H200", "sm90", 4.8e12, 989e12, 494e12, 132, 1.98e9, 128, 64),
     # NVIDIA H100 data sheet, SXM: 3.35 TB/s, 989 and 494 TFLOP/s dense (half of those with sparsity), 67 TFLOP/s
     # float32, 34 float64; Hopper white paper: 132 multiprocessors of 128 lanes
-    Device("H100", "sm90", 3.35e12, 989e12, 494e12, 132, 1.98e9, 128, 64),
+    PeakRates("H100", "sm90", 3.35e12, 989e12, 494e12, 132, 1.98e9, 128, 64),
     # NVIDIA HGX B200 data sheet, of 8 GPUs, a GPU each: 8 TB/s (7.7 in some tables), 2.25 and 1.12 PFLOP/s dense,
     # 75 TFLOP/s float32, 37 float64; 148 multiprocessors of 128 lanes give the clock
-    Device("B200", "sm100", 8.0e12, 2250e12, 1125e12, 148, 1.98e9, 128, 64),
+    PeakRates("B200", "sm100", 8.0e12, 2250e12, 1125e12, 148, 1.98e9, 128, 64),
 )
 UNITS = ("memory", "tensor", "sfu", "fma", "imul", "alu", "fp64")
 
@@ -140,7 +140,7 @@ def _multiple(n: int, unit: int) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class RowCost:
     """One row: bytes of device memory, operations of tensor cores and their type ("half" or "tf32"), special functions,
     instructions of the float32 pipe (a multiply-add, a product or a sum are one each); integer multiplications, other
     integer operations and float64 where they are counted."""
@@ -155,16 +155,16 @@ class Work:
     fp64: float = 0.0
 
 
-def estimate(work: Work, device: Device) -> dict[str, float | str]:
+def estimate(cost: RowCost, device: PeakRates) -> dict[str, float | str]:
     """Picoseconds a row of each unit, the largest of them ("floor") and its name ("bound")."""
     seconds = {
-        "memory": work.bytes / device.bandwidth,
-        "tensor": work.tensor / getattr(device, work.rate),
-        "sfu": work.sfu / device.sfu,
-        "fma": work.fma / device.fma,
-        "imul": work.imul / device.imul,
-        "alu": work.alu / device.alu,
-        "fp64": work.fp64 / device.fp64,
+        "memory": cost.bytes / device.bandwidth,
+        "tensor": cost.tensor / getattr(device, cost.rate),
+        "sfu": cost.sfu / device.sfu,
+        "fma": cost.fma / device.fma,
+        "imul": cost.imul / device.imul,
+        "alu": cost.alu / device.alu,
+        "fp64": cost.fp64 / device.fp64,
     }
     bound = max(UNITS, key=lambda unit: seconds[unit])
     return {**{unit: seconds[unit] * 1e12 for unit in UNITS}, "floor": seconds[bound] * 1e12, "bound": bound}
@@ -179,7 +179,7 @@ SPECIAL = {
 }
 
 
-def named(name: str) -> Device | None:
+def named(name: str) -> PeakRates | None:
     """The device that a driver calls by a name such as "NVIDIA H100 80GB HBM3"."""
     return next((d for d in DEVICES if d.name in name), None)
 
@@ -198,7 +198,7 @@ def special_functions(activation: str, derivatives: bool) -> int:
     return sum(SPECIAL.get(nodes[i].op, 0) for i in program.live() if i in of_row)
 
 
-def case_floors(case, device: Device | None, ceilings: dict[str, float]) -> dict[str, float]:
+def case_floors(case, device: PeakRates | None, ceilings: dict[str, float]) -> dict[str, float]:
     """Nanoseconds a row that a case (`cases.Case`) takes at least, by what takes them: "memory", "products", "special".
 
     Memory: a network reads coordinates and targets and writes outputs once, a layer as `Case.bytes` has it, an Eikonal
@@ -234,7 +234,7 @@ def case_floors(case, device: Device | None, ceilings: dict[str, float]) -> dict
 MLP_LAYERS, MLP_OUTPUTS = 4, 3
 
 
-def work(row: dict) -> Work:
+def row_cost(row: dict) -> RowCost:
     """Of a row of the report: `kernel`, `type`, `activation`, `level`, `N`, `K`, blocks, `num_warps`, and instructions
     by depth of loop (`mufu_at`, `fp32_at`)."""
     kernel = row["kernel"].removesuffix("+params")
@@ -245,7 +245,7 @@ def work(row: dict) -> Work:
     if kernel == "moments":
         return _moments(row)
     if kernel == "sum":
-        return Work(bytes=4 * row["N"], tensor=0, rate="half", sfu=0, fma=row["N"])
+        return RowCost(bytes=4 * row["N"], tensor=0, rate="half", sfu=0, fma=row["N"])
     return _layer(row, kernel)
 
 
@@ -269,7 +269,7 @@ def _per_row(counts: list[int], trips: float, row: dict, tiles: int) -> float:
     return (sum(counts[:1]) + trips * sum(counts[1:])) * 32 * row["num_warps"] * tiles / row["block_m"]
 
 
-def _layer(row: dict, kernel: str) -> Work:
+def _layer(row: dict, kernel: str) -> RowCost:
     from ..kernels.configurations import linear_act as layer_configs
 
     B, C, _ = _shape(row)
@@ -279,7 +279,7 @@ def _layer(row: dict, kernel: str) -> Work:
         columns, inner = _multiple(N, row["block_n"]), _multiple(K, row["block_k"])
         dot = layer_configs.kind(N, K) == layer_configs.DOT and products > 0
         flops = 2 * columns * inner
-        return Work(size * (N + K), flops * products if dot else 0, rate, 0, 0 if dot else flops / 2)
+        return RowCost(size * (N + K), flops * products if dot else 0, rate, 0, 0 if dot else flops / 2)
     from_z = kernel == "gz_from_z"
     kind = layer_configs.MAP if from_z else layer_configs.kind(N, K)
     tiles = math.ceil(N / row["block_n"])
@@ -295,20 +295,20 @@ def _layer(row: dict, kernel: str) -> Work:
         moved = size * (K + C * N) + (kept if kernel == "forward_save" else 0)
     else:
         moved = size * (C * N + B * N) + (kept if from_z else size * K)
-    return Work(moved, flops * products if dot else 0, rate, _per_row(row["mufu_at"], trips, row, tiles), fma)
+    return RowCost(moved, flops * products if dot else 0, rate, _per_row(row["mufu_at"], trips, row, tiles), fma)
 
 
-def _map(row: dict) -> Work:
+def _map(row: dict) -> RowCost:
     from ..kernels import act_map
 
     B, C, P = _shape(row)
     sizes = act_map.groups(row["level"], row["kernel"].endswith("+params"), B, C, P)
     tiles = math.ceil(row["N"] / row["block_n"])
     moved = 4 * row["N"] * sum(sum(group) for group in sizes)
-    return Work(moved, 0, "half", _per_row(row["mufu_at"], 1, row, tiles), _per_row(row["fp32_at"], 1, row, tiles))
+    return RowCost(moved, 0, "half", _per_row(row["mufu_at"], 1, row, tiles), _per_row(row["fp32_at"], 1, row, tiles))
 
 
-def _network(row: dict, kernel: str) -> Work:
+def _network(row: dict, kernel: str) -> RowCost:
     from ..kernels.configurations import linear_act as layer_configs
     from ..kernels.configurations import mlp as network_configs
 
@@ -336,16 +336,16 @@ def _network(row: dict, kernel: str) -> Work:
         (sum(row[name][1:2]) + (MLP_LAYERS - 1) * sum(row[name][2:])) * 32 * row["num_warps"] / row["block_m"]
         for name in ("mufu_at", "fp32_at")
     )
-    return Work(moved, flops * products, rate, sfu, fma)
+    return RowCost(moved, flops * products, rate, sfu, fma)
 
 
-def _moments(row: dict) -> Work:
+def _moments(row: dict) -> RowCost:
     """One draw of one setting; a program has N settings for each chunk of K draws that it makes."""
     B, C, _ = _shape(row)
     a_draw = 32 * row["num_warps"] / row["K"]
     counts = {unit: (sum(at[:1]) / row["N"] + sum(at[1:])) * a_draw for unit, at in row["usual_at"].items()}
     moved = 8 * 3 * C * (1 + B) / row["K"]
-    return Work(moved, 0, "half", counts["xu"], counts["fma"], counts["imul"], counts["alu"], counts["fp64"])
+    return RowCost(moved, 0, "half", counts["xu"], counts["fma"], counts["imul"], counts["alu"], counts["fp64"])
 
 
 def annotate(row: dict) -> None:
@@ -355,7 +355,7 @@ def annotate(row: dict) -> None:
     resources = (row["registers"], row["num_warps"], row["shared"], row.get("tmem", 0), row.get("programs"))
     row["occupancy"] = asdict(occupancy(row["arch"], *resources))
     if "mufu_at" in row:
-        what = work(row)
+        what = row_cost(row)
         row["roofline"] = {d.name: estimate(what, d) for d in DEVICES if d.arch == row["arch"]}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import COMPILED, Case, Work, matmul_precision
+from .cases import COMPILED, Case, Workload, matmul_precision
 
 ROUNDS = 12
 
@@ -26,14 +26,14 @@ class Workbench:
 
     def __init__(self) -> None:
         self.case: Case | None = None
-        self.work: Work | None = None
+        self.work: Workload | None = None
         self.calls: dict[str, Any] = {}
         self.check: dict[str, float] = {}
 
     def prepare(self, case: Case, variants: Sequence[str]) -> None:
         if self.case == case and list(self.calls) == list(variants):
             return
-        self.case, self.work = case, Work(case)
+        self.case, self.work = case, Workload(case)
         self.check = self.work.check()
         self.calls = {}
         for name in variants:

@@ -26,8 +26,8 @@ from .report import number, ratio
 
 
 @dataclass(frozen=True)
-class Row:
-    """A piece of work, and how much faster than each rival it must be (as the user starts it, and with a warmed
+class Benchmark:
+    """A case, and how much faster than each rival it must be (as the user starts it, and with a warmed
     allocator)."""
 
     name: str
@@ -38,37 +38,37 @@ class Row:
 
 
 _BRANCHED = {"eager": 2.5, "compile": 1.5}
-ROWS = (
-    Row(
+BENCHMARKS = (
+    Benchmark(
         "inference",
         Case("network", "inference"),
         {"eager": 3.0, "compile": 1.6, "floor": 0.8},
         {"eager": 1.5, "compile": 1.0},
     ),
-    Row(
+    Benchmark(
         "training",
         Case("network", "training"),
         {"eager": 3.5, "compile": 1.4, "floor": 0.7},
         {"eager": 1.5, "compile": 1.0},
     ),
-    Row("one-pass", Case("network", "training", way="one-pass"), {"eager": 4.0, "compile": 1.6, "floor": 0.85}),
-    Row("recompute", Case("network", "training", way="recompute"), {"compile": 1.1}),
-    Row(
+    Benchmark("one-pass", Case("network", "training", way="one-pass"), {"eager": 4.0, "compile": 1.6, "floor": 0.85}),
+    Benchmark("recompute", Case("network", "training", way="recompute"), {"compile": 1.1}),
+    Benchmark(
         "one-pass-128",
         Case("network", "training", width=128, way="one-pass"),
         {"eager": 3.6, "compile": 1.6, "floor": 0.8},
     ),
-    Row(
+    Benchmark(
         "one-pass-64",
         Case("network", "training", width=64, way="one-pass"),
         {"eager": 3.2, "compile": 1.4, "floor": 0.75},
     ),
-    Row("inference-128", Case("network", "inference", width=128), _BRANCHED),
-    Row("training-128", Case("network", "training", width=128), {"eager": 3.0, "compile": 1.3}),
-    Row("inference-64", Case("network", "inference", width=64), _BRANCHED),
-    Row("training-64", Case("network", "training", width=64), {"eager": 3.0, "compile": 1.3}),
+    Benchmark("inference-128", Case("network", "inference", width=128), _BRANCHED),
+    Benchmark("training-128", Case("network", "training", width=128), {"eager": 3.0, "compile": 1.3}),
+    Benchmark("inference-64", Case("network", "inference", width=64), _BRANCHED),
+    Benchmark("training-64", Case("network", "training", width=64), {"eager": 3.0, "compile": 1.3}),
     *(
-        Row(f"{name}-{step}", Case("network", step, activation, width=width), _BRANCHED)
+        Benchmark(f"{name}-{step}", Case("network", step, activation, width=width), _BRANCHED)
         for name, activation, width in (
             ("splitnet", "split", 128),
             ("gaussian", "gaussian_scale", 256),
@@ -76,16 +76,16 @@ ROWS = (
         )
         for step in ("inference", "training")
     ),
-    Row("bf16", Case("network", "inference", precision="bf16"), {"compile": 1.3}),
-    Row("eikonal", Case("network", "eikonal"), {"eager": 1.8}, {"eager": 1.5}),
-    Row(
+    Benchmark("bf16", Case("network", "inference", precision="bf16"), {"compile": 1.3}),
+    Benchmark("eikonal", Case("network", "eikonal"), {"eager": 1.8}, {"eager": 1.5}),
+    Benchmark(
         "split",
         Case("layer", "training", "split", in_features=256),
         {"eager": 3.0},
         {"eager": 1.5, "compile": 1.0},
         0.5,
     ),
-    Row("small", Case("network", "training", width=64, rows=1024), {"eager": 1.0}, {"eager": 1.0}),
+    Benchmark("small", Case("network", "training", width=64, rows=1024), {"eager": 1.0}, {"eager": 1.0}),
 )
 #: memory of a training step beyond parameters, inputs and outputs, as a share of eager's, and by how much a row's cost
 #: may vary with the number of rows
@@ -94,7 +94,7 @@ IMPORT_LIMIT_S, PSNR_LIMIT_DB = 0.3, 0.1
 OTHERS = ("depth", "rows", "import", "psnr", "pixels")
 #: peak memory of training on a picture of 16.8 million pixels at once, data included
 PIXELS_LIMIT_GIB = 24
-NAMES = (*(row.name for row in ROWS), *OTHERS)
+NAMES = (*(each.name for each in BENCHMARKS), *OTHERS)
 #: what runs without --only: all but the picture of 16.8 million pixels, minutes a step
 DEFAULT = tuple(name for name in NAMES if name != "pixels")
 QUICK = ("inference", "one-pass", "eikonal", "split", *OTHERS)
@@ -195,7 +195,7 @@ def progress(text: str) -> None:
 class _Bench:
     def __init__(self, options, device: torch.device):
         self.options, self.device = options, device
-        self.rows = {row.name: row for row in ROWS}
+        self.benchmarks = {each.name: each for each in BENCHMARKS}
         self.variants = ["fused", "eager"]
         if device.type == "cpu" and backends.available()["cpu"][0]:
             self.variants.append("floor")
@@ -214,12 +214,14 @@ class _Bench:
             "depth": self._depth,
             "rows": self._rows,
         }
-        measured = others.get(name, lambda: self._row(self.rows[name], warmed))()
+        measured = others.get(name, lambda: self._benchmark(self.benchmarks[name], warmed))()
         return {"name": name, "warmed": warmed, **measured, "took_s": (datetime.datetime.now() - start).total_seconds()}
 
-    def _row(self, row: Row, warmed: bool) -> dict[str, Any]:
+    def _benchmark(self, benchmark: Benchmark, warmed: bool) -> dict[str, Any]:
         quick = self.options.quick
-        case = replace(row.case, rows=min(row.case.rows, 512), width=min(row.case.width, 32)) if quick else row.case
+        case = benchmark.case
+        if quick:
+            case = replace(case, rows=min(case.rows, 512), width=min(case.width, 32))
         if quick and case.kind == "layer":
             case = replace(case, in_features=32)
         if self.options.rows:
@@ -243,8 +245,8 @@ class _Bench:
                     result["failed"][f"memory of {variant}"] = memory["error"]
                 else:
                     result["peak_mib"][variant] = memory["peak_mib"]
-        if case == row.case and self.device.type == "cpu":
-            result["verdicts"] = verdicts(row, result, warmed)
+        if case == benchmark.case and self.device.type == "cpu":
+            result["verdicts"] = verdicts(benchmark, result, warmed)
         return result
 
     def _depth(self) -> dict[str, Any]:
@@ -382,17 +384,18 @@ def compiled(ratios: dict[str, float]) -> float | None:
     return min((ratios[mode] for mode in COMPILED if mode in ratios), default=None)
 
 
-def verdicts(row: Row, result: dict[str, Any], warmed: bool) -> list[dict[str, Any]]:
-    """Each demand on a row with what was measured; a rival that was not measured judges nothing."""
+def verdicts(benchmark: Benchmark, result: dict[str, Any], warmed: bool) -> list[dict[str, Any]]:
+    """Each demand of a benchmark with what was measured; a rival that was not measured judges nothing."""
     found = []
-    for rival, least in (row.warmed if warmed else row.demands).items():
+    for rival, least in (benchmark.warmed if warmed else benchmark.demands).items():
         value = compiled(result["ratios"]) if rival == "compile" else result["ratios"].get(rival)
         if value is not None:
             found.append({"demand": f">= {least}x {rival}", "value": value, "met": value >= least})
     peaks = result.get("peak_mib", {})
-    if row.memory is not None and "fused" in peaks and "eager" in peaks:
+    if benchmark.memory is not None and "fused" in peaks and "eager" in peaks:
         share = peaks["fused"] / peaks["eager"]
-        found.append({"demand": f"peak <= {row.memory} of eager's", "value": share, "met": share <= row.memory})
+        met = share <= benchmark.memory
+        found.append({"demand": f"peak <= {benchmark.memory} of eager's", "value": share, "met": met})
     return found
 
 

@@ -8,11 +8,13 @@ the host needs to launch the block is timed beside it, without waiting for the d
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -172,3 +174,14 @@ def peak_memory(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return memory.peak()
+
+
+def age() -> float:
+    """Seconds since this process began, importing included; 0 where the system does not tell, and in a process that has
+    done other things before (a minute and more of them)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        seconds = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return seconds if 0 < seconds < 60 else 0.0

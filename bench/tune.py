@@ -29,7 +29,7 @@ import torch
 
 from ..cli import CliError
 from ..cli.files import prepare_folder, write_all
-from . import process, report, tune_networks, tune_workers
+from . import report, timing, tune_networks, tune_workers
 from .tune_kernels import (
     ACTIVATIONS,
     RESERVE_S,
@@ -124,7 +124,7 @@ def candidates(key: Key, start: Numbers) -> list[Numbers]:
 
 
 @dataclass
-class Result:
+class TunedEntry:
     """An entry: the configuration in use, the best one found, and the time of it relative to the one in use."""
 
     key: Key
@@ -210,7 +210,7 @@ def name_of(key: Key) -> str:
 
 def search(
     key: Key, old: Numbers, measurer: Measurer, *, everything: bool = False, left: Callable[[], float] | None = None
-) -> Result:
+) -> TunedEntry:
     """`steps` from begin to end, one thing after the other."""
     found = steps(key, old, measurer, everything=everything, left=left)
     while True:
@@ -228,7 +228,7 @@ def steps(
     everything: bool = False,
     left: Callable[[], float] | None = None,
     reserve: float = 0.0,
-) -> Generator[list[Wanted], None, Result]:
+) -> Generator[list[Wanted], None, TunedEntry]:
     """Downhill from `old`, or through all candidates in groups; stops where `left` (seconds) is used up, and keeps the
     last `reserve` of them for making sure of what was found.
 
@@ -238,7 +238,7 @@ def steps(
         CliError: the configuration in use is wrong: no table can be made of measurements beside it.
     """
     left = left or (lambda: math.inf)
-    result = Result(key, old, old, 1.0, 0, {})
+    result = TunedEntry(key, old, old, 1.0, 0, {})
     seen = {old}
     relative = {old: 1.0}
 
@@ -338,7 +338,7 @@ def _literal(key: Key) -> str:
     return "(" + ", ".join(f'"{part}"' if isinstance(part, str) else str(part) for part in key) + ")"
 
 
-def rewrite(path: Path, results: Sequence[Result], device: str, table: Table = LAYERS) -> None:
+def rewrite(path: Path, results: Sequence[TunedEntry], device: str, table: Table = LAYERS) -> None:
     """Put what changed into the table: the whole file, atomically, after reading it back.
 
     Raises:
@@ -398,7 +398,7 @@ def parser() -> report.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 no GPU or a bad argument, 130 stopped by a signal (what was found until then is written)."""
-    start = time.monotonic() - process.age()
+    start = time.monotonic() - timing.age()
     p = parser()
     options = p.parse_args(argv)
     try:
@@ -468,9 +468,9 @@ def run(
             with log.open("a") as kept:
                 kept.write(text + "\n")
 
-    results: list[Result] = []
+    results: list[TunedEntry] = []
     waiting, reached = list(reversed(wanted)), 0
-    active: dict[Key, Generator[list[Wanted], None, Result]] = {}
+    active: dict[Key, Generator[list[Wanted], None, TunedEntry]] = {}
     asked: dict[Key, list[Wanted]] = {}
 
     def advance(key: Key) -> None:

@@ -117,7 +117,7 @@ class Networks:
         case = cases.Case(
             "network", step, ACTIVATIONS[B, C], width, rows, PRECISIONS[cls], hidden_layers=HIDDEN, way=way
         )
-        work = cases.Work(case, self.device)
+        work = cases.Workload(case, self.device)
         work.fused.fusion = "network"
         return work
 

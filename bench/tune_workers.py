@@ -62,11 +62,10 @@ class Processes:
         job = {**self._common, "what": "times", "key": key, "candidates": list(candidates)}
         limit = min(TIMES_S, max(10.0, self._left() + RESERVE_S))
         answer = self._timing.ask(job, limit)
-        if answer is None or "error" in answer:
-            reason = (answer or {}).get("error") or f"not timed within {limit:.0f} s{self._timing.last_words()}"
+        if "error" in answer:
             self._timing.close()
             self._timing = None
-            raise Died(reason)
+            raise Died(answer["error"])
         return answer["found"]
 
     def close(self) -> None:

@@ -1,42 +1,24 @@
-"""The processes of `fused-inr bench table`: a job as JSON on standard input, its result as JSON on standard output.
+"""The processes of `fused-inr bench table`: a process a job, which answers with the job's result.
 
-A process a job, so that memory can be told apart, a crash costs one row of the table, and the warmed allocator (a
-setting of glibc's that is read at start) can stand beside the plain one.
+So memory can be told apart, a crash costs one row of the table, and the warmed allocator (a setting of glibc's that is
+read at start) can stand beside the plain one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
 import time
 from typing import Any
 
-from . import process
+from ..cli import children
+from ..cli.children import one_line
 from .timing import WARMED_ALLOCATOR
 
 
 def run(job: dict[str, Any], *, warmed: bool = False, limit: float = 1800) -> dict[str, Any]:
     """Do `job` in a fresh process and return its result, or {"error": one line}."""
-    environment = process.environment(**(WARMED_ALLOCATOR if warmed else {}))
-    command = process.python("-m", "fused_inr.bench.worker")
-    child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        out, errors = child.communicate(json.dumps(job), timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done within {limit:.0f} s"}
-    finally:
-        if child.poll() is None:  # a time limit or Ctrl-C
-            child.kill()
-            child.wait()
-    if child.returncode == 0 and out:
-        return json.loads(out.splitlines()[-1])
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return {"error": f"its process ended with exit code {child.returncode}" + (f": {lines[-1]}" if lines else "")}
+    return children.ask_once(("-m", "fused_inr.bench.worker"), job, limit, WARMED_ALLOCATOR if warmed else None)
 
 
 def _time(job: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +27,7 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
     from . import cases, timing
 
     device = torch.device(job["device"])
-    work = cases.Work(cases.Case(**job["case"]), device)
+    work = cases.Workload(cases.Case(**job["case"]), device)
     result: dict[str, Any] = {"work": str(work.case), "backends": work.backends(), "check": work.check(), "failed": {}}
     calls: dict[str, Any] = {}
     with cases.matmul_precision(work.case.precision):
@@ -76,7 +58,7 @@ def _memory(job: dict[str, Any]) -> dict[str, Any]:
     from . import cases, timing
 
     device = torch.device(job["device"])
-    work = cases.Work(cases.Case(**job["case"]), device)
+    work = cases.Workload(cases.Case(**job["case"]), device)
     with cases.matmul_precision(work.case.precision):
         return {"peak_mib": timing.peak_memory(work.call(job["variant"]), work.release, device)}
 
@@ -196,29 +178,16 @@ def _picture(size: int):
         return Picture("shapes", pixels.clip(0, 1).astype(np.float32), 255), f"shapes, {size}x{size}"
 
 
-def one_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
-
-
 JOBS = {"time": _time, "memory": _memory, "rows": _rows, "psnr": _psnr, "pixels": _pixels}
 
 
-def main() -> int:
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints must not stand between the lines of JSON
-    job = json.load(sys.stdin)
+def _answer(job: dict[str, Any], tell: children.Tell) -> dict[str, Any]:
     import torch
 
     if job.get("threads"):
         torch.set_num_threads(job["threads"])
-    try:
-        result = JOBS[job["job"]](job)
-    except Exception as error:
-        result = {"error": one_line(error)}
-    print(json.dumps(result), file=out, flush=True)
-    return 0
+    return JOBS[job["job"]](job)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(children.serve(_answer))

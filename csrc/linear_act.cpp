@@ -178,14 +178,9 @@ std::vector<Tensor> act_map(at::TensorList inputs, const OptionalTensors& params
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fused_inr_native, m) {
-  m.def(
-      "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor?[] params, float[] constants, str activation, bool save) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "linear_act_backward(Tensor g, Tensor x, Tensor weight, Tensor? bias, Tensor?[] params, float[] constants, Tensor? z, "
-      "str activation, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, int level, bool learnable) -> Tensor[]");
+  m.def(kLinearActSchema);
+  m.def(kLinearActBackwardSchema);
+  m.def(kActMapSchema);
 }
 
 TORCH_LIBRARY_IMPL(fused_inr_native, CPU, m) {

@@ -54,7 +54,7 @@ Tensor random_bits(int64_t start, int64_t count, int64_t branch, int64_t seed) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fused_inr_native, m) {
-  m.def("moments(Tensor sigmas, Tensor params, int start, int samples, int seed, str activation) -> Tensor");
+  m.def(kMomentsSchema);
   m.def("random_bits(int start, int count, int branch, int seed) -> Tensor",
         [](int64_t start, int64_t count, int64_t branch, int64_t seed) { return random_bits(start, count, branch, seed); });
 }

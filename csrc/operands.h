@@ -1,4 +1,4 @@
-// What the operators of every backend ask of their tensors: types, storage, sizes.
+// What the operators of CPU and CUDA share: their schemas, and what they ask of their tensors: types, storage, sizes.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -15,6 +15,18 @@ namespace fused_inr {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalTensors = c10::List<OptionalTensor>;
+
+// The schemas of the operators that the backends of CPU and CUDA have both (docs/architecture.md, sections 3 and 8).
+inline constexpr const char* kLinearActSchema =
+    "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor?[] params, float[] constants, str activation, bool save) "
+    "-> (Tensor, Tensor)";
+inline constexpr const char* kLinearActBackwardSchema =
+    "linear_act_backward(Tensor g, Tensor x, Tensor weight, Tensor? bias, Tensor?[] params, float[] constants, Tensor? z, "
+    "str activation, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* kActMapSchema =
+    "act_map(Tensor[] inputs, Tensor?[] params, float[] constants, str activation, int level, bool learnable) -> Tensor[]";
+inline constexpr const char* kMomentsSchema =
+    "moments(Tensor sigmas, Tensor params, int start, int samples, int seed, str activation) -> Tensor";
 
 // Storage can be freed, or made smaller, under a tensor that is still there (`untyped_storage().resize_(0)`, as FSDP does
 // with parameters between their uses). PyTorch's own operators raise then; an address alone tells nothing.

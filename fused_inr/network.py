@@ -2,7 +2,7 @@
 
 A network travels through the operations as one list of tensors and one `Spec`, which says in words what each layer is
 ("sine skip layernorm") and holds its numbers. A new kind of norm or of connection is one word: read here (`Spec`,
-`NORMS`) and in C++ (`csrc/operands.h`).
+`NORMS`) and in C++ (`csrc/mlp.cpp`).
 """
 
 from __future__ import annotations

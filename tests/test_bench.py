@@ -15,10 +15,10 @@ from dataclasses import asdict
 import pytest
 import torch
 from fused_inr.bench import bounds, cases, report, table, timing, worker
-from fused_inr.bench.cases import Case, Work
+from fused_inr.bench.cases import Case, Workload
 from fused_inr.bench.gpu import checks, driver
 
-from fused_inr.cli import CliError
+from fused_inr.cli import CliError, children
 
 CPU = torch.device("cpu")
 SMALL = {"width": 16, "rows": 60, "hidden_layers": 1}
@@ -37,13 +37,13 @@ def fused_inr(*arguments: str, **more) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("kind", ["layer", "network"])
 def test_the_eager_twin_computes_the_same(kind, activation, step):
     case = Case(kind, step, activation, **SMALL)
-    result = Work(case).check(rows_at_once=32)
+    result = Workload(case).check(rows_at_once=32)
     assert result["of_bound"] <= 1
     assert result["error"] < 1e-3
 
 
 def test_a_wrong_result_is_found():
-    work = Work(Case("network", "training", **SMALL))
+    work = Workload(Case("network", "training", **SMALL))
     with torch.no_grad():
         next(work.fused.parameters()).mul_(1.001)
     with pytest.raises(cases.Wrong, match="eager PyTorch by"):
@@ -51,7 +51,7 @@ def test_a_wrong_result_is_found():
 
 
 def test_a_result_that_is_not_a_number_is_found():
-    work = Work(Case("network", "inference", **SMALL))
+    work = Workload(Case("network", "inference", **SMALL))
     with torch.no_grad():
         next(work.fused.parameters())[0, 0] = math.nan
     with pytest.raises(cases.Wrong):
@@ -86,7 +86,7 @@ def test_a_case_says_what_it_accepts(wrong):
 
 def test_torch_compile_has_no_eikonal_step():
     with pytest.raises(ValueError, match="differentiate twice"):
-        Work(Case("network", "eikonal", **SMALL)).call("compile")
+        Workload(Case("network", "eikonal", **SMALL)).call("compile")
 
 
 # -- bounds
@@ -187,7 +187,7 @@ def test_results_that_cannot_be_written_are_refused_before_any_work(tmp_path):
 
 
 def test_verdicts():
-    row = table.Row("r", Case("layer", "training"), {"eager": 2.0, "compile": 1.0}, {"eager": 1.5}, memory=0.5)
+    row = table.Benchmark("r", Case("layer", "training"), {"eager": 2.0, "compile": 1.0}, {"eager": 1.5}, memory=0.5)
     result = {"ratios": {"eager": 1.9, "compile": 1.2}, "peak_mib": {"fused": 10.0, "eager": 21.0}}
     assert [v["met"] for v in table.verdicts(row, result, warmed=False)] == [False, True, True]
     assert [v["met"] for v in table.verdicts(row, result, warmed=True)] == [True, True]
@@ -198,7 +198,7 @@ def test_torch_compile_is_judged_by_the_better_of_its_modes():
     assert table.compiled({"compile": 1.5, "max-autotune": 1.2, "eager": 1.0}) == 1.2
     assert table.compiled({"eager": 1.0}) is None
     assert "pixels" in table.NAMES and "pixels" not in table.DEFAULT
-    row = table.Row("r", Case("network", "training"), {"compile": 1.4})
+    row = table.Benchmark("r", Case("network", "training"), {"compile": 1.4})
     result = {"ratios": {"compile": 1.5, "max-autotune": 1.2}}
     assert [v["met"] for v in table.verdicts(row, result, warmed=False)] == [False]
 
@@ -295,14 +295,14 @@ def test_the_warmed_allocator_keeps_large_blocks(warmed, says):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_rows_are_measured_with_both_allocators(tmp_path, monkeypatch):
     seen = []
-    real = worker.subprocess.Popen
+    real = children.subprocess.Popen
 
     def noted(command, **keywords):
         if "fused_inr.bench.worker" in command:
             seen.append({name: keywords["env"].get(name) for name in timing.WARMED_ALLOCATOR})
         return real(command, **keywords)
 
-    monkeypatch.setattr(worker.subprocess, "Popen", noted)
+    monkeypatch.setattr(children.subprocess, "Popen", noted)
     path = tmp_path / "t.json"
     arguments = [
         "--quick",

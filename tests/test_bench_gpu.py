@@ -15,11 +15,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from fused_inr.bench import cases, process, report, roofline
+from fused_inr.bench import cases, report, roofline
 from fused_inr.bench.cases import Case
 from fused_inr.bench.gpu import cells as listed
 from fused_inr.bench.gpu import checks, driver, measure, summary
 from fused_inr.bench.gpu.workers import Pool, Worker
+
+from fused_inr.cli import children
 
 CPU = torch.device("cpu")
 SMALL = {"width": 16, "rows": 60, "hidden_layers": 1}
@@ -75,9 +77,9 @@ def test_a_rehearsal_on_a_cpu(tmp_path):
         "--parts",
         "deciding,moments",
     ]
-    command = [*process.python("-m", "fused_inr.bench.gpu"), *arguments]
+    command = [*children.python("-m", "fused_inr.bench.gpu"), *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=1800, cwd=tmp_path, env=process.environment()
+        command, capture_output=True, text=True, timeout=1800, cwd=tmp_path, env=children.environment()
     )
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((out / "results.json").read_text())
@@ -112,7 +114,7 @@ def test_a_rehearsal_writes_elsewhere_and_results_are_never_overwritten(tmp_path
 # -- the driver
 
 
-class Driver:
+class ScriptedDriver:
     """A driver with cells of the test's choosing, and what a worker would answer."""
 
     def __init__(self, tmp_path, monkeypatch, answers, *arguments):
@@ -132,7 +134,7 @@ def test_a_failing_cell_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch)
     def fails():
         raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
 
-    found = Driver(tmp_path, monkeypatch, {"a": fails, "b": lambda: {"passed": True}})
+    found = ScriptedDriver(tmp_path, monkeypatch, {"a": fails, "b": lambda: {"passed": True}})
     found.everything()
     a, b = json.loads((tmp_path / "results.json").read_text())["results"]
     assert a["error"] == "RuntimeError: CUDA error: an illegal memory access"
@@ -145,17 +147,20 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     def stops():
         raise KeyboardInterrupt
 
-    found = Driver(tmp_path, monkeypatch, {"a": lambda: {"passed": True}, "b": stops})
+    found = ScriptedDriver(tmp_path, monkeypatch, {"a": lambda: {"passed": True}, "b": stops})
     with pytest.raises(KeyboardInterrupt):
         found.everything()
     assert [r["cell"] for r in json.loads((tmp_path / "results.json").read_text())["results"]] == ["a"]
 
 
 def test_cells_beyond_the_budget_are_named(tmp_path, monkeypatch):
-    found = Driver(tmp_path, monkeypatch, {"a": lambda: {"passed": True}})
+    found = ScriptedDriver(tmp_path, monkeypatch, {"a": lambda: {"passed": True}})
     found.run.options.budget = -1.0
     found.everything()
     assert found.run.not_reached == ["a"]
+
+
+DIED = {"error": "its process ended with exit code -9", "lost": True}
 
 
 class Scripted:
@@ -167,10 +172,7 @@ class Scripted:
     def ask(self, cell, limit):
         self.asked.append(cell["variants"])
         answer, self.now = self._answer(cell["variants"])
-        return answer
-
-    def last_words(self):
-        return ""
+        return dict(answer)
 
     def close(self):
         pass
@@ -211,7 +213,7 @@ def test_a_variant_that_takes_the_context_costs_its_own_figure(measured):
 
 def test_a_process_that_dies_while_all_are_timed_is_asked_for_the_rivals(measured):
     def answer(variants):
-        return (times(variants), None) if variants == ["eager", "compile"] else (None, measure.TOGETHER)
+        return (times(variants), None) if variants == ["eager", "compile"] else (DIED, measure.TOGETHER)
 
     result, asked = measured(["one-pass", "layers graph", "eager", "compile"], answer)
     assert len(asked) == 2
@@ -220,10 +222,10 @@ def test_a_process_that_dies_while_all_are_timed_is_asked_for_the_rivals(measure
 
 
 def test_a_process_that_dies_before_any_variant_ends_the_cell(measured):
-    result, asked = measured(["fused", "eager"], lambda variants: (None, "the reference in float64"))
+    result, asked = measured(["fused", "eager"], lambda variants: (DIED, "the reference in float64"))
     assert len(asked) == 1
     assert "the reference in float64" in result["error"]
-    result, asked = measured(["fused"], lambda variants: (None, "fused"))  # nothing would be left to measure
+    result, asked = measured(["fused"], lambda variants: (DIED, "fused"))  # nothing would be left to measure
     assert len(asked) == 1
     assert "error" in result
 
@@ -231,7 +233,7 @@ def test_a_process_that_dies_before_any_variant_ends_the_cell(measured):
 def test_a_second_loss_in_a_cell_is_survived_too(measured):
     def answer(variants):
         bad = [name for name in variants if name in ("one-pass", "fused")]
-        return (None, bad[0]) if bad else (times(variants), None)
+        return (DIED, bad[0]) if bad else (times(variants), None)
 
     result, asked = measured(["one-pass", "fused", "eager"], answer)
     assert [len(variants) for variants in asked] == [3, 2, 1]
@@ -273,9 +275,6 @@ class Answers:
         if job["run"] == "moments":
             return {"moments": {"triton": {"ms": 1.0, "ps_per_draw": 2.0}}, "passed": True}
         return {"worst": {"all": {"ulp": 1.5}}}
-
-    def last_words(self):
-        return ""
 
     def close(self):
         pass
@@ -335,12 +334,14 @@ def test_a_worker_that_dies_is_an_answer_and_not_a_crash(tmp_path):
     started = Worker(CPU, log)
     try:
         started._process.kill()
-        assert started.ask({"run": "ceilings", "precisions": [], "small": True}, limit=60) is None
+        answer = started.ask({"run": "ceilings", "precisions": [], "small": True}, limit=60)
+        assert answer == {"error": "its process ended with exit code -9", "lost": True}
     finally:
         started.close()
     slow = Worker(CPU)
     try:
-        assert slow.ask({"run": "ceilings", "precisions": [], "small": True}, limit=0.01) is None
+        answer = slow.ask({"run": "ceilings", "precisions": [], "small": True}, limit=0.01)
+        assert answer["lost"] and answer["error"].startswith("not done within")
     finally:
         slow.close()
 
@@ -368,10 +369,7 @@ def test_a_pool_does_every_job_and_outlives_one_that_dies():
 
         def ask(self, job, limit):
             assert not self.dead
-            return None if job["dies"] else {"done": job["name"]}
-
-        def last_words(self):
-            return "; it last said: so long"
+            return {"error": "it last said: so long", "lost": True} if job["dies"] else {"done": job["name"]}
 
         def close(self):
             self.dead = True
@@ -480,12 +478,12 @@ def test_a_job_of_compiling_ahead_runs():
 def test_compiling_ahead_takes_few_rows(monkeypatch):
     seen = []
 
-    class Recorded(measure.Steps):
+    class RecordedSteps(measure.Steps):
         def __init__(self, case, device):
             seen.append(case.rows)
             super().__init__(case, device)
 
-    monkeypatch.setattr(measure, "Steps", Recorded)
+    monkeypatch.setattr(measure, "Steps", RecordedSteps)
     case = asdict(Case("network", "training", **(SMALL | {"rows": 5000})))
     cell = {"run": "bench", "cell": "c", "case": case, "variants": ["fused"]}
     (job,) = measure.ahead_jobs([cell])
@@ -513,7 +511,7 @@ def test_a_network_is_timed_in_every_way():
 
 
 def test_a_gate_that_fails_is_recorded_and_the_times_are_still_taken(monkeypatch):
-    outcome = cases.Work.outcome
+    outcome = cases.Workload.outcome
 
     def wrong(self, variant):
         found = outcome(self, variant)
@@ -521,7 +519,7 @@ def test_a_gate_that_fails_is_recorded_and_the_times_are_still_taken(monkeypatch
             found["gradient of parameter 0"] *= 1.01
         return found
 
-    monkeypatch.setattr(cases.Work, "outcome", wrong)
+    monkeypatch.setattr(cases.Workload, "outcome", wrong)
     case = asdict(Case("network", "training", **SMALL))
     cell = {"case": case, "variants": ["one-pass", "fused", "eager"], "seconds": 0.0}
     result = measure.RUNS["bench"](cell, CPU, silent)
@@ -556,14 +554,14 @@ def test_products_of_split_factors_are_held_to_eager_in_tf32():
     steps = measure.Steps(Case(**case), CPU)
     exact = steps.work.exact()
     seen = []
-    outcome = cases.Work.outcome
+    outcome = cases.Workload.outcome
 
     def record(self, variant):
         seen.append((self.case.precision, variant))
         return outcome(self, variant)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases.Work, "outcome", record)
+        patch.setattr(cases.Workload, "outcome", record)
         result = steps.errors("fused bf16x3", exact)
     assert result["passed"] and seen == [("tf32", "eager"), ("tf32", "fused")]
 
@@ -579,7 +577,7 @@ def test_without_a_reference_there_are_times_and_no_gates(monkeypatch):
     def no_memory(self, rows_at_once):
         raise torch.OutOfMemoryError("too much")
 
-    monkeypatch.setattr(cases.Work, "exact", no_memory)
+    monkeypatch.setattr(cases.Workload, "exact", no_memory)
     case = asdict(Case("layer", "training", **SMALL))
     result = measure.RUNS["bench"]({"case": case, "variants": ["fused", "eager"], "seconds": 0.0}, CPU, silent)
     assert set(result["variants"]) == {"fused", "eager"}
@@ -773,11 +771,11 @@ def test_the_table_that_ncu_writes():
 
 def test_a_command_with_a_limit(tmp_path):
     log = tmp_path / "log.txt"
-    lines, stopped, code = checks._run_with_limit(process.python("-c", "print('said')"), 60.0, log)
+    lines, stopped, code = checks._run_with_limit(children.python("-c", "print('said')"), 60.0, log)
     assert (lines, stopped, code) == (["said"], False, 0) and "said" in log.read_text()
     endless = "import time; print('begun', flush=True); time.sleep(600)"
     for limit in (3.0, 30.0, 300.0):  # a busy machine may take longer to begin
-        lines, stopped, code = checks._run_with_limit(process.python("-c", endless), limit, log)
+        lines, stopped, code = checks._run_with_limit(children.python("-c", endless), limit, log)
         assert stopped and code != 0
         if begun := "begun" in log.read_text():
             break

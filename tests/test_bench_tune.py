@@ -221,7 +221,7 @@ def test_the_search_stops_where_the_time_is_used_up():
 
 
 def result(key=KEY, new=(64, 128, 64, 4, 4), ratio=0.9):
-    return bench.Result(key, layer_configs.numbers(key), new, ratio, 5, {})
+    return bench.TunedEntry(key, layer_configs.numbers(key), new, ratio, 5, {})
 
 
 def read(path):
@@ -241,7 +241,7 @@ def test_the_table_is_as_the_command_writes_it():
 def test_rewriting_keeps_the_rest_and_says_why(tmp_path):
     path = tmp_path / "linear_act_table.py"
     kept = ("sm90", "gz", "dot", "half", 1)
-    unchanged = bench.Result(kept, layer_configs.numbers(kept), layer_configs.numbers(kept), 1.0, 3, {})
+    unchanged = bench.TunedEntry(kept, layer_configs.numbers(kept), layer_configs.numbers(kept), 1.0, 3, {})
     bench.rewrite(path, [result(), unchanged], 'NVIDIA "H200"')
     table, why = read(path)
     assert table == linear_act_table.TUNED | {KEY: (64, 128, 64, 4, 4)}
@@ -296,7 +296,7 @@ def test_what_several_searches_ask_is_prepared_together(tmp_path):
 
     rounds = []
 
-    class Recorded(Machine):
+    class RecordedMachine(Machine):
         def prepare(self, wanted):
             super().prepare(wanted)
             rounds.append({key for key, _ in wanted})
@@ -309,7 +309,7 @@ def test_what_several_searches_ask_is_prepared_together(tmp_path):
             assert (key, ("static", numbers)) in self.prepared
             return super().static_problems(key, numbers)
 
-    machine = Recorded(distance((64, 128, 32, 4, 5)))
+    machine = RecordedMachine(distance((64, 128, 32, 4, 5)))
     assert bench.run("sm90", machine, options(tmp_path, only="forward dot"), "H200") == 0
     assert max(map(len, rounds)) == bench.TOGETHER
     assert read(tmp_path / "linear_act_table.py")[0][KEY] == (64, 128, 32, 4, 5)

@@ -24,7 +24,7 @@ from safetensors import safe_open  # noqa: E402
 
 from fused_inr.cli import CliError  # noqa: E402
 from fused_inr.cli.activation import parse_activation  # noqa: E402
-from fused_inr.cli.compare import Result, table  # noqa: E402
+from fused_inr.cli.compare import FitResult, table  # noqa: E402
 from fused_inr.cli.eager import eager_twin  # noqa: E402
 from fused_inr.cli.files import prepare_folder, write_all  # noqa: E402
 from fused_inr.cli.main import main  # noqa: E402
@@ -704,9 +704,9 @@ def test_all_files_or_none(tmp_path):
 
 def test_table_without_a_failed_variant():
     results = [
-        Result("fused (cpu)", 10.0, 0.5, 31.25, 100.0, 1.0),
-        Result("eager", 25.0, 0.5, 31.25, 300.0, 1.0),
-        Result("torch.compile", error="no compiler"),
+        FitResult("fused (cpu)", 10.0, 0.5, 31.25, 100.0, 1.0),
+        FitResult("eager", 25.0, 0.5, 31.25, 300.0, 1.0),
+        FitResult("torch.compile", error="no compiler"),
     ]
     text = table(results)
     assert "2.50x" in text

@@ -71,7 +71,7 @@ def test_dynamo_refuses_a_function_with_a_jvp():
 def test_what_requires_a_gradient_need_not_be_wanted():
     seen = []
 
-    class Product(torch.autograd.Function):
+    class Multiply(torch.autograd.Function):
         @staticmethod
         def forward(ctx, a, b):
             ctx.save_for_backward(a, b)
@@ -86,11 +86,11 @@ def test_what_requires_a_gradient_need_not_be_wanted():
 
     leaves = [torch.ones(2, requires_grad=True) for _ in range(2)]
     a, b = (leaf.clone() for leaf in leaves)
-    Product.apply(a, b).sum().backward(inputs=[leaves[0]])
+    Multiply.apply(a, b).sum().backward(inputs=[leaves[0]])
     assert seen == [((True, True), [True, False])]
 
     with pytest.raises(RuntimeError):  # a leaf of autograd.grad
-        torch.autograd.grad(Product.apply(*leaves).sum(), leaves[0])
+        torch.autograd.grad(Multiply.apply(*leaves).sum(), leaves[0])
 
 
 @torch_213

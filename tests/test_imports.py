@@ -1,4 +1,4 @@
-"""Modules import each other in one direction, and use only each other's public names.
+"""Modules import each other in one direction, use only each other's public names, and name each class apart.
 
 Every module of the package is parsed, not imported: an import inside a function counts as one at the top of the file,
 and one under `if TYPE_CHECKING:`, which nothing executes, does not.
@@ -204,6 +204,16 @@ def test_circles_are_found(tmp_path, a, b, circle):
 )
 def test_private_names_are_found(tmp_path, text, private):
     assert package(tmp_path, a=text, b="", _c="")["p.a"].private == private
+
+
+def test_a_class_has_a_name_of_its_own():
+    """No two classes of the project share a public name: a name has one meaning."""
+    places: dict[str, list[str]] = {}
+    for path in sorted(p for folder in (*FOLDERS.values(), "tests") for p in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not {name: found for name, found in places.items() if len(found) > 1}
 
 
 def test_no_test_imports_another():

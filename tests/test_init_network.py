@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from published import PublishedSplit
 from torch import nn
 
 import fused_inr as fi
@@ -42,19 +43,6 @@ class OwnWeight(nn.Module):
 
     def forward(self, x):
         return torch.sin(30.0 * nn.functional.linear(x, self.weight, self.bias))
-
-
-class Split(nn.Module):
-    """SplitNet's layer as published: one Linear, four blocks."""
-
-    def __init__(self, n_in, n_out, m=10.0):
-        super().__init__()
-        self.linear = nn.Linear(n_in, 4 * n_out)
-        self.m = m
-
-    def forward(self, x):
-        a, b, c, d = self.linear(x).chunk(4, -1)
-        return self.m * torch.tanh(a) * torch.sigmoid(b) * torch.sin(c) * torch.cos(d)
 
 
 class Formula(nn.Module):
@@ -143,7 +131,8 @@ def test_chains_of_other_peoples_modules():
 
     assert names(stack(Sine(2, 8), Sine(8, 6), nn.Linear(6, 1))) == [("0.linear", 1), ("1.linear", 1), ("2", 1)]
     assert names(stack(OwnWeight(2, 8), OwnWeight(8, 3))) == [("0", 1), ("1", 1)]
-    assert names(stack(Split(2, 8), Split(8, 5), nn.Linear(5, 1))) == [("0.linear", 4), ("1.linear", 4), ("2", 1)]
+    split = stack(PublishedSplit(2, 8), PublishedSplit(8, 5), nn.Linear(5, 1))
+    assert names(split) == [("0.linear", 4), ("1.linear", 4), ("2", 1)]
     # ours inside theirs
     mixed = stack(FourierFeatures(2, 4), fi.SIREN(8, 8, 1, 5), nn.Linear(5, 1))
     assert names(mixed) == [("1.net.0", 1), ("1.net.1", 1), ("1.net.2", 1), ("2", 1)]
@@ -226,7 +215,7 @@ def test_a_foreign_split_layer_is_ours():
     x = torch.rand(2000, 2) * 2 - 1
     weights = []
     for net in (
-        stack(Split(2, 256), Split(256, 256), nn.Linear(256, 64)),
+        stack(PublishedSplit(2, 256), PublishedSplit(256, 256), nn.Linear(256, 64)),
         fi.SplitNet(2, 256, 1, 64),
     ):
         vi3nr_init_(net, sigma_p=1.0, generator=torch.Generator().manual_seed(3))
@@ -371,7 +360,7 @@ def test_prediction_and_measurement_agree():
         fi.SplitNet(8, 400, 1, 30, m=5.935),
         fi.MLP(8, 400, 2, 30, activation=A.gabor(omega=2.0), init="vi3nr"),
         stack(nn.Linear(8, 400), nn.Tanh(), nn.Linear(400, 300), nn.GELU(), nn.Linear(300, 30)),
-        stack(Split(8, 400, 5.935), nn.Linear(400, 30)),
+        stack(PublishedSplit(8, 400, 5.935), nn.Linear(400, 30)),
     ):
         found = report(net, x)
         assert not found.note

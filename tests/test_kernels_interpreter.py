@@ -431,7 +431,7 @@ def pole_l{level}(z0{more}, MODE: tl.constexpr):
 """
 
 
-class Pole:
+class SquareRootPole:
     """sqrt: at rows and columns outside the tensors z is 0 and the derivative infinite."""
 
     name, branches, outputs, n_params = "pole", 1, 1, 0
@@ -449,7 +449,7 @@ def test_rows_outside_do_not_reach_the_sums(K, N):
     z = x @ weight.T
     gz = 0.5 * g / z.sqrt()
     for saved in (None, z):
-        gx, gw, gb, _ = linear_act_backward(g, x, weight, bias, [], [], saved, Pole)
+        gx, gw, gb, _ = linear_act_backward(g, x, weight, bias, [], [], saved, SquareRootPole)
         assert error(gx, gz @ weight) <= CLOSE and error(gw, gz.T @ x) <= CLOSE and error(gb, gz.sum(0)) <= CLOSE
 
 

@@ -475,7 +475,7 @@ def test_results_are_no_views():
     assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)
 
 
-class Pole:
+class LogPole:
     """log: at the zeros of padded columns it and its derivative are infinite."""
 
     name, branches, outputs, n_params, defaults = "log_pole", 1, 1, 0, {}
@@ -499,9 +499,9 @@ class Pole:
 
 @pytest.mark.parametrize("N", [9, 33])
 def test_padding_does_not_reach_the_sums(N, monkeypatch):
-    monkeypatch.setitem(store.DEFINED, Pole.key, Pole)
+    monkeypatch.setitem(store.DEFINED, LogPole.key, LogPole)
     net = make("relu", M=21, N=N, hidden=0, out=2)
-    net.m, net.x = Pole, net.x.abs() + 1
+    net.m, net.x = LogPole, net.x.abs() + 1
     net.weights[0], net.biases[0] = net.weights[0].abs() + 1, torch.zeros(N, dtype=F64)
     check(net)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from published import PublishedSplit
 from torch import nn
 
 import fused_inr as fi
@@ -84,16 +85,7 @@ def test_the_start_is_orthogonal_within_a_branch():
 
 
 def test_a_published_split_layer_is_scaled_by_branch():
-    class Split(nn.Module):
-        def __init__(self, n_in, n_out):
-            super().__init__()
-            self.linear = nn.Linear(n_in, 4 * n_out)
-
-        def forward(self, x):
-            a, b, c, d = self.linear(x).chunk(4, -1)
-            return 10 * torch.tanh(a) * torch.sigmoid(b) * torch.sin(c) * torch.cos(d)
-
-    net = nn.Sequential(Split(2, 16), Split(16, 1))
+    net = nn.Sequential(PublishedSplit(2, 16), PublishedSplit(16, 1))
     x = torch.rand(300, 2)
     lsuv_init_(net, x, [(1.0, 2.0, 3.0, 4.0), 1.0])
     z = net[0].linear(x)
@@ -101,7 +93,7 @@ def test_a_published_split_layer_is_scaled_by_branch():
 
 
 def test_a_layer_that_runs_twice_counts_once_and_modes_stay():
-    class Twice(nn.Module):
+    class RunsTwice(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.drop = nn.Linear(2, 16), nn.Linear(16, 16), nn.Dropout(0.5)
@@ -109,7 +101,7 @@ def test_a_layer_that_runs_twice_counts_once_and_modes_stay():
         def forward(self, x):
             return self.b(torch.tanh(self.b(self.drop(torch.tanh(self.a(x))))))
 
-    net = Twice().train()
+    net = RunsTwice().train()
     lsuv_init_(net, torch.rand(400, 2))
     assert net.training
     assert net.drop.training

@@ -666,7 +666,7 @@ def changed(net: fi.SIREN, how: str) -> None:
         elif how == "a forward of its own":
             layer.forward = lambda x: x * 2
         elif how == "a parametrisation":
-            nn.utils.parametrize.register_parametrization(layer.linear, "weight", Twice())
+            nn.utils.parametrize.register_parametrization(layer.linear, "weight", TimesTwo())
         elif how == "a state":
             net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}, assign=True)
         elif how == "a layer less":
@@ -675,7 +675,7 @@ def changed(net: fi.SIREN, how: str) -> None:
             net.net = nn.Sequential(*list(net.net)[:2], net.net[-1])
 
 
-class Twice(nn.Module):
+class TimesTwo(nn.Module):
     def forward(self, x):
         return 2 * x
 

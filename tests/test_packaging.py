@@ -94,7 +94,7 @@ def test_a_plain_checkout_is_a_package(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "results"))
     code = f"""
 import subprocess, sys
-import fused_inr, fused_inr.kernels, fused_inr.bench.process as process
+import fused_inr, fused_inr.kernels, fused_inr.cli.children as children
 import fused_inr.kernels.configurations.linear_act_table, fused_inr.bench.gpu.cells
 for module in (fused_inr, fused_inr.kernels.configurations.linear_act_table, fused_inr.bench.gpu.cells):
     assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
@@ -102,8 +102,8 @@ try:
     import fused_inr.tests
 except ModuleNotFoundError:
     print("kernels and bench, no more")
-child = process.python("-c", "import fused_inr.bench; print(fused_inr.bench.__file__)")
-print(subprocess.run(child, env=process.environment(), cwd="/", capture_output=True, text=True).stdout)
+child = children.python("-c", "import fused_inr.bench; print(fused_inr.bench.__file__)")
+print(subprocess.run(child, env=children.environment(), cwd="/", capture_output=True, text=True).stdout)
 """
     printed, _ = python(code, "/", PYTHONPATH=str(tmp_path))
     assert printed.splitlines()[:2] == ["kernels and bench, no more", str(tmp_path / "bench" / "__init__.py")]

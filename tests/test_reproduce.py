@@ -37,13 +37,13 @@ def sound(tmp_path):
     return str(path)
 
 
-def computed(work):
-    cells = {name: record.plain(cell()) for name, cell in work.cells.items()}
+def computed(experiment):
+    cells = {name: record.plain(cell()) for name, cell in experiment.cells.items()}
     json.dumps(cells, allow_nan=False)
-    for rows in work.tables(cells).values():
+    for rows in experiment.tables(cells).values():
         assert len({len(row) for row in rows}) == 1
         assert all(isinstance(c, str) for row in rows for c in row)
-    assert record._figure(work, cells)[:8] == b"\x89PNG\r\n\x1a\n"
+    assert record._figure(experiment, cells)[:8] == b"\x89PNG\r\n\x1a\n"
     return cells
 
 
@@ -78,8 +78,8 @@ def test_rows_pass_in_blocks(monkeypatch):
 
 def test_toy_of_moderate_size():
     """At the solved sigma_p, 12 layers of 256: variance survives; without a gain, tanh's dies."""
-    work = toy.work(toy.Options(width=256, depth=12, batch=32, samples=50_000), [0])
-    cells = computed(work)
+    experiment = toy.experiment(toy.ToyOptions(width=256, depth=12, batch=32, samples=50_000), [0])
+    cells = computed(experiment)
     assert set(cells) == {"uniform 0", "normal 0", "orthogonal 0"}
     published = cells["uniform 0"]
     assert published["tanh, Xavier"]["E_f"] > 80
@@ -108,24 +108,24 @@ def test_sine_spreads_are_those_of_the_thesis():
 
 
 def test_siren_cells(picture):
-    options = siren.Options(size=16, steps=20, widths=(16, 32), spread_width=16, lr=1e-3)
-    cells = computed(siren.work(options, [0], picture))
+    options = siren.SirenOptions(size=16, steps=20, widths=(16, 32), spread_width=16, lr=1e-3)
+    cells = computed(siren.experiment(options, [0], picture))
     assert len(cells) == 2 + 4
     fits = [c for name, c in cells.items() if name.startswith("width")]
     assert all(c["mse"][-1][0] == 20 and c["mse"][-1][1] < c["mse"][0][1] for c in fits)
 
 
 def test_split_cells(picture):
-    options = split.Options(size=16, steps=12, widths=(8, 16), lr=1e-3, batch=100)
-    work = split.work(options, [0], picture)
-    cells = computed(work)
+    options = split.SplitOptions(size=16, steps=12, widths=(8, 16), lr=1e-3, batch=100)
+    experiment = split.experiment(options, [0], picture)
+    cells = computed(experiment)
     assert set(cells) == {f"{way}, width {w}, seed 0" for way in split.WAYS for w in (8, 16)}
     # the spread that each way promises
     found = cameraman(picture, 16)
     assert found.pixels.shape[2] == 1
     x = found.coordinates()
     for way in ("LSUV, m 10", "VI3NR, m 5.935"):
-        net = split.network(way, x, 1, 256, split.Options(), 0)
+        net = split.network(way, x, 1, 256, split.SplitOptions(), 0)
         spread = [row.measured for row in fi.init.report(net, x, samples=10_000).rows[:-4]]
         assert spread == pytest.approx([1.0] * len(spread), rel=0.03 if "LSUV" in way else 0.25)
 
@@ -159,7 +159,7 @@ def test_fit_in_batches(monkeypatch):
 
 
 def test_audio_cells(sound):
-    cells = computed(audio.work(audio.Options(duration=0.2, steps=10, width=16), [0], sound))
+    cells = computed(audio.experiment(audio.AudioOptions(duration=0.2, steps=10, width=16), [0], sound))
     assert len(cells) == 3
     assert all(math.isfinite(c["psnr"]) and c["psnr"] > c["snr"] for c in cells.values())
     name, rate, values = recording(sound, 0.1)
@@ -181,7 +181,8 @@ def test_batches_can_be_chosen(picture, sound):
 
 
 def test_image_cells(picture):
-    cells = computed(image.work(image.Options(size=12, steps=4, widths=(8,), multiples=(1.0, 2.5)), [0, 1], picture))
+    options = image.ImageOptions(size=12, steps=4, widths=(8,), multiples=(1.0, 2.5))
+    cells = computed(image.experiment(options, [0, 1], picture))
     assert len(cells) == 4
     for cell in cells.values():
         assert set(cell) == {"default", "1 solved", "2.5 solved"}
@@ -209,7 +210,7 @@ def tiny(monkeypatch, calls=None):
             return {"value": float(len(name)), "nothing": math.nan}
 
         names = [f"seed {s}" for s in record.seeds(request, 2)]
-        return record.Work(
+        return record.Experiment(
             {"steps": 3, "seeds": names, "file": request.data},
             {n: lambda n=n: cell(n) for n in names},
             lambda cells: {"A table": [["cell", "value"], *([n, str(cells[n]["value"])] for n in names)]},
@@ -252,8 +253,8 @@ def test_a_stopped_run_keeps_its_cells(tmp_path, monkeypatch):
     prepare, calls = audio.prepare, []
 
     def stopping(request):
-        work = prepare(request)
-        second = work.cells["seed 1"]
+        experiment = prepare(request)
+        second = experiment.cells["seed 1"]
 
         def once():
             calls.append(1)
@@ -261,8 +262,8 @@ def test_a_stopped_run_keeps_its_cells(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return second()
 
-        work.cells["seed 1"] = once
-        return work
+        experiment.cells["seed 1"] = once
+        return experiment
 
     monkeypatch.setattr(audio, "prepare", stopping)
     assert run("--out", tmp_path) == 130

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fused_inr.bench import roofline, static_report
-from fused_inr.bench.roofline import Work, estimate, occupancy
+from fused_inr.bench.roofline import RowCost, estimate, occupancy
 
 DEVICE = {d.name: d for d in roofline.DEVICES}
 
@@ -48,13 +48,13 @@ def test_peak_rates_are_those_of_the_data_sheets():
 def test_each_unit_can_bind():
     device = DEVICE["H200"]
     for unit, work in {
-        "memory": Work(4800, 0, "half", 0, 0),
-        "tensor": Work(0, 989_000, "half", 0, 0),
-        "sfu": Work(0, 0, "half", 132 * 16 * 1.98, 0),
-        "fma": Work(0, 0, "half", 0, 132 * 128 * 1.98),
-        "imul": Work(0, 0, "half", 0, 0, imul=132 * 64 * 1.98),
-        "alu": Work(0, 0, "half", 0, 0, alu=132 * 64 * 1.98),
-        "fp64": Work(0, 0, "half", 0, 0, fp64=132 * 64 * 1.98),
+        "memory": RowCost(4800, 0, "half", 0, 0),
+        "tensor": RowCost(0, 989_000, "half", 0, 0),
+        "sfu": RowCost(0, 0, "half", 132 * 16 * 1.98, 0),
+        "fma": RowCost(0, 0, "half", 0, 132 * 128 * 1.98),
+        "imul": RowCost(0, 0, "half", 0, 0, imul=132 * 64 * 1.98),
+        "alu": RowCost(0, 0, "half", 0, 0, alu=132 * 64 * 1.98),
+        "fp64": RowCost(0, 0, "half", 0, 0, fp64=132 * 64 * 1.98),
     }.items():
         found = estimate(work, device)
         assert found["bound"] == unit
@@ -70,7 +70,7 @@ ROW = {
 
 def test_a_row_of_a_layer():
     """The roofline of a SIREN layer as in a table of the data sheet's numbers: 213, 133 and 65 ps a row."""
-    found = roofline.work(ROW)
+    found = roofline.row_cost(ROW)
     assert found.bytes == 2 * (256 + 256)
     assert found.tensor == 2 * 256 * 256
     # 64 in each of 256 threads, for 128 rows and half of the columns: one sine an element
@@ -106,7 +106,7 @@ def test_a_row_of_a_layer():
     ],
 )  # fmt: skip
 def test_work_of_each_kernel(change, bytes_, tensor, fma):
-    found = roofline.work(ROW | change)
+    found = roofline.row_cost(ROW | change)
     assert (found.bytes, found.tensor, found.fma) == (bytes_, tensor, fma)
 
 
@@ -122,7 +122,7 @@ def test_work_of_each_kernel(change, bytes_, tensor, fma):
 )
 def test_work_of_a_network(kernel, bytes_, forward, backward):
     row = ROW | {"kernel": kernel, "N": 64, "K": 2, "num_warps": 4, "mufu_at": [9, 64, 64], "fp32_at": [9, 0, 1]}
-    found = roofline.work(row)
+    found = roofline.row_cost(row)
     assert found.bytes == bytes_
     # three hidden layers and 16 padded outputs; backwards 16 padded inputs as well, which are multiply-adds before
     assert found.tensor == forward * 2 * 64 * (3 * 64 + 16) + backward * 2 * 64 * (16 + 3 * 64 + 16)
@@ -134,7 +134,7 @@ def test_work_of_a_map():
     pytest.importorskip("triton")
     row = ROW | {"kernel": "act_map", "type": "float32 ieee", "level": 1, "block_m": 16, "block_n": 64, "num_warps": 4}
     del row["block_k"]
-    found = roofline.work(row | {"mufu_at": [8], "fp32_at": [100]})
+    found = roofline.row_cost(row | {"mufu_at": [8], "fp32_at": [100]})
     assert found.bytes == 4 * 256 * 3  # z and g in, dz out
     # 8 elements a thread
     assert (found.sfu, found.fma, found.tensor) == (256, 100 * 128 * 4 / 16, 0)
@@ -144,7 +144,7 @@ def test_work_of_moments():
     """A program of 256 threads: 16 draws a thread for each of 64 settings, which share what it takes to make them."""
     at = {"fma": [640, 320], "xu": [64, 32], "imul": [256, 16], "alu": [128, 256, 16], "fp64": [0, 128]}
     row = ROW | {"kernel": "moments", "type": "float32 ieee", "N": 64, "K": 4096, "usual_at": at}
-    found = roofline.work(row)
+    found = roofline.row_cost(row)
     assert (found.fma, found.sfu, found.imul, found.alu, found.fp64) == (20.625, 2.0625, 1.25, 17.125, 8)
     assert found.bytes == 2 * 3 * 8 / 4096  # three sums of a value and its derivative
     time = estimate(found, DEVICE["H200"])

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .. import bounds, cases, process
+from ...cli import children
+from .. import bounds, cases
 
 #: compute-sanitizer's tools, the most telling first.
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -138,7 +139,7 @@ def run_tests(limit: float, full: bool, log: Path | None = None) -> dict[str, An
     if not importable("pytest"):
         return {"skipped": "pytest is not installed"}
     what = [str(folder)] if full else [str(folder / "test_gpu.py")]
-    command = process.python("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--color=no", *what)
+    command = children.python("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--color=no", *what)
     command += ["--ignore-glob=*interpreter*"] if full else []
     if importable("xdist"):  # Triton compiles on the host: that is most of the time
         command += ["-n", str(max(1, (os.cpu_count() or 2) - 2))]
@@ -176,7 +177,7 @@ def _run_with_limit(
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         child = subprocess.Popen(
             command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=process.environment(**environment), start_new_session=True,
+            env=children.environment(**environment), start_new_session=True,
         )  # fmt: skip
         stopped = False
         try:
@@ -184,7 +185,7 @@ def _run_with_limit(
         except subprocess.TimeoutExpired:
             stopped = True
         finally:
-            process.end(child, patience=min(15.0, max(1.0, limit / 4)))
+            children.end(child, patience=min(15.0, max(1.0, limit / 4)))
         output.seek(0)
         lines = output.read().splitlines()
     if log is not None:
@@ -216,7 +217,7 @@ def small_case(name: str, device: torch.device) -> dict[str, Any]:
     if kind == "network":
         precision, way = rest
         case = cases.Case("network", "training", width=int(what), rows=300, precision=precision, way=way)
-        work = cases.Work(case, device)
+        work = cases.Workload(case, device)
         found = work.errors(work.exact())
         worst = max(figures["of_bound"] for figures in found.values())
         return {"of_bound": worst, "passed": bool(worst <= 1), "backends": work.backends()}
@@ -253,7 +254,7 @@ def sanitize(tool: str, device: torch.device, limit: float, log: Path | None = N
     if found is None:
         return {"skipped": "compute-sanitizer is not installed"}
     command = [found, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
-    command += process.python("-m", "fused_inr.bench.gpu", "--small-cases", "--device", str(device))
+    command += children.python("-m", "fused_inr.bench.gpu", "--small-cases", "--device", str(device))
     lines, stopped, code = _run_with_limit(command, limit, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return sanitizer_verdict(lines, stopped, code, limit)
 
@@ -331,7 +332,7 @@ def profile(device: torch.device, limit: float, table: Path, log: Path | None = 
     kernels = "regex:^(forward|train|one_pass|backward)_kernel"
     command = [found, "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", kernels, "--csv"]
     command += ["--page", "raw", "--metrics", ",".join(wanted), "--log-file", str(table), "--force-overwrite"]
-    command += process.python("-m", "fused_inr.bench.gpu", "--profiled", "--device", str(device))
+    command += children.python("-m", "fused_inr.bench.gpu", "--profiled", "--device", str(device))
     lines, stopped, code = _run_with_limit(command, limit, log)
     launches = profiled_launches(table.read_text(errors="replace") if table.is_file() else "")
     result: dict[str, Any] = {"profile": launches, "metrics": wanted, "exit_code": code, "output": lines[-20:]}
@@ -376,7 +377,7 @@ def run_profiled(device: torch.device) -> int:
     rows = 1 << 18 if device.type == "cuda" else 64
     for width, step, way in PROFILED:
         case = cases.Case("network", step, width=width, rows=rows, precision="bf16", way=way)
-        call = cases.Work(case, device).call("fused")
+        call = cases.Workload(case, device).call("fused")
         for _ in range(3):
             call()
         print(f"{case}", flush=True)

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from ...cli import CliError
+from ...cli import CliError, children
+from ...cli.children import one_line
 from ...cli.files import prepare_folder
-from .. import process, report, roofline
-from ..worker import one_line
+from .. import report, roofline, timing
 from . import checks, measure, summary
 from .cells import ON_REQUEST, PARTS, Cell, parts
 from .workers import Pool, Worker, serve
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def drive(device: torch.device, options) -> int:
     """Everything that was asked for, then the summary."""
-    start = time.monotonic() - process.age()
+    start = time.monotonic() - timing.age()
     rehearsal = device.type == "cpu"
     if not rehearsal:
         os.environ.setdefault("FUSED_INR_NATIVE", "0")  # nothing here runs on the CPU engine: it is not built
@@ -276,8 +276,8 @@ class Run:
         code = "from fused_inr import native_cuda; print(native_cuda.load(), native_cuda.status())"
         log = (self.out / "workers.txt").open("a")
         return subprocess.Popen(
-            process.python("-c", f"import os; os.nice(19)\n{code}"), env=process.environment(), stdout=log, stderr=log,
-            stdin=subprocess.DEVNULL, start_new_session=True,
+            children.python("-c", f"import os; os.nice(19)\n{code}"), env=children.environment(),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
 
     def built(self, patience: float) -> bool:
@@ -320,11 +320,9 @@ class Run:
             limit = cell.get("limit", CELL_LIMIT_S)
             limit = 20 * limit if self.options.full else min(limit, max(1.0, self.left()) + GRACE_S)
             answer = self.worker.ask(cell, limit)
-            if answer is not None and not answer.pop("lost", False):
+            if not answer.pop("lost", False):
                 break
-            reason = (answer or {}).get("error") or (
-                f"its process died or was not done within {limit:.0f} s{self.worker.last_words()}"
-            )
+            reason = answer["error"]
             now = self.worker.now
             self.close_worker()
             left_out = self._left_out(cell, now)
@@ -373,4 +371,4 @@ class Run:
         self.close_worker()
         self.pool.close()
         if self.build is not None:
-            process.kill(self.build)
+            children.kill(self.build)

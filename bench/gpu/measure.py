@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
+from ...cli.children import Tell, one_line
 from .. import cases, timing
-from ..cases import Case, Work
-from ..worker import one_line
+from ..cases import Case, Workload
 from . import checks
 from .workers import settle
 
-Tell = Callable[[str], None]
 #: Ways of ours to do a step, as variants of a cell; the rest are rivals.
 OURS = ("fused", "one-pass", "recompute", "layers", "cuda")
 #: Rows that are compiled with ahead of time: no kernel depends on their number, and sums still take several programs.
@@ -54,20 +53,20 @@ def _accuracy(cell: dict[str, Any], device: torch.device, tell: Tell) -> dict[st
 
 
 class Steps:
-    """The variants of a case: each one's step, ready to be called, and the `Work` that owns its memory."""
+    """The variants of a case: each one's step, ready to be called, and the `Workload` that owns its memory."""
 
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device = case, device
-        self.work = Work(case, device)
-        self._ways: dict[str, Work] = {}
+        self.work = Workload(case, device)
+        self._ways: dict[str, Workload] = {}
 
-    def owner(self, variant: str) -> Work:
+    def owner(self, variant: str) -> Workload:
         """The work whose module a variant runs: ways to train have one of their own."""
         way = variant.partition(" ")[0]
         if way not in ("layers", "one-pass", "recompute"):
             return self.work
         if way not in self._ways:
-            self._ways[way] = Work(dataclasses.replace(self.case, way=way), self.device)
+            self._ways[way] = Workload(dataclasses.replace(self.case, way=way), self.device)
         return self._ways[way]
 
     def call(self, variant: str) -> Callable[[], object]:
@@ -100,7 +99,7 @@ class Steps:
         name, _, how = variant.partition(" ")
         work = self.owner(variant)
         if how:
-            work = Work(dataclasses.replace(work.case, precision="tf32"), self.device)
+            work = Workload(dataclasses.replace(work.case, precision="tf32"), self.device)
             exact = dataclasses.replace(exact, eager=work.outcome("eager"))
         with backends.use("cuda") if name == "cuda" else backends.float32_products(how or None):
             found, runs = work.errors(exact), work.backends()

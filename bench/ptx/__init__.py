@@ -22,8 +22,17 @@ Needs x86-64 with AVX2 and a C++ compiler (the executor is compiled when it is f
 interpreting. Not in a process that uses Triton's real driver. What is modelled and what not: docs/kernels.md.
 """
 
-from .device import Device, Fault, triton_driver, unavailable
-from .engine import Launch, Options
+from .device import EmulatedDevice, Fault, triton_driver, unavailable
+from .engine import ExecutionOptions, Launch
 from .serving import emulated, few_programs
 
-__all__ = ["Device", "Fault", "Launch", "Options", "emulated", "few_programs", "triton_driver", "unavailable"]
+__all__ = [
+    "EmulatedDevice",
+    "ExecutionOptions",
+    "Fault",
+    "Launch",
+    "emulated",
+    "few_programs",
+    "triton_driver",
+    "unavailable",
+]

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import cases
 from . import clocks
-from .engine import Launch, Options
+from .engine import ExecutionOptions, Launch
 from .serving import emulated, few_programs
 
 #: (step, way of training) of `cases.Case`
@@ -23,9 +23,9 @@ CAPABILITY = {"sm80": 80, "sm90": 90, "sm100": 100}
 
 
 def _launches(arch: str, case: cases.Case) -> list[Launch]:
-    options = Options(races=False, statistics=True)
+    options = ExecutionOptions(races=False, statistics=True)
     with emulated(CAPABILITY[arch], options) as device, few_programs(1):
-        cases.Work(case).outcome("fused")
+        cases.Workload(case).outcome("fused")
     return device.launches
 
 

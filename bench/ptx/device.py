@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import engine, library, reader
-from .engine import Launch, Options
+from .engine import ExecutionOptions, Launch
 
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
@@ -21,17 +21,17 @@ class Fault(AssertionError):
 
 
 @dataclass
-class Device:
+class EmulatedDevice:
     """An emulated device: its launches so far, and how the next ones run.
 
     `mutate` gives another program in the place of a kernel's, to plant faults.
     """
 
     capability: int
-    options: Options = field(default_factory=Options)
-    mutate: Callable[[reader.Program], reader.Program] | None = None
+    options: ExecutionOptions = field(default_factory=ExecutionOptions)
+    mutate: Callable[[reader.PtxProgram], reader.PtxProgram] | None = None
     launches: list[Launch] = field(default_factory=list)
-    _programs: dict[tuple[str, bool], reader.Program] = field(default_factory=dict)
+    _programs: dict[tuple[str, bool], reader.PtxProgram] = field(default_factory=dict)
 
     def faults(self) -> list[str]:
         return [f"{launch.name} {launch.grid}: {fault}" for launch in self.launches for fault in launch.faults]
@@ -44,7 +44,7 @@ class Device:
     def forget(self) -> None:
         self.launches.clear()
 
-    def program(self, text: str) -> reader.Program:
+    def program(self, text: str) -> reader.PtxProgram:
         key = (hashlib.sha256(text.encode()).hexdigest(), self.options.contract)
         if key not in self._programs:
             self._programs[key] = reader.read(text, contract=self.options.contract)
@@ -74,11 +74,11 @@ def unavailable() -> str:
     return ""
 
 
-def _make_driver(device: Device):
+def _make_driver(device: EmulatedDevice):
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
-    class Launcher:
+    class ExecutorLauncher:
         def __init__(self, src, metadata):
             self.signature = list(src.signature.values())
             self.metadata = metadata
@@ -107,9 +107,9 @@ def _make_driver(device: Device):
                 "max_num_regs": 65536, "sm_clock_rate": 1410000, "mem_clock_rate": 1215000, "mem_bus_width": 5120,
             }  # fmt: skip
 
-    class Driver(DriverBase):
+    class ExecutorDriver(DriverBase):
         def __init__(self):
-            self.utils, self.launcher_cls = Utils(), Launcher
+            self.utils, self.launcher_cls = Utils(), ExecutorLauncher
 
         @classmethod
         def is_active(cls):
@@ -133,7 +133,7 @@ def _make_driver(device: Device):
         def get_benchmarker(self):
             raise NotImplementedError
 
-    return Driver()
+    return ExecutorDriver()
 
 
 def _stages(*args):
@@ -144,17 +144,17 @@ def _stages(*args):
     return None
 
 
-_active: list[Device] = []
+_active: list[EmulatedDevice] = []
 
 
 @contextlib.contextmanager
-def triton_driver(capability: int = 80, options: Options | None = None) -> Iterator[Device]:
+def triton_driver(capability: int = 80, options: ExecutionOptions | None = None) -> Iterator[EmulatedDevice]:
     """Within the block, Triton compiles for this compute capability, and its launches run on the executor."""
     if reason := unavailable():
         raise RuntimeError(reason)
     import triton
 
-    device = Device(capability, options or Options())
+    device = EmulatedDevice(capability, options or ExecutionOptions())
     settings, drivers = triton.knobs.runtime, triton.runtime.driver
     former, former_driver = settings.add_stages_inspection_hook, drivers._active
     settings.add_stages_inspection_hook = _stages

@@ -812,7 +812,7 @@ EXPORTED int fused_inr_ptx_operation(const char *name) {
 EXPORTED const char *fused_inr_ptx_name(int i) { return i >= 0 && i < op::OPERATIONS ? TABLE[i].name : nullptr; }
 
 // Returns how many reports there are; the first ones are written to `reports`.
-EXPORTED int fused_inr_ptx_launch(const Program *program, const Launch *launch, Report *reports, u64 *counts, u64 *waves,
+EXPORTED int fused_inr_ptx_launch(const PtxProgram *program, const Launch *launch, Report *reports, u64 *counts, u64 *waves,
                                   u64 *more) {
   errors = (Errors)launch->errors;
   Interpreter machine(*program, *launch, counts, waves, more);

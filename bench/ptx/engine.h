@@ -24,7 +24,7 @@ struct Region {
   u64 address, bytes;
   uint8_t *host;
 };
-struct Program {
+struct PtxProgram {
   const Instruction *code;
   int32_t instructions, register_bytes, constants, local_bytes;
   const int32_t *operands;
@@ -35,7 +35,7 @@ struct Program {
   int32_t watches_registers, has_partial_barriers;
 };
 // A wgmma that a warp ran: its matrix descriptors (A's is 0 where A lies in registers).
-struct Product {
+struct Wgmma {
   int32_t instruction, block, warp, registers;
   u64 a, b;
 };
@@ -45,7 +45,7 @@ struct Launch {
   const Region *region;
   int32_t races, errors, cut_sums, order, statistics, products_room;
   u64 limit;
-  Product *products;  // the first `products_room` of them; how many there were
+  Wgmma *products;  // the first `products_room` of them; how many there were
   u64 *products_seen;
 };
 

@@ -62,7 +62,7 @@ _ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 
 
 @dataclass(frozen=True)
-class Options:
+class ExecutionOptions:
     """How programs are executed.
 
     Args:
@@ -105,10 +105,10 @@ class Found:
 class Launch:
     """What one launch did: faults, and what is harmless; how often each instruction ran, by a warp (`counts`), and,
     with `statistics`, how many wavefronts of shared or sectors of global memory that took (`waves`; `more`: machine.h);
-    how it ran, and the bytes of its parameters; with `Options.products` each wgmma of a warp: instruction, block, warp,
-    whether A lies in registers, and the matrix descriptors `a`, `b`."""
+    how it ran, and the bytes of its parameters; with `ExecutionOptions.products` each wgmma of a warp: instruction,
+    block, warp, whether A lies in registers, and the matrix descriptors `a`, `b`."""
 
-    program: reader.Program
+    program: reader.PtxProgram
     grid: tuple[int, int, int]
     warps: int
     shared: int
@@ -118,7 +118,7 @@ class Launch:
     counts: np.ndarray
     waves: np.ndarray
     more: np.ndarray
-    options: Options
+    options: ExecutionOptions
     parameters: bytes
     products: np.ndarray
 
@@ -167,12 +167,12 @@ class _Launch(ctypes.Structure):
 
 
 def execute(
-    program: reader.Program,
+    program: reader.PtxProgram,
     arguments: Sequence[tuple[str, object]],
     grid: Iterable[int],
     threads: int,
     dynamic_shared: int = 0,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
     memory: Iterable[np.ndarray] = (),
 ) -> Launch:
     """Run a program.
@@ -231,7 +231,7 @@ def execute(
     )  # fmt: skip
 
 
-def _describe(report, program: reader.Program) -> Found:
+def _describe(report, program: reader.PtxProgram) -> Found:
     i, other = int(report["instruction"]), int(report["other"])
     where = (
         f"`{program.text[i]}` [{program.locations[i]}] of block {report['block']} warp {report['warp']} lane "
@@ -251,7 +251,7 @@ def _memory(value: object) -> tuple[int, int, int]:
 
 
 def _parameters(
-    program: reader.Program,
+    program: reader.PtxProgram,
     arguments: Sequence[tuple[str, object]],
     memory: Iterable[np.ndarray],
     misfits: list[Found],

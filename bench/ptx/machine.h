@@ -114,10 +114,10 @@ enum class Space { global, shared, local };
 
 class Machine {
  public:
-  Machine(const Program &program, const Launch &launch, u64 *counts, u64 *waves, u64 *more)
+  Machine(const PtxProgram &program, const Launch &launch, u64 *counts, u64 *waves, u64 *more)
       : program(program), launch(launch), counts(counts), waves(waves), more(more), global_cells(launch.regions), warps(launch.warps) {}
 
-  const Program &program;
+  const PtxProgram &program;
   const Launch &launch;
   // of each instruction: how often a warp ran it; wavefronts of shared memory or sectors of global memory; the sectors
   // of asynchronous copies. Of products of tcgen05: multiply-adds (of halves: TF32 counts twice), wavefronts of operands

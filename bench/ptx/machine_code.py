@@ -5,7 +5,7 @@ the matrix descriptor of a wgmma from a uniform register that holds something el
 product then reads other shared memory, or none that exists. Releases before 13.3 sometimes write to a register that a
 wgmma has not read yet. Both are seen here: `trace` follows one warp, computes what integer instructions compute from
 constants, parameters and thread numbers, leaves everything else unknown, and gives the descriptors of each HGMMA in
-the order in which they run; `compare` holds them against those that the executor saw (`Options.products`).
+the order in which they run; `compare` holds them against those that the executor saw (`ExecutionOptions.products`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Product:
+class Hgmma:
     """An HGMMA that ran: descriptors of A (None where A lies in registers) and B; None: not known."""
 
     instruction: Instruction
@@ -111,7 +111,7 @@ class Warp:
         self.r: dict[str, Value] = {}
         self.p: dict[str, bool | None] = {"PT": True, "UPT": True}
         self.local: dict[int, Value] = {}
-        self.products: list[Product] = []
+        self.products: list[Hgmma] = []
         self.hazards: list[str] = []
         #: registers that products in flight read or write: register to the HGMMA, whether it is written, its group
         self.flying: dict[int, tuple[Instruction, bool, int]] = {}
@@ -239,7 +239,7 @@ class Warp:
         n = int(group[1].removeprefix("UR"))
         registers = gdesc == 2
         a = None if registers else self.value(f"UR{n}", 8)
-        self.products.append(Product(i, registers, a, self.value(f"UR{n + 2}", 8)))
+        self.products.append(Hgmma(i, registers, a, self.value(f"UR{n + 2}", 8)))
         columns = int(re.match(r"HGMMA\.(?:SP\.)?64x(\d+)x", i.op)[1])  # type: ignore[index]
         for r in _span(i.operands[0], columns // 2):
             self.flying[r] = (i, True, self.groups)
@@ -739,7 +739,7 @@ class Verdict:
 
 def compare(launch: Launch, sass: str, blocks: Iterable[int] = (0,), capability: int = 90) -> Verdict:
     """Follow the warps of a launch through its machine code, and hold each HGMMA against the wgmma that the executor
-    ran in its place (`Options.products` of the device, at least as many as there were)."""
+    ran in its place (`ExecutionOptions.products` of the device, at least as many as there were)."""
     code = read(sass)
     wrong: list[str] = []
     hazards: list[str] = []
@@ -759,7 +759,7 @@ def compare(launch: Launch, sass: str, blocks: Iterable[int] = (0,), capability:
     return Verdict(launch.name, count, wrong, hazards)
 
 
-def _differences(launch: Launch, rows, products: list[Product]) -> Iterator[str]:
+def _differences(launch: Launch, rows, products: list[Hgmma]) -> Iterator[str]:
     if len(rows) != len(products):
         yield f"{len(products)} products in machine code, {len(rows)} in PTX"
         return

@@ -63,7 +63,7 @@ def operations() -> tuple[str, ...]:
 
 
 @dataclass
-class Program:
+class PtxProgram:
     """A kernel as the engine takes it, and the text that each instruction comes from."""
 
     name: str
@@ -86,7 +86,7 @@ class Program:
     mnemonics: list[str]
     source: str = ""  # the PTX
 
-    def without(self, *instructions: int) -> Program:
+    def without(self, *instructions: int) -> PtxProgram:
         """The same with these instructions taken out."""
         code = self.code.copy()
         code["op"][list(instructions)] = operation("nop")
@@ -717,7 +717,7 @@ class _Reader:
 
     # -- what comes out
 
-    def program(self) -> Program:
+    def program(self) -> PtxProgram:
         code = np.zeros(len(self.rows), INSTRUCTION)
         pool: list[int] = []
         smallest = {"shared": 16, "global": 16}  # accesses, in bytes
@@ -730,7 +730,7 @@ class _Reader:
             pool += operands + row.labels
             for space, size in self.accesses(row):
                 smallest[space] = min(smallest[space], size)
-        return Program(
+        return PtxProgram(
             self.name, code, np.array(pool or [0], np.int32), np.array(self.constants, CONSTANT), self.next,
             self.params,
             self.param_bytes, self.threads, self.static, self.local_bytes, smallest["shared"], smallest["global"],
@@ -790,7 +790,7 @@ def _settle_jumps(rows: list[_Row]) -> None:
                 rows[i].flags = int(distance[number[i + 1]] < distance[number[rows[i].labels[0]]])
 
 
-def read(ptx: str, entry: str | None = None, *, contract: bool = False) -> Program:
+def read(ptx: str, entry: str | None = None, *, contract: bool = False) -> PtxProgram:
     """The kernel `entry` of a PTX file (None: its first).
 
     contract: products that sums of their block use become multiply-adds there, as the assembler may have it.

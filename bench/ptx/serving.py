@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ... import backends
 from ...kernels.configurations import linear_act as layer_configs
 from ...kernels.configurations import mlp as network_configs
-from .device import Device, Options, triton_driver
+from .device import EmulatedDevice, ExecutionOptions, triton_driver
 
 
 class _Emulated(backends.Triton):
@@ -82,7 +82,9 @@ def rounded_to_tf32(t: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def emulated(capability: int = 80, options: Options | None = None, *, by_library: bool = False) -> Iterator[Device]:
+def emulated(
+    capability: int = 80, options: ExecutionOptions | None = None, *, by_library: bool = False
+) -> Iterator[EmulatedDevice]:
     """Within the block, backend "triton" serves CPU tensors, on an emulated device of this compute capability.
 
     PyTorch's own operations run on the CPU; its products of float32 follow `torch.backends.cuda.matmul` as there.

@@ -51,7 +51,7 @@ Tensor random_bits(int64_t start, int64_t count, int64_t branch, int64_t seed, c
 }  // namespace
 
 FI_LIBRARY_FRAGMENT(FI_NAMESPACE, m) {
-  m.def("moments(Tensor sigmas, Tensor params, int start, int samples, int seed, str activation) -> Tensor");
+  m.def(kMomentsSchema);
   m.def("random_bits(int start, int count, int branch, int seed, Device device) -> Tensor",
         [](int64_t start, int64_t count, int64_t branch, int64_t seed, c10::Device device) {
           return random_bits(start, count, branch, seed, device);

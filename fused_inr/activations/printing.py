@@ -17,7 +17,7 @@ _SYMBOL = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _PRECEDENCE = {"add": 1, "sub": 1, "mul": 2, "div": 2, "neg": 3}
 
 
-class Target:
+class Printer:
     """How one language spells constants, calls and assignments."""
 
     def constant(self, value: float) -> str:
@@ -39,7 +39,7 @@ class Target:
     fuses_sincos = True
 
 
-class Torch(Target):
+class TorchPrinter(Printer):
     """Prints Python that calls `primitives`."""
 
     fuses_sincos = False
@@ -48,7 +48,7 @@ class Torch(Target):
         return f"p.{op}({', '.join(args)})"
 
 
-class Triton(Target):
+class TritonPrinter(Printer):
     """Prints Python for Triton, whose primitives take a mode."""
 
     def call(self, op, args):
@@ -61,7 +61,7 @@ class Triton(Target):
         return f"    {s}, {c} = fi_sincos({argument}, MODE)"
 
 
-class Cpp(Target):
+class CppPrinter(Printer):
     """Prints C++ for a vector type V."""
 
     def constant(self, value):
@@ -77,7 +77,7 @@ class Cpp(Target):
         return f"  V {s}, {c};\n  fi_sincos({argument}, {s}, {c});"
 
 
-def body(program: Program, target: Target) -> tuple[list[str], list[str]]:
+def body(program: Program, target: Printer) -> tuple[list[str], list[str]]:
     """Print a program: the assignments, one a line, and one expression an output."""
     nodes = program.tape.nodes
     live = program.live()
@@ -150,7 +150,7 @@ def _is_constant(program: Program, position: int) -> bool:
 
 def torch_function(name: str, program: Program) -> str:
     """Print a program as a PyTorch function of its streams that returns a tuple."""
-    lines, outputs = body(program, Torch())
+    lines, outputs = body(program, TorchPrinter())
     first = program.input_names[0]
     outputs = [f"torch.zeros_like({first}) + {o}" if _is_constant(program, i) else o for i, o in enumerate(outputs)]
     return _python_function(name, program.input_names, lines, outputs)
@@ -158,7 +158,7 @@ def torch_function(name: str, program: Program) -> str:
 
 def triton_function(name: str, program: Program) -> str:
     """Print a program as a `triton.jit` function of its streams that returns a tuple."""
-    lines, outputs = body(program, Triton())
+    lines, outputs = body(program, TritonPrinter())
     first = program.input_names[0]
     outputs = [f"tl.zeros_like({first}) + {o}" if _is_constant(program, i) else o for i, o in enumerate(outputs)]
     arguments = [*program.input_names, "MODE: tl.constexpr"]
@@ -181,7 +181,7 @@ def _python_function(name: str, arguments: list[str], lines: list[str], outputs:
 
 def cpp_function(name: str, program: Program) -> str:
     """Print a program as a C++ template over the vector type."""
-    lines, outputs = body(program, Cpp())
+    lines, outputs = body(program, CppPrinter())
     live_inputs = {program.tape.nodes[i].value for i in program.live() if program.tape.nodes[i].op == "input"}
     loads = [f"  const V {n} = in[{i}];" for i, n in enumerate(program.input_names) if n in live_inputs]
     stores = [f"  out[{i}] = {o};" for i, o in enumerate(outputs)]

@@ -6,9 +6,6 @@ turn), because a machine's speed drifts over minutes and would otherwise favour 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -18,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import children
 from .memory import PeakMemory
 from .options import FitOptions
 from .pictures import Picture
@@ -27,7 +25,7 @@ VARIANTS = ("eager", "torch.compile")
 
 
 @dataclass
-class Result:
+class FitResult:
     """What one variant came to, with times in ms and s, and memory in MiB over the process before its first step."""
 
     name: str
@@ -57,11 +55,11 @@ class Measured:
             self.kept = self.memory.kept()
             self.memory.restart()
 
-    def result(self, name: str, picture: Picture) -> tuple[Result, np.ndarray]:
+    def result(self, name: str, picture: Picture) -> tuple[FitResult, np.ndarray]:
         """Return what the fit came to, and its reconstruction."""
         trainer, peak = self.trainer, self.memory.peak()  # before evaluating, which takes memory too
         pixels, psnr = final_psnr(picture, trainer.evaluate())
-        return Result(name, trainer.ms_per_step(), trainer.warm_up_seconds(), finite(psnr), peak, self.kept), pixels
+        return FitResult(name, trainer.ms_per_step(), trainer.warm_up_seconds(), finite(psnr), peak, self.kept), pixels
 
 
 class Comparison:
@@ -72,14 +70,14 @@ class Comparison:
         pixels = Path(self._folder.name, "pixels.npy")
         np.save(pixels, picture.pixels)
         job = {"options": asdict(options), "pixels": str(pixels), "threads": torch.get_num_threads()}
-        self._variants = [_Variant(name, job, Path(self._folder.name)) for name in VARIANTS]
+        self._variants = [_Variant(name, job) for name in VARIANTS]
 
     def train(self, steps: int) -> None:
         """Let every variant take `steps` steps."""
         for variant in self._variants:
             variant.ask({"train": steps})
 
-    def results(self) -> list[Result]:
+    def results(self) -> list[FitResult]:
         """End the fits and return what each came to."""
         return [variant.result() for variant in self._variants]
 
@@ -91,86 +89,47 @@ class Comparison:
 
 
 class _Variant:
-    """A process that serves `_serve`; a failure ends it and becomes its result, the fit goes on without it."""
+    """A process that serves `_Side`; a failure ends it and becomes its result, the fit goes on without it."""
 
-    def __init__(self, name: str, job: dict[str, Any], folder: Path):
+    def __init__(self, name: str, job: dict[str, Any]):
         self.name = name
         self.error: str | None = None
-        self._log = (folder / f"{name}.log").open("w+")
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fused_inr.cli.compare"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the fit, which ends these itself
-        )
+        self._child = children.Child("-m", "fused_inr.cli.compare")
         self.ask({"variant": name, **job})
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """Send a message and wait for the answer, {} from a process that has failed."""
         if self.error is not None:
             return {}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except OSError:
-            line = ""
-        answer = json.loads(line) if line else {"error": self._last_words()}
+        answer = self._child.ask(message)
         self.error = answer.get("error")
         return answer
 
-    def result(self) -> Result:
+    def result(self) -> FitResult:
         """End the fit and return what it came to, or its error."""
         answer = self.ask({"finish": True})
-        return Result(self.name, error=self.error) if self.error is not None else Result(**answer["result"])
+        return FitResult(self.name, error=self.error) if self.error is not None else FitResult(**answer["result"])
 
     def close(self) -> None:
         """End the process."""
-        for stream in (self._process.stdin, self._process.stdout):
-            try:
-                if stream is not None:
-                    stream.close()
-            except OSError:  # what was buffered for a process that is gone
-                pass
-        self._process.terminate()
-        self._process.wait()
-        self._log.close()
-
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log if line.strip()]
-        return f"its process ended with exit code {code}" + (f": {lines[-1]}" if lines else "")
+        self._child.close()
 
 
-def _serve() -> None:
-    """Serve the other side of `_Variant`: JSON lines in, JSON lines out."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints goes to the log
-    measured = None
-    for line in sys.stdin:
-        message = json.loads(line)
-        try:
-            answer: dict[str, Any] = {}
-            if "variant" in message:
-                name = message["variant"]
-                torch.set_num_threads(message["threads"])
-                picture = Picture("", np.load(message["pixels"]), 255)
-                measured = Measured(_trainer(name, FitOptions(**message["options"]), picture))
-            elif "train" in message and measured is not None:
-                measured.train(message["train"])
-            elif measured is not None:
-                answer["result"] = asdict(measured.result(name, picture)[0])
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
-        print(json.dumps(answer), file=out, flush=True)
+class _Side:
+    """The other side of `_Variant`: the first message describes the fit, the next ones advance it, the last ends it."""
+
+    def answer(self, message: dict[str, Any], tell: children.Tell) -> dict[str, Any]:
+        """Do what a message asks for."""
+        if "variant" in message:
+            torch.set_num_threads(message["threads"])
+            self.name = message["variant"]
+            self.picture = Picture("", np.load(message["pixels"]), 255)
+            self.measured = Measured(_trainer(self.name, FitOptions(**message["options"]), self.picture))
+        elif "train" in message:
+            self.measured.train(message["train"])
+        else:
+            return {"result": asdict(self.measured.result(self.name, self.picture)[0])}
+        return {}
 
 
 def _trainer(name: str, options: FitOptions, picture: Picture) -> Trainer:
@@ -183,7 +142,7 @@ def _trainer(name: str, options: FitOptions, picture: Picture) -> Trainer:
     return trainer
 
 
-def table(results: list[Result]) -> str:
+def table(results: list[FitResult]) -> str:
     """Format the results side by side; `speed` is against eager."""
     eager = next((r.ms_per_step for r in results if r.name == "eager"), None)
     head = ("", "ms/step", "speed", "PSNR dB", "peak MiB", "kept MiB", f"first {WARM_UP} steps s")
@@ -202,4 +161,4 @@ def table(results: list[Result]) -> str:
 
 
 if __name__ == "__main__":
-    _serve()
+    sys.exit(children.serve(_Side().answer))

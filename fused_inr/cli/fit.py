@@ -20,7 +20,7 @@ import torch
 
 from .. import __version__, backends
 from . import CliError
-from .compare import Comparison, Measured, Result, table
+from .compare import Comparison, FitResult, Measured, table
 from .figure import draw
 from .files import NO_PICTURE, prepare_folder, printable, refuse_folders, write_all, write_picture
 from .options import FitOptions
@@ -277,7 +277,7 @@ def _report(
     picture: Picture,
     trainer: Trainer,
     explanation: list[str],
-    results: list[Result],
+    results: list[FitResult],
     curve: list[float],
 ) -> dict[str, Any]:
     own = results[0]
@@ -301,7 +301,7 @@ def _report(
     }
 
 
-def _conclude(folder: Path, own: Result, others: list[Result], trainer: Trainer, drawn: bool) -> None:
+def _conclude(folder: Path, own: FitResult, others: list[FitResult], trainer: Trainer, drawn: bool) -> None:
     if others:
         print(f"\n{table([own, *others])}\n")
         print(
@@ -314,7 +314,7 @@ def _conclude(folder: Path, own: Result, others: list[Result], trainer: Trainer,
     print(f"wrote {names} to {printable(folder)}")
 
 
-def _decibel(result: Result) -> str:
+def _decibel(result: FitResult) -> str:
     return "infinite" if result.psnr is None else f"{result.psnr:.2f} dB"
 
 

@@ -15,7 +15,7 @@ from ..activations.facts import Facts
 from .estimates import moments
 from .search import search_sigma_p
 from .vi3nr import default_sigma_p
-from .walk import Chain, Link, assign, chain, is_fused, refuse_computed, sees_coordinates, warn_of_others
+from .walk import Link, ProductChain, assign, chain, is_fused, refuse_computed, sees_coordinates, warn_of_others
 from .weights import vi3nr_normal_, vi3nr_orthogonal_, vi3nr_uniform_
 
 #: Rows of the sample of coordinates that stands for a network's input where an encoding comes first.
@@ -312,7 +312,7 @@ def _holder(module: nn.Module, link: Link):
     return module.get_submodule(link.name)
 
 
-def _input_moments(module: nn.Module, network: Chain, sample_input: Tensor | None) -> tuple[float, float]:
+def _input_moments(module: nn.Module, network: ProductChain, sample_input: Tensor | None) -> tuple[float, float]:
     """Return E[x] and E[x^2] of what the first layer sees."""
     if sample_input is None and network.enter is None:
         return 0.0, 1 / 3
@@ -326,7 +326,7 @@ def _input_moments(module: nn.Module, network: Chain, sample_input: Tensor | Non
     return mean, mean * mean + std * std
 
 
-def first_input(module: nn.Module, network: Chain, sample_input: Tensor | None) -> Tensor:
+def first_input(module: nn.Module, network: ProductChain, sample_input: Tensor | None) -> Tensor:
     """Return what the first layer sees of `sample_input`, by default of coordinates uniform on [-1, 1]."""
     first = network.links[0]
     width: int | None = getattr(module, "in_features", None) if network.enter is not None else first.fan_in

@@ -20,7 +20,7 @@ from .walk import Link, chain, watch
 
 
 @dataclass(frozen=True)
-class Row:
+class BranchSpread:
     """One branch of a layer. Standard deviations are over rows and features, and NaN where nothing can be said.
 
     Attributes:
@@ -48,7 +48,7 @@ class Row:
 class Report:
     """What `report` found: `str(report)` is a table of `rows`, `note` says what stayed unpredicted."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[BranchSpread] = field(default_factory=list)
     note: str = ""
 
     def __str__(self) -> str:
@@ -185,7 +185,7 @@ def report(
         gradients = slope.chunk(branches, -1) if slope is not None else [torch.tensor(math.nan)] * branches
         for b in range(branches):
             rows.append(
-                Row(
+                BranchSpread(
                     name,
                     b,
                     function,

@@ -24,7 +24,7 @@ from .. import activations
 from ..activations import Activation
 
 
-class Layer(Protocol):
+class FusedLayerLike(Protocol):
     """What an initialisation needs to know of a fused layer."""
 
     in_features: int
@@ -47,7 +47,7 @@ def is_fused(module: nn.Module) -> bool:
     return hasattr(module, "activation_with_parameters")
 
 
-def fused_layers(module: nn.Module) -> list[Layer]:
+def fused_layers(module: nn.Module) -> list[FusedLayerLike]:
     """Return the fused layers of a network in the order of the data (those of `module.net` if there is one).
 
     Raises TypeError if `module` is no module and ValueError if it contains no fused layer.
@@ -55,7 +55,7 @@ def fused_layers(module: nn.Module) -> list[Layer]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a fused layer or a network of them, got {type(module).__name__}")
     network: nn.Module = getattr(module, "net", module)
-    layers = [cast(Layer, m) for m in network.modules() if is_fused(m)]
+    layers = [cast(FusedLayerLike, m) for m in network.modules() if is_fused(m)]
     if not layers:
         raise ValueError(
             f"module contains no fused layer (FusedLinear, SineLayer, ...): {type(module).__name__}; "
@@ -64,7 +64,7 @@ def fused_layers(module: nn.Module) -> list[Layer]:
     return layers
 
 
-def sees_coordinates(module: nn.Module, layers: list[Layer]) -> bool:
+def sees_coordinates(module: nn.Module, layers: list[FusedLayerLike]) -> bool:
     """Tell whether the first layer's input are the coordinates: its own `is_first`, else True for a network."""
     own = getattr(layers[0], "is_first", None)
     return not is_fused(module) if own is None else bool(own)
@@ -122,14 +122,14 @@ class Link:
 
 
 @dataclass
-class Chain:
+class ProductChain:
     """The products in the order of the data. `enter` is what happens to the network's input before the first one."""
 
     links: list[Link]
     enter: Callable[[Tensor], Tensor] | None = None
 
 
-def chain(module: nn.Module) -> Chain:
+def chain(module: nn.Module) -> ProductChain:
     """Return the products of `module` and what lies between them.
 
     Raises:
@@ -160,7 +160,7 @@ def _is_network(module: nn.Module) -> bool:
     )
 
 
-def _of_fused_layers(module: nn.Module) -> Chain:
+def _of_fused_layers(module: nn.Module) -> ProductChain:
     layers = fused_layers(module)
     names = {id(m): name for name, m in module.named_modules()}
     links = [_fused_link(names[id(m)], m) for m in layers]
@@ -170,7 +170,7 @@ def _of_fused_layers(module: nn.Module) -> Chain:
         if type(norm) not in (nn.LayerNorm, nn.RMSNorm):
             raise ValueError(f"norms.{i}: {type(norm).__name__} is no nn.LayerNorm or nn.RMSNorm; {_OTHERWISE}")
         link.norm = cast(nn.LayerNorm | nn.RMSNorm, norm)
-    return Chain(links, getattr(module, "encoding", None))
+    return ProductChain(links, getattr(module, "encoding", None))
 
 
 def holder_of(name: str, layer: Any) -> nn.Module:
@@ -328,7 +328,7 @@ class _Graph:
         return evaluate
 
 
-def _traced(module: nn.Module) -> Chain:
+def _traced(module: nn.Module) -> ProductChain:
     graph = _Graph(module)
     products = {node: found for node in graph.nodes if (found := graph.product(node)) is not None}
     if not products:
@@ -369,7 +369,7 @@ def _traced(module: nn.Module) -> Chain:
             links.append(_fused_link(name, held))
     nodes, end = pieces[0]
     (start,) = [n for n in graph.nodes if n.op == "placeholder"][:1]
-    return Chain(links, graph.function(start, nodes, end) if nodes else None)
+    return ProductChain(links, graph.function(start, nodes, end) if nodes else None)
 
 
 def _plain_link(name: str, weight: Tensor, bias: Tensor | None, function: Callable[[Tensor], Tensor]) -> Link:
@@ -509,7 +509,7 @@ def watch(module: nn.Module, visit: Visit) -> Iterator[None]:
             m.training = was
 
 
-def _plain_forward(layer: Layer) -> Callable[[Tensor], Tensor]:
+def _plain_forward(layer: FusedLayerLike) -> Callable[[Tensor], Tensor]:
     linear = getattr(layer, "linear", None)
 
     def forward(x: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def run(
     """Run a kernel's body on arrays, which it may change."""
     text = kernel(body, len(arrays), threads, head)
     arguments = [("*", array) for array in arrays]
-    return engine.execute(reader.read(text), arguments, (grid,), threads, shared, engine.Options(**options))
+    return engine.execute(reader.read(text), arguments, (grid,), threads, shared, engine.ExecutionOptions(**options))
 
 
 def clean(launch: engine.Launch) -> engine.Launch:

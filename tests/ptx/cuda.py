@@ -94,7 +94,7 @@ def compiled(source: str, capability: int = 80) -> str:
 
 
 @functools.cache
-def program(source: str, *words: str, capability: int = 80) -> reader.Program:
+def program(source: str, *words: str, capability: int = 80) -> reader.PtxProgram:
     """The one kernel of a file whose mangled name holds all these words."""
     text = compiled(source, capability)
     (entry,) = (n for n in re.findall(r"\.entry\s+(\w+)\s*\(", text) if all(word in n for word in words))

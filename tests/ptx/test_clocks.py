@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from fused_inr.bench import ptx, static_report
-from fused_inr.bench.cases import Case, Work
+from fused_inr.bench.cases import Case, Workload
 from fused_inr.bench.ptx import clocks, count
 
 from .assemble import clean, run
@@ -91,7 +91,7 @@ def test_every_instruction_of_the_network_kernels_has_a_unit():
     }
     for capability in (80, 90, 100):
         with ptx.emulated(capability) as device, ptx.few_programs(1):
-            Work(Case("network", "training", width=32, rows=100, precision="bf16", way="one-pass")).outcome("fused")
+            Workload(Case("network", "training", width=32, rows=100, precision="bf16", way="one-pass")).outcome("fused")
         for launch in device.launches:
             assert {name.split(".")[0] for name in launch.program.mnemonics} <= known
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 from fused_inr.bench import ptx
-from fused_inr.bench.cases import Case, Work, matmul_precision
+from fused_inr.bench.cases import Case, Workload, matmul_precision
 from fused_inr.bench.ptx import machine_code
 from fused_inr.kernels import assembler
 from fused_inr.kernels.configurations import mlp as network_configs
@@ -40,7 +40,7 @@ def network(width: int, way: str, precision: str, activation: str = "sine"):
     case = Case(
         "network", step, activation, width, rows=293, precision=precision, way="default" if step == way else way
     )
-    return Work(case).check
+    return Workload(case).check
 
 
 def verdicts(launches, tool: str) -> list[machine_code.Verdict]:

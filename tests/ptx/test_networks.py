@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from fused_inr.bench import ptx
-from fused_inr.bench.cases import Case, Work, matmul_precision
+from fused_inr.bench.cases import Case, Workload, matmul_precision
 from fused_inr.kernels import mlp
 from fused_inr.kernels.configurations import mlp as network_configs
 from operands import operands
@@ -24,7 +24,7 @@ def check(gpu, step: str, way: str, precision: str, activation: str, width: int)
     products = precision if precision.endswith("x3") else None
     with ptx.few_programs(1), backends.float32_products(products):
         tensors = "tf32" if products else precision
-        work = Work(Case("network", step, activation, width, rows=293, precision=tensors, way=way))
+        work = Workload(Case("network", step, activation, width, rows=293, precision=tensors, way=way))
         work.check()
     assert "gz_kernel" not in {launch.name for launch in gpu.launches}, "it ran layer by layer"
 
@@ -76,7 +76,7 @@ def every_fourth():
 @pytest.mark.parametrize(("gpu", "precision", "name", "width", "step", "way"), every_fourth(), indirect=["gpu"])
 def test_everywhere(gpu, precision, name, width, step, way):
     tensors = "bf16" if precision == "bf16" else "tf32"
-    work = Work(Case("network", step, name, width, rows=293, precision=tensors, way=way))
+    work = Workload(Case("network", step, name, width, rows=293, precision=tensors, way=way))
     direction = "loss" if way == "one-pass" else "forward"  # without gradients "forward" is inference
     with (
         matmul_precision(tensors),

@@ -10,8 +10,8 @@ a removal that goes unnoticed must be just that: still no fault and the same bit
 import pytest
 import torch
 from fused_inr.bench import ptx
-from fused_inr.bench.cases import Case, Work
-from fused_inr.bench.ptx import Options, engine
+from fused_inr.bench.cases import Case, Workload
+from fused_inr.bench.ptx import ExecutionOptions, engine
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ class Planted:
 
     def __init__(self, capability: int, step: str, way: str, width: int, kernel: str):
         self.capability, self.kernel = capability, kernel
-        self.work = Work(Case("network", step, "sine", width, rows=420, precision="bf16", way=way))
+        self.work = Workload(Case("network", step, "sine", width, rows=420, precision="bf16", way=way))
 
     def run(self, *without: int, order: str = "ascending"):
         """The results, and the kernel's launch."""
@@ -43,7 +43,7 @@ class Planted:
         def mutate(program):
             return program.without(*without) if program.name == self.kernel and without else program
 
-        with ptx.emulated(self.capability, Options(order=order)) as device, ptx.few_programs(1):
+        with ptx.emulated(self.capability, ExecutionOptions(order=order)) as device, ptx.few_programs(1):
             device.mutate = mutate
             results = self.work.outcome("fused")
         (launch,) = (found for found in device.launches if found.name == self.kernel)

@@ -4,8 +4,8 @@ cores cut instead of rounded, products and sums contracted, warps in another ord
 import pytest
 import torch
 from fused_inr.bench import bounds, ptx
-from fused_inr.bench.cases import Case, Work, matmul_precision
-from fused_inr.bench.ptx import Options
+from fused_inr.bench.cases import Case, Workload, matmul_precision
+from fused_inr.bench.ptx import ExecutionOptions
 
 import fused_inr as fi
 from fused_inr.activations import registered
@@ -14,17 +14,17 @@ from fused_inr.functional import linear_act
 from .layers import NARROW_K, TAILS, assert_within_bounds
 
 WORST = [
-    Options(errors="up"),
-    Options(errors="down"),
-    Options(errors="either"),
-    Options(cut_sums=True),
-    Options(errors="either", cut_sums=True),
-    Options(contract=True),
+    ExecutionOptions(errors="up"),
+    ExecutionOptions(errors="down"),
+    ExecutionOptions(errors="either"),
+    ExecutionOptions(cut_sums=True),
+    ExecutionOptions(errors="either", cut_sums=True),
+    ExecutionOptions(contract=True),
 ]
 
 
-def name_of(options: Options) -> str:
-    default = Options()
+def name_of(options: ExecutionOptions) -> str:
+    default = ExecutionOptions()
     changed = {k: v for k, v in vars(options).items() if v != getattr(default, k)}
     return " ".join(f"{k}={v}" for k, v in changed.items())
 
@@ -43,7 +43,7 @@ def test_values_of_every_activation_in_the_fast_mode(name, way):
     x = ARGUMENTS[:, None].clone().requires_grad_()
     weight = (1.0 / torch.arange(1, act.branches + 1)).repeat_interleave(16)[:, None].requires_grad_()
     g = torch.ones(len(x), 16 * act.outputs)
-    with ptx.emulated(80, Options(errors=way)) as device, matmul_precision("tf32"):
+    with ptx.emulated(80, ExecutionOptions(errors=way)) as device, matmul_precision("tf32"):
         y = linear_act(x, weight, None, act)
         gx, gw = torch.autograd.grad(y, (x, weight), g)
     device.check()
@@ -70,13 +70,13 @@ def test_layers_stay_within_their_bounds(name, precision, options):
 def test_networks_stay_as_close_as_eager(way, precision, options):
     for capability, width in ((80, 32), (80, 64), (90, 64), (90, 128)):
         with ptx.emulated(capability, options) as device, ptx.few_programs(1):
-            Work(Case("network", "training", width=width, rows=293, precision=precision, way=way)).check()
+            Workload(Case("network", "training", width=width, rows=293, precision=precision, way=way)).check()
         device.check()
 
 
 def outcome(capability: int, case: Case, order: str):
-    with ptx.emulated(capability, Options(order=order)) as device, ptx.few_programs(2):
-        return Work(case).outcome("fused"), device.launches
+    with ptx.emulated(capability, ExecutionOptions(order=order)) as device, ptx.few_programs(2):
+        return Workload(case).outcome("fused"), device.launches
 
 
 @pytest.mark.slow

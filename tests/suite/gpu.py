@@ -12,7 +12,7 @@ import os
 import pytest
 import torch
 from fused_inr.bench import bounds
-from fused_inr.bench.cases import PRECISIONS, Case, Work, matmul_precision
+from fused_inr.bench.cases import PRECISIONS, Case, Workload, matmul_precision
 from fused_inr.bench.gpu.checks import layer_accuracy, moments_error
 
 import fused_inr as fi
@@ -91,7 +91,7 @@ def test_value_and_derivatives_within_the_bound(device, name, precision):
 def test_a_network_is_as_close_to_float64_as_eager(device, step, precision):
     if precision == "fp16" and step != "inference":
         pytest.skip("gradients of a mean over rows are below float16's range without loss scaling")
-    Work(Case("network", step, width=64, rows=4099, precision=precision), device).check(1 << 16)
+    Workload(Case("network", step, width=64, rows=4099, precision=precision), device).check(1 << 16)
 
 
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32x3"])
@@ -106,7 +106,7 @@ def test_products_of_split_factors_within_the_bound(device, name, precision):
     [("inference", "default"), ("training", "default"), ("training", "one-pass"), ("eikonal", "default")],
 )
 def test_a_network_of_split_factors_is_as_close_to_float64_as_eager_in_tf32(device, step, way, precision):
-    work = Work(Case("network", step, width=64, rows=4099, precision="tf32", way=way), device)
+    work = Workload(Case("network", step, width=64, rows=4099, precision="tf32", way=way), device)
     with backends.float32_products(precision):
         assert work.backends() == [f"triton ({precision})"]
         work.check(1 << 16)
@@ -116,7 +116,7 @@ def test_a_network_of_split_factors_is_as_close_to_float64_as_eager_in_tf32(devi
 @pytest.mark.parametrize("way", ["default", "recompute", "one-pass"])
 def test_training_at_width_128_is_as_close_to_float64_as_eager(device, way, precision):
     """Where gradients of the hidden weights may wait for registers."""
-    Work(Case("network", "training", width=128, rows=20_011, precision=precision, way=way), device).check(1 << 16)
+    Workload(Case("network", "training", width=128, rows=20_011, precision=precision, way=way), device).check(1 << 16)
 
 
 @pytest.mark.parametrize("precision", TYPES)
@@ -217,7 +217,7 @@ def test_cuda_ignores_autocast_inside(device, on_cuda):
 
 def test_cuda_second_and_third_order(device, on_cuda):
     test_third_order(device)
-    Work(Case("network", "eikonal", width=64, rows=4099, precision="ieee"), device).check(1 << 16)
+    Workload(Case("network", "eikonal", width=64, rows=4099, precision="ieee"), device).check(1 << 16)
 
 
 def test_cuda_formula_at_run_time(device, on_cuda):
@@ -429,7 +429,7 @@ def test_another_device_than_the_current_one():
 
 
 def test_a_thousand_steps_hold_no_more_memory_than_ten(device):
-    work = Work(Case("network", "training", width=64, rows=1000), device)
+    work = Workload(Case("network", "training", width=64, rows=1000), device)
     step = work.call("fused")
     for _ in range(10):
         step()

@@ -37,7 +37,7 @@ Triple = tuple  # value, first derivative, second derivative
 
 
 @dataclass(frozen=True)
-class Row:
+class SpecialValues:
     """(f, f', f'') of one output at special values of one branch, the other branches at `others`.
 
     `tiny` takes a subnormal number s of either sign, `largest` the largest number or its negative.
@@ -58,7 +58,7 @@ NANS = (NAN, NAN, NAN)
 ZEROS = (0.0, 0.0, 0.0)
 
 
-def scaled(k: float, row: Row, **changes) -> Row:
+def scaled(k: float, row: SpecialValues, **changes) -> SpecialValues:
     """The row of k f."""
 
     def times(t: Triple) -> Triple:
@@ -71,31 +71,31 @@ def scaled(k: float, row: Row, **changes) -> Row:
         "minus_inf": times(row.minus_inf),
         "largest": lambda m: times(row.largest(m)),
     }
-    return Row(**fields, **changes)
+    return SpecialValues(**fields, **changes)
 
 
-SIN = Row(
+SIN = SpecialValues(
     zero=(0.0, 1.0, 0.0),
     tiny=lambda s: (s, 1.0, 0.0),
     plus_inf=NANS,
     minus_inf=NANS,
     largest=lambda m: (math.sin(m), math.cos(m), -math.sin(m)),
 )
-COS = Row(
+COS = SpecialValues(
     zero=(1.0, 0.0, -1.0),
     tiny=lambda s: (1.0, 0.0, -1.0),
     plus_inf=NANS,
     minus_inf=NANS,
     largest=lambda m: (math.cos(m), -math.sin(m), -math.cos(m)),
 )
-TANH = Row(
+TANH = SpecialValues(
     zero=(0.0, 1.0, 0.0),
     tiny=lambda s: (s, 1.0, 0.0),
     plus_inf=(1.0, 0.0, 0.0),
     minus_inf=(-1.0, 0.0, 0.0),
     largest=lambda m: (math.copysign(1.0, m), 0.0, 0.0),
 )
-SIGMOID = Row(
+SIGMOID = SpecialValues(
     zero=(0.5, 0.25, 0.0),
     tiny=lambda s: (0.5, 0.25, 0.0),
     plus_inf=(1.0, 0.0, 0.0),
@@ -103,7 +103,7 @@ SIGMOID = Row(
     largest=lambda m: (1.0 if m > 0 else 0.0, 0.0, 0.0),
 )
 #: exp(-z^2)
-BELL = Row(
+BELL = SpecialValues(
     zero=(1.0, 0.0, -2.0),
     tiny=lambda s: (1.0, 0.0, -2.0),
     plus_inf=ZEROS,
@@ -111,7 +111,7 @@ BELL = Row(
     largest=lambda m: ZEROS,
 )
 #: cos(z) exp(-z^2)
-WAVELET = Row(
+WAVELET = SpecialValues(
     zero=(1.0, 0.0, -3.0),
     tiny=lambda s: (1.0, 0.0, -3.0),
     plus_inf=ZEROS,
@@ -120,9 +120,9 @@ WAVELET = Row(
 )
 
 
-def ramp(at_zero: Triple, slope_at_inf, second_at_inf, at_minus_inf: Triple) -> Row:
+def ramp(at_zero: Triple, slope_at_inf, second_at_inf, at_minus_inf: Triple) -> SpecialValues:
     """Functions that grow like z to the right and vanish to the left."""
-    return Row(
+    return SpecialValues(
         zero=at_zero,
         tiny=lambda s: (at_zero[1] * s + at_zero[0], at_zero[1], at_zero[2]),
         plus_inf=(INF, slope_at_inf, second_at_inf),
@@ -145,38 +145,38 @@ def _sinc(m: float) -> Triple:
 _tanh, _sigmoid, _sin, _cos = math.tanh(0.5), 1 / (1 + math.exp(-0.5)), math.sin(0.5), math.cos(0.5)
 _edge = math.exp(-0.25)
 
-TABLE: dict[str, list[Row]] = {
+TABLE: dict[str, list[SpecialValues]] = {
     "identity": [
-        Row((0.0, 1.0, 0.0), lambda s: (s, 1.0, 0.0), (INF, 1.0, 0.0), (-INF, 1.0, 0.0), lambda m: (m, 1.0, 0.0),
-            nan=(NAN, 1.0, 0.0)),
+        SpecialValues((0.0, 1.0, 0.0), lambda s: (s, 1.0, 0.0), (INF, 1.0, 0.0), (-INF, 1.0, 0.0),
+            lambda m: (m, 1.0, 0.0), nan=(NAN, 1.0, 0.0)),
     ],
     "sine": [SIN],
     "incode": [SIN],
     "finer": [
         # f'' = 2 sign(z) cos(..) near 0, and sign(0) = 0; z abs(z) overflows
-        Row((0.0, 1.0, 0.0), lambda s: (s, 1.0, math.copysign(2.0, s)), NANS, NANS, lambda m: NANS),
+        SpecialValues((0.0, 1.0, 0.0), lambda s: (s, 1.0, math.copysign(2.0, s)), NANS, NANS, lambda m: NANS),
     ],
-    "finer_detached": [Row((0.0, 1.0, 0.0), lambda s: (s, 1.0, 0.0), NANS, NANS, lambda m: NANS)],
+    "finer_detached": [SpecialValues((0.0, 1.0, 0.0), lambda s: (s, 1.0, 0.0), NANS, NANS, lambda m: NANS)],
     "fourier": [
         # 2 pi times the largest number overflows
-        Row((1.0, 0.0, -4 * PI**2), lambda s: (1.0, 0.0, -4 * PI**2), NANS, NANS, lambda m: NANS, output=0),
-        Row((0.0, 2 * PI, 0.0), lambda s: (2 * PI * s, 2 * PI, 0.0), NANS, NANS, lambda m: NANS, output=1),
+        SpecialValues((1.0, 0.0, -4 * PI**2), lambda s: (1.0, 0.0, -4 * PI**2), NANS, NANS, lambda m: NANS, output=0),
+        SpecialValues((0.0, 2 * PI, 0.0), lambda s: (2 * PI * s, 2 * PI, 0.0), NANS, NANS, lambda m: NANS, output=1),
     ],
-    "hosc": [Row((0.0, 1.0, 0.0), lambda s: (s, 1.0, 0.0), NANS, NANS, _hosc)],
+    "hosc": [SpecialValues((0.0, 1.0, 0.0), lambda s: (s, 1.0, 0.0), NANS, NANS, _hosc)],
     "sinc": [
-        Row((1.0, 0.0, -1 / 3), lambda s: (1.0, 0.0, -1 / 3), ZEROS, ZEROS, _sinc),
+        SpecialValues((1.0, 0.0, -1 / 3), lambda s: (1.0, 0.0, -1 / 3), ZEROS, ZEROS, _sinc),
     ],
-    "gaussian": [Row((1.0, 0.0, -1.0), lambda s: (1.0, 0.0, -1.0), ZEROS, ZEROS, lambda m: ZEROS)],
+    "gaussian": [SpecialValues((1.0, 0.0, -1.0), lambda s: (1.0, 0.0, -1.0), ZEROS, ZEROS, lambda m: ZEROS)],
     "gaussian_scale": [BELL],
     "wavelet": [WAVELET],
     "tanh": [TANH],
     "sigmoid": [SIGMOID],
     "relu": [
-        Row(ZEROS, lambda s: (s, 1.0, 0.0) if s > 0 else ZEROS, (INF, 1.0, 0.0), ZEROS,
+        SpecialValues(ZEROS, lambda s: (s, 1.0, 0.0) if s > 0 else ZEROS, (INF, 1.0, 0.0), ZEROS,
             lambda m: (m, 1.0, 0.0) if m > 0 else ZEROS, nan=(NAN, ANY, ANY)),
     ],
     "softplus": [
-        Row((LN2, 0.5, 0.25), lambda s: (LN2, 0.5, 0.25), (INF, 1.0, 0.0), ZEROS,
+        SpecialValues((LN2, 0.5, 0.25), lambda s: (LN2, 0.5, 0.25), (INF, 1.0, 0.0), ZEROS,
             lambda m: (m, 1.0, 0.0) if m > 0 else ZEROS),
     ],
     "silu": [ramp((0.0, 0.5, 0.5), ONE_OR_NAN, ZERO_OR_NAN, (ZERO_OR_NAN, ZERO_OR_NAN, ZERO_OR_NAN))],
@@ -191,11 +191,11 @@ TABLE: dict[str, list[Row]] = {
     # exp(-zi - zr^2 - zi^2) (cos zr, sin zr)
     "complex_gabor": [
         scaled(math.exp(-0.75), WAVELET, branch=0, output=0),
-        Row((0.0, math.exp(-0.75), 0.0), lambda s: (math.exp(-0.75) * s, math.exp(-0.75), 0.0), ZEROS, ZEROS,
+        SpecialValues((0.0, math.exp(-0.75), 0.0), lambda s: (math.exp(-0.75) * s, math.exp(-0.75), 0.0), ZEROS, ZEROS,
             lambda m: ZEROS, branch=0, output=1),
         # E = exp(-z - z^2): E' = -(1 + 2z) E, E'' = ((1 + 2z)^2 - 2) E
-        *(Row((_edge * f, -_edge * f, -_edge * f), lambda s, f=f: (_edge * f, -_edge * f, -_edge * f), ZEROS, ZEROS,
-              lambda m: ZEROS, branch=1, output=i) for i, f in enumerate((_cos, _sin))),
+        *(SpecialValues((_edge * f, -_edge * f, -_edge * f), lambda s, f=f: (_edge * f, -_edge * f, -_edge * f), ZEROS,
+              ZEROS, lambda m: ZEROS, branch=1, output=i) for i, f in enumerate((_cos, _sin))),
     ],
 }  # fmt: skip
 
@@ -214,7 +214,7 @@ def unit_activation(name: str):
     return activation.with_params(**{n: 1.0 if value else 0.0 for n, value in activation.params.items()})
 
 
-def cases(row: Row, dtype: torch.dtype) -> list[tuple[float, Triple]]:
+def cases(row: SpecialValues, dtype: torch.dtype) -> list[tuple[float, Triple]]:
     info = torch.finfo(dtype)
     tiny = 1000 * info.smallest_normal * info.eps  # subnormal, with ten bits
     return [
@@ -285,9 +285,9 @@ def test_bells_vanish_far_away_with_their_usual_parameters(name, backend, device
     """scale z overflows here, and the value and both derivatives are 0 all the same."""
     activation = fi.activations.get(name)
     if name == "gabor":
-        row = Row(ZEROS, lambda s: ZEROS, ZEROS, ZEROS, lambda m: ZEROS, branch=1)
+        row = SpecialValues(ZEROS, lambda s: ZEROS, ZEROS, ZEROS, lambda m: ZEROS, branch=1)
     else:
-        row = Row(ZEROS, lambda s: ZEROS, ZEROS, ZEROS, lambda m: ZEROS, branch=0)
+        row = SpecialValues(ZEROS, lambda s: ZEROS, ZEROS, ZEROS, lambda m: ZEROS, branch=0)
     far = [INF, -INF, 1e30, -1e30] + ([] if name == "sinc" else [torch.finfo(torch.float32).max])
     z = torch.zeros(activation.branches, len(far), device=device)
     z[row.branch] = torch.tensor(far)

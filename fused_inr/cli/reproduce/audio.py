@@ -15,7 +15,7 @@ import torch
 
 from ...models import SIREN
 from .fitting import decibel, fit, recording, shown_curve, thinned
-from .record import Request, Work, digest, seeds
+from .record import Experiment, Request, digest, seeds
 
 WAYS: dict[str, dict[str, Any]] = {
     "SIREN (1, 6)": {"flic": 1.0, "initc": 6.0},
@@ -28,7 +28,7 @@ BATCH = True
 
 
 @dataclass(frozen=True)
-class Options:
+class AudioOptions:
     """Everything that decides the figures."""
 
     duration: float = 1.0
@@ -41,14 +41,14 @@ class Options:
     batch: int = 0  # samples a step; 0: all
 
 
-def prepare(request: Request) -> Work:
-    """Make the work of what the command line asks for."""
-    options = Options(duration=7.0, steps=3000, width=256) if request.full else Options()
-    return work(replace(options, batch=request.batch), seeds(request, 1), request.data)
+def prepare(request: Request) -> Experiment:
+    """Make the experiment that the command line asks for."""
+    options = AudioOptions(duration=7.0, steps=3000, width=256) if request.full else AudioOptions()
+    return experiment(replace(options, batch=request.batch), seeds(request, 1), request.data)
 
 
-def work(options: Options, numbers: list[int], data: str | None) -> Work:
-    """Make the work: one cell for each way to initialise and each seed."""
+def experiment(options: AudioOptions, numbers: list[int], data: str | None) -> Experiment:
+    """Make the experiment: one cell for each way to initialise and each seed."""
     name, rate, values = recording(data, options.duration)
     y = torch.from_numpy(values).unsqueeze(1)
     x = torch.linspace(-1, 1, len(y)).unsqueeze(1)
@@ -61,7 +61,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
         curve = fit(net, x, y, options.steps, options.lr, options.batch)
         return {"psnr": decibel(curve[-1]), "snr": decibel(curve[-1], power**0.5), "mse": thinned(curve)}
 
-    return Work(
+    return Experiment(
         {**asdict(options), "seeds": numbers, "recording": {"name": name, "rate": rate, "digest": digest(values)}},
         {f"{way}, seed {s}": partial(cell, way, s) for s in numbers for way in WAYS},
         partial(_tables, numbers),

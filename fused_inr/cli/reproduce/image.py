@@ -20,7 +20,7 @@ from ... import activations, init
 from ...activations import Activation
 from ...models import MLP
 from .fitting import cameraman, decibel, fit, spreads
-from .record import Request, Work, seeds
+from .record import Experiment, Request, seeds
 
 #: `--widths` and `--batch` choose.
 WIDTHS = BATCH = True
@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class ImageOptions:
     """Everything that decides the figures."""
 
     size: int = 64
@@ -43,12 +43,12 @@ class Options:
     batch: int = 0  # pixels a step; 0: all
 
 
-def prepare(request: Request) -> Work:
-    """Make the work of what the command line asks for."""
-    options = replace(Options(size=256) if request.full else Options(), batch=request.batch)
+def prepare(request: Request) -> Experiment:
+    """Make the experiment that the command line asks for."""
+    options = replace(ImageOptions(size=256) if request.full else ImageOptions(), batch=request.batch)
     if request.widths:
         options = replace(options, widths=request.widths)
-    return work(options, seeds(request, 5), request.data)
+    return experiment(options, seeds(request, 5), request.data)
 
 
 def frequency(net: nn.Module, x: Tensor) -> float:
@@ -59,8 +59,8 @@ def frequency(net: nn.Module, x: Tensor) -> float:
     return (slope.square().sum(1).mean().sqrt() / (2 * math.pi * y.std())).item()
 
 
-def work(options: Options, numbers: list[int], data: str | None) -> Work:
-    """Make the work: one cell for each activation, width, way to initialise and seed."""
+def experiment(options: ImageOptions, numbers: list[int], data: str | None) -> Experiment:
+    """Make the experiment: one cell for each activation, width, way to initialise and seed."""
     target = cameraman(data, options.size)
     x, y = target.coordinates(), target.target()
     solved = {name: float(f"{init.search_sigma_p(a).sigma_p:.6g}") for name, a in ACTIVATIONS.items()}
@@ -79,7 +79,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
             result[key] = {"psnr": decibel(curve[-1]), "frequency": start, "std": spread}
         return result
 
-    return Work(
+    return Experiment(
         {**asdict(options), "seeds": numbers, "picture": {"name": target.name, "digest": target.digest}},
         {
             f"{a}, width {w}, seed {s}": partial(cell, a, w, s)
@@ -98,7 +98,9 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
     )
 
 
-def _tables(options: Options, solved: dict[str, float], numbers: list[int], cells: dict[str, Any]) -> dict[str, Any]:
+def _tables(
+    options: ImageOptions, solved: dict[str, float], numbers: list[int], cells: dict[str, Any]
+) -> dict[str, list[list[str]]]:
     tables = {}
     for name in ACTIVATIONS:
         rows = [
@@ -122,7 +124,7 @@ def _tables(options: Options, solved: dict[str, float], numbers: list[int], cell
     return tables
 
 
-def _draw(options: Options, numbers: list[int], figure: Any, cells: dict[str, Any]) -> None:
+def _draw(options: ImageOptions, numbers: list[int], figure: Any, cells: dict[str, Any]) -> None:
     keys = ("default", *(f"{m:g} solved" for m in options.multiples))
     for (name, _), row in zip(ACTIVATIONS.items(), figure.subplots(len(ACTIVATIONS), 2, squeeze=False)):
         for i, w in enumerate(options.widths):

@@ -37,7 +37,7 @@ class Request:
 
 
 @dataclass
-class Work:
+class Experiment:
     """One reproduction, ready to run.
 
     Attributes:
@@ -60,8 +60,8 @@ class Work:
 class Reproduction(Protocol):
     """What a module of this folder offers."""
 
-    def prepare(self, request: Request) -> Work:
-        """Make the work of what the command line asks for."""
+    def prepare(self, request: Request) -> Experiment:
+        """Make the experiment that the command line asks for."""
 
 
 def run(arguments: Namespace) -> int:
@@ -74,11 +74,11 @@ def run(arguments: Namespace) -> int:
         raise CliError(f"--widths: {name} has one network size")
     if arguments.batch is not None and not getattr(module, "BATCH", False):
         raise CliError(f"--batch: {name} has no fit that could go in batches")
-    work = module.prepare(Request(arguments.full, arguments.seeds, arguments.data, widths, arguments.batch or 0))
+    experiment = module.prepare(Request(arguments.full, arguments.seeds, arguments.data, widths, arguments.batch or 0))
     folder = Path(arguments.out)
     stem = f"{name}-{'full' if arguments.full else 'quick'}"
     path = Path(arguments.json) if arguments.json else folder / f"{stem}.json"
-    options = json.loads(json.dumps(work.options))
+    options = json.loads(json.dumps(experiment.options))
     done, seconds = _resume(path, name, options)
     resumed = bool(done)
     prepare_folder(folder)
@@ -107,24 +107,24 @@ def run(arguments: Namespace) -> int:
         return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
 
     tables: dict[str, list[list[str]]] = {}
-    for cell in _progress(work, done, arguments.quiet):
+    for cell in _progress(experiment, done, arguments.quiet):
         start = time.perf_counter()
-        done[cell] = plain(work.cells[cell]())
+        done[cell] = plain(experiment.cells[cell]())
         seconds[cell] = round(time.perf_counter() - start, 2)
-        if cell != list(work.cells)[-1]:
+        if cell != list(experiment.cells)[-1]:
             write_all({path: document()})
     try:
-        tables.update(work.tables(done))
+        tables.update(experiment.tables(done))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         if not resumed:
             raise
         message = f"{path}: holds figures that are not those of {name} ({error!r}); remove it or give another --out"
         raise CliError(message) from error
     write_all({path: document()})
-    drawn = write_picture(picture, lambda: _figure(work, done))
+    drawn = write_picture(picture, lambda: _figure(experiment, done))
     for title, rows in tables.items():
         print(f"\n{title}\n{aligned(rows)}")
-    for note in work.notes:
+    for note in experiment.notes:
         print(f"\n{note}")
     print(f"\nwrote {path}{f', {picture}' if drawn else ''}")
     return 0 if drawn else NO_PICTURE
@@ -149,24 +149,22 @@ def _resume(path: Path, name: str, options: dict) -> tuple[dict[str, Any], dict[
         raise CliError(message) from error
 
 
-def _progress(work: Work, done: dict, quiet: bool) -> Iterator[str]:
+def _progress(experiment: Experiment, done: dict, quiet: bool) -> Iterator[str]:
     from tqdm import tqdm
 
-    todo = [cell for cell in work.cells if cell not in done]
-    with tqdm(
-        total=len(work.cells), initial=len(work.cells) - len(todo), disable=quiet, unit="cell", dynamic_ncols=True
-    ) as bar:
+    todo, total = [cell for cell in experiment.cells if cell not in done], len(experiment.cells)
+    with tqdm(total=total, initial=total - len(todo), disable=quiet, unit="cell", dynamic_ncols=True) as bar:
         for cell in todo:
             bar.set_description(cell)
             yield cell
             bar.update()
 
 
-def _figure(work: Work, cells: dict[str, Any]) -> bytes:
+def _figure(experiment: Experiment, cells: dict[str, Any]) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=work.size, layout="constrained")
-    work.draw(figure, cells)
+    figure = Figure(figsize=experiment.size, layout="constrained")
+    experiment.draw(figure, cells)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()

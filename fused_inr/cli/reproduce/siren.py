@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...models import SIREN
 from .fitting import decibel, fit, picture, shown_curve, spreads, thinned
-from .record import Request, Work, seeds
+from .record import Experiment, Request, seeds
 
 PAIRS = {"published (1, 6)": (1.0, 6.0), "tuned (2, 40)": (2.0, 40.0)}
 _SPREAD = {  # table 3.3
@@ -32,7 +32,7 @@ _OMEGA = 30.0
 
 
 @dataclass(frozen=True)
-class Options:
+class SirenOptions:
     """Everything that decides the figures."""
 
     size: int = 64
@@ -48,17 +48,17 @@ class Options:
 WIDTHS = BATCH = True
 
 
-def prepare(request: Request) -> Work:
-    """Make the work of what the command line asks for."""
-    options = Options(size=512, steps=3000, widths=(128, 256, 512, 1024)) if request.full else Options()
+def prepare(request: Request) -> Experiment:
+    """Make the experiment that the command line asks for."""
+    options = SirenOptions(size=512, steps=3000, widths=(128, 256, 512, 1024)) if request.full else SirenOptions()
     options = replace(options, batch=request.batch)
     if request.widths:
         options = replace(options, widths=request.widths)
-    return work(options, seeds(request, 1), request.data)
+    return experiment(options, seeds(request, 1), request.data)
 
 
-def work(options: Options, numbers: list[int], data: str | None) -> Work:
-    """Make the work: one cell for each pair of constants and each seed."""
+def experiment(options: SirenOptions, numbers: list[int], data: str | None) -> Experiment:
+    """Make the experiment: one cell for each pair of constants and each seed."""
     target = picture(data, options.size, "published: tokyo512.png, a photograph of 512x512")
     whole = picture(data, 0, "")
     x, y = target.coordinates(), target.target()
@@ -78,7 +78,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
         f"width {w}, {p}, seed {s}": partial(psnr, p, w, s) for w in options.widths for p in PAIRS for s in numbers
     }
     about = {"name": target.name, "digest": target.digest}
-    return Work(
+    return Experiment(
         {**asdict(options), "seeds": numbers, "picture": about},
         cells,
         partial(_tables, options, numbers),
@@ -100,7 +100,7 @@ def sine_spreads(pair: str, x: Tensor, width: int, depth: int, seed: int) -> lis
     return [{"z": _OMEGA * layer["z"], "sine": after["x"]} for layer, after in pairwise(found)]
 
 
-def _tables(options: Options, numbers: list[int], cells: dict[str, Any]) -> dict[str, list[list[str]]]:
+def _tables(options: SirenOptions, numbers: list[int], cells: dict[str, Any]) -> dict[str, list[list[str]]]:
     spread = [["layer", *(f"{p}: {k}" for p in PAIRS for k in ("omega z", "published", "sine"))]]
     for i in range(options.depth + 1):
         line = [str(i)]
@@ -123,7 +123,7 @@ def _tables(options: Options, numbers: list[int], cells: dict[str, Any]) -> dict
     return {"Standard deviation at initialisation (table 3.3)": spread, "PSNR by width (table 3.4)": psnr}
 
 
-def _draw(options: Options, numbers: list[int], figure: Any, cells: dict[str, Any]) -> None:
+def _draw(options: SirenOptions, numbers: list[int], figure: Any, cells: dict[str, Any]) -> None:
     left, right = figure.subplots(1, 2)
     for pair, style in zip(PAIRS, ("--", "-")):
         for i, width in enumerate(options.widths):

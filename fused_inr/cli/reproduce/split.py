@@ -19,7 +19,7 @@ from ...encodings import FourierFeatures
 from ...init import lsuv_init_
 from ...models import SplitNet
 from .fitting import cameraman, decibel, fit, shown_curve, thinned
-from .record import Request, Work, seeds
+from .record import Experiment, Request, seeds
 
 #: name -> m, and how weights are made; VI3NR's m keeps unit variance through a layer
 WAYS = {
@@ -41,7 +41,7 @@ WIDTHS = BATCH = True
 
 
 @dataclass(frozen=True)
-class Options:
+class SplitOptions:
     """Everything that decides the figures."""
 
     size: int = 128
@@ -54,16 +54,16 @@ class Options:
     batch: int = 0  # pixels a step; 0: all
 
 
-def prepare(request: Request) -> Work:
-    """Make the work of what the command line asks for."""
-    options = Options(size=256, widths=(128,)) if request.full else Options()
+def prepare(request: Request) -> Experiment:
+    """Make the experiment that the command line asks for."""
+    options = SplitOptions(size=256, widths=(128,)) if request.full else SplitOptions()
     options = replace(options, batch=request.batch)
     if request.widths:
         options = replace(options, widths=request.widths)
-    return work(options, seeds(request, 1), request.data)
+    return experiment(options, seeds(request, 1), request.data)
 
 
-def network(way: str, x: Tensor, outputs: int, width: int, options: Options, seed: int) -> SplitNet:
+def network(way: str, x: Tensor, outputs: int, width: int, options: SplitOptions, seed: int) -> SplitNet:
     """Make a SplitNet behind Fourier features, initialised in one of `WAYS`."""
     m, init = WAYS[way]
     torch.manual_seed(seed)
@@ -84,8 +84,8 @@ def network(way: str, x: Tensor, outputs: int, width: int, options: Options, see
     return net
 
 
-def work(options: Options, numbers: list[int], data: str | None) -> Work:
-    """Make the work: one cell for each way to initialise and each seed."""
+def experiment(options: SplitOptions, numbers: list[int], data: str | None) -> Experiment:
+    """Make the experiment: one cell for each way to initialise and each seed."""
     target = cameraman(data, options.size)
     x, y = target.coordinates(), target.target()
 
@@ -97,7 +97,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
         third = curve[options.steps // 3]
         return {"psnr": decibel(curve[-1], _PEAK), "psnr_third": decibel(third, _PEAK), "mse": thinned(curve)}
 
-    return Work(
+    return Experiment(
         {**asdict(options), "seeds": numbers, "picture": {"name": target.name, "digest": target.digest}},
         {
             f"{way}, width {w}, seed {s}": partial(cell, way, w, s)
@@ -115,7 +115,7 @@ def work(options: Options, numbers: list[int], data: str | None) -> Work:
     )
 
 
-def _tables(options: Options, numbers: list[int], cells: dict[str, Any]) -> dict[str, list[list[str]]]:
+def _tables(options: SplitOptions, numbers: list[int], cells: dict[str, Any]) -> dict[str, list[list[str]]]:
     tables = {}
     for w in options.widths:
         rows = [["initialisation", f"{options.steps // 3} steps", f"{options.steps} steps", "lowest", "trial, 256x256"]]
@@ -129,7 +129,7 @@ def _tables(options: Options, numbers: list[int], cells: dict[str, Any]) -> dict
     return tables
 
 
-def _draw(options: Options, numbers: list[int], figure: Any, cells: dict[str, Any]) -> None:
+def _draw(options: SplitOptions, numbers: list[int], figure: Any, cells: dict[str, Any]) -> None:
     for w, axis in zip(options.widths, figure.subplots(1, len(options.widths), squeeze=False)[0]):
         for i, way in enumerate(WAYS):
             for s in numbers:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ... import activations, init
 from ...activations import Activation
-from .record import Request, Work, seeds
+from .record import Experiment, Request, seeds
 
 _BLOCK = 1000  # rows that pass together
 
 
 @dataclass(frozen=True)
-class Options:
+class ToyOptions:
     """Everything that decides the figures."""
 
     width: int = 1000
@@ -37,7 +37,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Row:
+class GainSetting:
     """One line of a table: an activation, its sigma_p, a fixed gain^2 (None: by Monte Carlo), what was published."""
 
     label: str
@@ -51,22 +51,22 @@ class Row:
 _GAUSSIAN, _SINE = "gaussian:0.05", "sine:30"
 #: The published script's lines, as it prints them for batch 2,000 and its own seed.
 PUBLISHED = [
-    Row("tanh, Xavier", "tanh", 1.0, 1.0, (99.0, 98.6)),
-    Row("tanh, PyTorch", "tanh", 1.0, (5 / 3) ** 2, (7.9, 100.0)),
-    Row("tanh, VI3NR", "tanh", 1.0, 2.54, (2.1, 100.0)),
-    Row("tanh, VI3NR backward", "tanh", 0.1, 1.02, (8.4, 19.7)),
-    Row("sigmoid, Kumar", "sigmoid", 1.0, 12.96, (62.1, 100.0)),
-    Row("sigmoid, PyTorch", "sigmoid", 1.0, 1.0, (61.0, 100.0)),
-    Row("sigmoid, VI3NR", "sigmoid", 1.0, 3.41, (4.6, 100.0)),
-    Row("sigmoid, VI3NR backward", "sigmoid", 6.8, 104.28, (2.6, 34.0)),
-    Row("relu", "relu", 1.0, 2.0, (7.7, 25.6)),
-    Row("tanh, sigma_p 1", "tanh", 1.0, None, (2.2, 100.0)),
-    Row("sigmoid, sigma_p 1", "sigmoid", 1.0, None, (4.5, 100.0)),
-    Row("relu, sigma_p 1", "relu", 1.0, None, (7.9, 26.2)),
-    Row("sin(30z), sigma_p 1", _SINE, 1.0, None, (2.0, 100.0)),
-    Row("gaussian 0.05, sigma_p 1", _GAUSSIAN, 1.0, None, (6.7, 100.0)),
-    Row("sin(z)/z, sigma_p 1", "sinc", 1.0, None, (4.6, 100.0)),
-    Row("wavelet, sigma_p 1", "wavelet", 1.0, None, (3.2, 100.0)),
+    GainSetting("tanh, Xavier", "tanh", 1.0, 1.0, (99.0, 98.6)),
+    GainSetting("tanh, PyTorch", "tanh", 1.0, (5 / 3) ** 2, (7.9, 100.0)),
+    GainSetting("tanh, VI3NR", "tanh", 1.0, 2.54, (2.1, 100.0)),
+    GainSetting("tanh, VI3NR backward", "tanh", 0.1, 1.02, (8.4, 19.7)),
+    GainSetting("sigmoid, Kumar", "sigmoid", 1.0, 12.96, (62.1, 100.0)),
+    GainSetting("sigmoid, PyTorch", "sigmoid", 1.0, 1.0, (61.0, 100.0)),
+    GainSetting("sigmoid, VI3NR", "sigmoid", 1.0, 3.41, (4.6, 100.0)),
+    GainSetting("sigmoid, VI3NR backward", "sigmoid", 6.8, 104.28, (2.6, 34.0)),
+    GainSetting("relu", "relu", 1.0, 2.0, (7.7, 25.6)),
+    GainSetting("tanh, sigma_p 1", "tanh", 1.0, None, (2.2, 100.0)),
+    GainSetting("sigmoid, sigma_p 1", "sigmoid", 1.0, None, (4.5, 100.0)),
+    GainSetting("relu, sigma_p 1", "relu", 1.0, None, (7.9, 26.2)),
+    GainSetting("sin(30z), sigma_p 1", _SINE, 1.0, None, (2.0, 100.0)),
+    GainSetting("gaussian 0.05, sigma_p 1", _GAUSSIAN, 1.0, None, (6.7, 100.0)),
+    GainSetting("sin(z)/z, sigma_p 1", "sinc", 1.0, None, (4.6, 100.0)),
+    GainSetting("wavelet, sigma_p 1", "wavelet", 1.0, None, (3.2, 100.0)),
 ]
 _SOLVED = ("tanh", _GAUSSIAN, "sinc", "wavelet", "sigmoid", "relu")
 DISTRIBUTIONS = ("uniform", "normal", "orthogonal")
@@ -80,12 +80,12 @@ def activation_of(text: str) -> Activation:
     return activation.with_params(**{activation.param_names[0]: float(value)}) if value else activation
 
 
-def solved_rows() -> list[Row]:
+def solved_rows() -> list[GainSetting]:
     """Return the rows where both conditions hold (tanh: nearly, only in the limit 0; relu: everywhere)."""
     rows = []
     for text in _SOLVED:
         sigma = init.default_sigma_p(activation_of(text))
-        rows.append(Row(f"{text.replace(':', ' ')}, sigma_p {sigma:.4g}", text, sigma, solved=True))
+        rows.append(GainSetting(f"{text.replace(':', ' ')}, sigma_p {sigma:.4g}", text, sigma, solved=True))
     return rows
 
 
@@ -130,14 +130,14 @@ def matrices(distribution: str, width: int, depth: int, seed: int) -> list[Tenso
     return [_FILL[distribution](torch.empty(width, width), 1.0, rng) for _ in range(depth)]
 
 
-def prepare(request: Request) -> Work:
-    """Make the work of what the command line asks for."""
-    options = Options(batch=10_000) if request.full else Options()
-    return work(options, seeds(request, 5), request.full)
+def prepare(request: Request) -> Experiment:
+    """Make the experiment that the command line asks for."""
+    options = ToyOptions(batch=10_000) if request.full else ToyOptions()
+    return experiment(options, seeds(request, 5), request.full)
 
 
-def work(options: Options, numbers: list[int], full: bool = False) -> Work:
-    """Make the work: one cell for each distribution and seed, since all activations share the weights."""
+def experiment(options: ToyOptions, numbers: list[int], full: bool = False) -> Experiment:
+    """Make the experiment: one cell for each distribution and seed, since all activations share the weights."""
     rows = solved_rows()
 
     def cell(distribution: str, seed: int) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def work(options: Options, numbers: list[int], full: bool = False) -> Work:
         return result
 
     cells: dict[str, Any] = {f"{d} {s}": partial(cell, d, s) for s in numbers for d in DISTRIBUTIONS}
-    return Work(
+    return Experiment(
         {**asdict(options), "seeds": numbers, "rows": [asdict(r) for r in rows]},
         cells,
         partial(_tables, rows, numbers),
@@ -176,7 +176,7 @@ def _shown(values: list[float]) -> str:
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def _tables(rows: list[Row], numbers: list[int], cells: dict[str, Any]) -> dict[str, list[list[str]]]:
+def _tables(rows: list[GainSetting], numbers: list[int], cells: dict[str, Any]) -> dict[str, list[list[str]]]:
     first = [["as published", "gain^2", "E_f there", "E_f", "mean", "E_b there", "E_b", "mean"]]
     for row in PUBLISHED:
         forward, backward = (_column(cells, numbers, "uniform", row.label, k) for k in ("E_f", "E_b"))
@@ -195,7 +195,7 @@ def _tables(rows: list[Row], numbers: list[int], cells: dict[str, Any]) -> dict[
     return {"The published gains, uniform weights": first, "Both conditions met, three distributions": second}
 
 
-def _draw(rows: list[Row], numbers: list[int], figure: Any, cells: dict[str, Any]) -> None:
+def _draw(rows: list[GainSetting], numbers: list[int], figure: Any, cells: dict[str, Any]) -> None:
     for axis, key in zip(figure.subplots(2, 1), ("E_f", "E_b")):
         labels = []
         for x, row in enumerate([*PUBLISHED, *rows]):
