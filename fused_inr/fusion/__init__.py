@@ -136,7 +136,14 @@ def _examine(model, method, original, args, memory: Memory, compared: Compared, 
     for chain, of in zip(chains, entries):
         _measure_error(chain, of)
     report.fused = [e for of in entries for e in of if e is not None]
-    placed = {node.root.site.position for chain, of in zip(chains, entries) if any(of) for node in chain.nodes}
+    placed = {
+        site.position
+        for chain, of in zip(chains, entries)
+        if any(of)
+        for node in chain.nodes
+        for site in (node.root.site, node.root.partner)
+        if site is not None
+    }
     for position, where in sorted(recorder.where.items()):
         if position not in placed:
             reason = (

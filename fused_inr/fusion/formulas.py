@@ -52,6 +52,7 @@ class State:
     Attributes:
         expression: ("z", branch), ("v", leaf), ("=", literal) or (function, arguments, keyword arguments).
         branches: how many the pre-activations are split into; 0 where that is open, as nothing was applied.
+        of: the type of the pre-activations.
         dtype: of the value; None: that of the pre-activations.
         bare: whether nothing was applied: the pre-activation, or a branch of it.
         next: states by what is applied.
@@ -59,11 +60,12 @@ class State:
             formula), by (function, None) for a number that becomes a parameter.
     """
 
-    __slots__ = ("_matched", "_parts", "bare", "branches", "dtype", "expression", "next", "reason", "steps")
+    __slots__ = ("_matched", "_parts", "bare", "branches", "dtype", "expression", "next", "of", "reason", "steps")
 
-    def __init__(self, expression: tuple, branches: int, dtype: torch.dtype | None = None):
+    def __init__(self, expression: tuple, branches: int, of: torch.dtype, dtype: torch.dtype | None = None):
         self.expression = expression
         self.branches = branches
+        self.of = of
         self.dtype = dtype
         self.bare = expression[0] == "z"
         self.next: dict[Any, Any] = {}
@@ -136,21 +138,29 @@ class State:
 _states: dict[Any, State] = {}
 
 
-def _state(expression: tuple, branches: int, dtype: torch.dtype | None) -> State:
-    key = (expression, branches, dtype)
+def state_of(expression: tuple, branches: int, of: torch.dtype, dtype: torch.dtype | None = None) -> State:
+    """The state of an expression: the same object for the same one."""
+    key = (expression, branches, of, dtype)
     found = _states.get(key)
     if found is None:
-        found = _states[key] = State(expression, branches, dtype)
+        found = _states[key] = State(expression, branches, of, dtype)
     return found
 
 
-#: The pre-activation itself.
-start = _state(("z", 0), 0, None)
+_starts: dict[torch.dtype, State] = {}
 
 
-def branch(index: int, branches: int) -> State:
+def start(of: torch.dtype) -> State:
+    """The state of pre-activations of this type, to which nothing was applied."""
+    found = _starts.get(of)
+    if found is None:
+        found = _starts[of] = state_of(("z", 0), 0, of)
+    return found
+
+
+def branch(index: int, branches: int, of: torch.dtype) -> State:
     """The state of one of several branches."""
-    return _state(("z", index), branches, None)
+    return state_of(("z", index), branches, of)
 
 
 # -- a function is applied
@@ -179,7 +189,9 @@ def keeps(name: str, value: int | float) -> bool:
     return value in KEPT or name in LITERAL
 
 
-def apply(name: str, args: tuple, kwargs: tuple, branches: int, detached: bool, dtype) -> State | None:
+def apply(
+    name: str, args: tuple, kwargs: tuple, branches: int, of: torch.dtype, detached: bool, dtype: torch.dtype | None
+) -> State | None:
     """The state of a function of expressions; None where its formula does not take these arguments."""
     formula = FORMULAS[name]
     try:
@@ -194,7 +206,7 @@ def apply(name: str, args: tuple, kwargs: tuple, branches: int, detached: bool, 
         expression = (name, args, kwargs)
     if detached:
         expression = ("detach", (_attached(expression),), ())
-    return _state(expression, branches, torch.bool if name in COMPARISONS else dtype)
+    return state_of(expression, branches, of, torch.bool if name in COMPARISONS else dtype)
 
 
 def _attached(expression: Any) -> Any:
@@ -406,8 +418,8 @@ def _check(state: State, matched: Matched, leaves: tuple, complex_z: bool, compl
     count = 2 if complex_z else max(1, state.branches)
     zs = [torch.randn(64, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(count)]
     scalars = tuple(_scalar(leaf) for leaf in leaves)
-    given = (torch.complex(zs[0], zs[1]),) if complex_z else tuple(zs)
     with torch.enable_grad():
+        given = (torch.complex(zs[0], zs[1]),) if complex_z else tuple(zs)
         expected = evaluate(state.expression, given, scalars)
         parts = [expected.real, expected.imag] if complex_y else [expected]
         values = [scalars[n] if type(n) is int else n for n in matched.leaves]

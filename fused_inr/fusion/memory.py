@@ -83,8 +83,8 @@ class Site:
             if isinstance(value, Tensor):
                 whole &= type(value) is torch.nn.Parameter or not value.requires_grad
                 if value.numel() == 1:
-                    whole &= value.dim() == 0
-                    value = value.reshape(())
+                    if value.dim():  # a view has the derivative of the call that made it
+                        whole, value = False, value.reshape(())
                 elif value.dim() > 1:
                     whole, value = False, value.reshape(features)
             values[name] = value

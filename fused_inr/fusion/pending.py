@@ -65,11 +65,25 @@ class Root:
         value: z, once it is known.
         viewed: whether there are pendings of a part of z.
         branches: of how many parts z consists, where formulas of several layers have met (else 0).
+        partner: the site of the second of these layers.
     """
 
     __slots__ = (
-        "bias", "branches", "cast", "channels", "compute", "device", "dtype", "grad", "shape", "site", "value", "viewed",
-        "weight", "x",
+        "bias",
+        "branches",
+        "cast",
+        "channels",
+        "compute",
+        "device",
+        "dtype",
+        "grad",
+        "partner",
+        "shape",
+        "site",
+        "value",
+        "viewed",
+        "weight",
+        "x",
     )  # fmt: skip
 
     def __init__(self, x, weight, bias, compute, shape, dtype, device, site, grad, cast, channels=False):
@@ -79,6 +93,7 @@ class Root:
         self.value: Tensor | None = None
         self.viewed = False
         self.branches = 0
+        self.partner: Site | None = None
 
     @property
     def features(self) -> int:
@@ -246,7 +261,11 @@ class Region(TorchFunctionMode):
         _regions.stack.remove(self)
         self._arguments.__exit__(None, None, None)
         if kind is None:
+            held = self.open
             self.realise()
+            for ref in held:  # what somebody keeps holds its value, and none of the operands
+                if (pending := ref()) is not None:
+                    pending.node.root = pending.node.leaves = None  # type: ignore[assignment]
         self.open = []
 
     def realise(self) -> None:
@@ -426,7 +445,7 @@ class Region(TorchFunctionMode):
         root = Root(before or x, weight, bias, compute, shape, dtype, x_device, site, grad, cast, channels)
         if self.memory.recorder is not None:
             site.saw(weight, shape)
-        return self._pending(Node(root, formulas.start, ()))
+        return self._pending(Node(root, formulas.start(root.dtype), ()))
 
     def _extended(self, known: Function, args: tuple, kwargs: dict, function: Any = None) -> Any:
         """The pending that a pointwise function of pendings is; None where it is none."""
@@ -504,7 +523,7 @@ class Region(TorchFunctionMode):
             return None
         branches = max([n.state.branches for n in given.nodes] + [1])
         after = formulas.apply(
-            known.name, expressions, named, branches, detached, None if dtype == root.dtype else dtype
+            known.name, expressions, named, branches, root.dtype, detached, None if dtype == root.dtype else dtype
         )
         if after is None:
             return None
@@ -556,7 +575,9 @@ class Region(TorchFunctionMode):
         if type(other) is Pending:
             other = other.node.result
         shape = root.shape
-        if type(other) not in _PLAIN or root.channels or root.complex or root.weight.dim() != 2 or len(shape) != 3:
+        if type(other) not in _PLAIN or root.channels or root.complex or len(shape) != 3:
+            return None
+        if root.weight.dim() == 3 and root.weight.shape[0] != shape[0]:
             return None
         features, rows = shape[-1], shape[1]
         if other.shape != (shape[0], 1, features) or other.dtype != root.weight.dtype or root.viewed:
@@ -566,7 +587,7 @@ class Region(TorchFunctionMode):
         by = other.squeeze(1)
         weight, bias = root.weight, root.bias
         if name == "add":
-            weight = weight.expand(shape[0], *weight.shape)
+            weight = weight.expand(shape[0], *weight.shape[-2:])
             bias = by if bias is None else bias + by
             return self._replaced(me, weight, bias, lambda z: z + other, inplace)
         weight = weight * by.unsqueeze(-1)
@@ -584,7 +605,7 @@ class Region(TorchFunctionMode):
         new = Root(
             old.x, weight, bias, compute, old.shape, old.dtype, old.device, old.site, old.grad, old.cast, old.channels
         )
-        node = Node(new, formulas.start, ())
+        node = Node(new, formulas.start(new.dtype), ())
         if not inplace:
             return self._pending(node)
         node.order = before.order
@@ -625,13 +646,14 @@ class Region(TorchFunctionMode):
 
         root = Root(r.x, weight, bias, compute, r.shape, r.dtype, r.device, r.site, r.grad, r.cast)
         root.branches = 2
+        root.partner = s.site
         if type(rows) is Node:
             rows.consumers = 1
         moved = []
         for node, branch in ((a, 0), (b, 1)):
             leaves = tuple(range(len(node.leaves)))
             expression = formulas.shifted(node.state.expression, leaves, branch)
-            new = Node(root, formulas._state(expression, 2, None), node.leaves)
+            new = Node(root, formulas.state_of(expression, 2, root.dtype), node.leaves)
             moved.append(self._pending(new))
         both = iter(moved)
         again = tuple(next(both) if type(v) is Pending and v.node.result is None else v for v in args)
@@ -786,7 +808,7 @@ class Region(TorchFunctionMode):
                 if type(x) is Node:
                     # together with the layers before it, where they are one network
                     if x.result is None and not root.branches:
-                        node = Node(root, formulas.start, ())
+                        node = Node(root, formulas.start(root.dtype), ())
                         y = self._computed(node)
                         root.value = y
                         return y
@@ -1131,7 +1153,9 @@ def _parted(region: Region, me: Pending, branches: int, dim: int) -> tuple[Pendi
         return None
     root.viewed = True
     shape = (*root.shape[:-1], root.shape[-1] // branches)
-    return tuple(region._pending(Node(root, formulas.branch(i, branches), ()), shape) for i in range(branches))
+    return tuple(
+        region._pending(Node(root, formulas.branch(i, branches, root.dtype), ()), shape) for i in range(branches)
+    )
 
 
 def _getitem(region: Region, me: Pending, function, args, kwargs):
@@ -1159,7 +1183,7 @@ def _getitem(region: Region, me: Pending, function, args, kwargs):
     if root.channels or me.node.norm is not None:
         return None
     root.viewed = True
-    node = Node(root, formulas.branch(start // width, branches), ())
+    node = Node(root, formulas.branch(start // width, branches, root.dtype), ())
     return region._pending(node, (*root.shape[:-1], width))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 from collections.abc import Iterator
@@ -183,7 +184,8 @@ class Recorder:
 
     def ran(self, chain: list, decision: Any) -> None:
         """A chain of layers ran."""
-        self.chains.append((chain, decision))
+        # copies: a node loses its operands where somebody keeps its value
+        self.chains.append(([(copy.copy(node), activation) for node, activation in chain], decision))
 
     def left(self, site: Site, reason: str) -> None:
         """A layer is computed as the model wrote it."""
