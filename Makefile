@@ -50,9 +50,9 @@ test: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/fused-inr bench table
 
-# The API reference, from the docstrings: the modules that fused_inr names. The files of activations and of init say nothing
+# The API reference, from the docstrings: the modules that fused_inr names. The files of activations, fusion and init say nothing
 # that those modules do not say (tests/test_docs.py makes the same pages).
-DOCUMENTED := fused_inr '!fused_inr.activations.' '!fused_inr.init.'
+DOCUMENTED := fused_inr '!fused_inr.activations.' '!fused_inr.init.' '!fused_inr.fusion.'
 docs: $(STAMP)
 	$(BIN)/python -m pdoc --docformat google --template-directory docs/reference -o build/docs $(DOCUMENTED)
 	@echo "build/docs/index.html"

@@ -152,8 +152,8 @@ def _unwrap(args: tuple) -> tuple:
 def arguments_of_functions(change: Callable[[Any], Any]) -> Iterator[None]:
     """Within the block the arguments of every `autograd.Function` that this thread applies go through `change`.
 
-    `Function.apply` looks at no override, and `apply` may have been bound long ago (`trunc_exp = _TruncExp.apply`); what it
-    calls first in every case is `unwrap_dead_wrappers`.
+    `Function.apply` looks at no override, and `apply` may have been bound long ago (`trunc_exp = _TruncExp.apply`);
+    what it calls first in every case is `unwrap_dead_wrappers`.
     """
     _functorch.unwrap_dead_wrappers = _unwrap
     _arguments.stack.append(change)

@@ -1,7 +1,7 @@
 """`fuse`: models of plain PyTorch on the fused operations are the models that they were.
 
-What is compared is the fused model with a copy that is not: values, gradients, second and third derivatives in float64's
-or float32's rounding. Models of published codebases are in tests/test_fusion_codebases.py.
+What is compared is the fused model with itself before: values, gradients, second and third derivatives, to float32's
+rounding. Models of published codebases are in tests/test_codebases.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Act(nn.Module):
         return self.function(z)
 
 
-class Sine(nn.Module):
+class PublishedSine(nn.Module):
     """SIREN's layer as its users write it."""
 
     def __init__(self, inputs, outputs, omega_0=30.0):
@@ -50,7 +50,9 @@ class Sine(nn.Module):
 
 def siren(width=16):
     torch.manual_seed(1)
-    return nn.Sequential(Sine(2, width), Sine(width, width), Sine(width, width), nn.Linear(width, 3))
+    return nn.Sequential(
+        PublishedSine(2, width), PublishedSine(width, width), PublishedSine(width, width), nn.Linear(width, 3)
+    )
 
 
 def rows(n=37, columns=2, seed=0):
@@ -86,7 +88,7 @@ def check_same(model, x=None, orders=2, tolerance=2e-4, call=None, **options):
         for a, b in zip(before, after):
             assert a.dtype == b.dtype
             torch.testing.assert_close(
-                b, a, rtol=tolerance, atol=tolerance * float(a.abs().max()), msg=lambda m: f"{again}: {m}"
+                b, a, rtol=tolerance, atol=tolerance * float(a.abs().max()), msg=lambda m, n=again: f"call {n}: {m}"
             )
     return report
 
@@ -124,7 +126,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(functions.FORMULAS))
+@pytest.mark.parametrize("name", sorted(functions.NAMES))
 def test_each_function_is_its_formula(name, monkeypatch):
     """The map that a function becomes has PyTorch's values and derivatives."""
     from fused_inr.fusion import formulas
@@ -344,7 +346,8 @@ def test_parameters_of_the_activation(shape, learnable):
 
 def test_norms_join_the_network():
     model = nn.Sequential(
-        nn.Linear(2, 16), nn.SiLU(), nn.LayerNorm(16), nn.Linear(16, 16), nn.SiLU(), nn.RMSNorm(16, eps=1e-6), nn.Linear(16, 1)
+        nn.Linear(2, 16), nn.SiLU(), nn.LayerNorm(16),
+        nn.Linear(16, 16), nn.SiLU(), nn.RMSNorm(16, eps=1e-6), nn.Linear(16, 1),
     )  # fmt: skip
     report = check_same(model)
     assert len(report.fused) == 2 and {e.network for e in report.fused} == {1}
@@ -922,7 +925,7 @@ def test_blocks_of_threads():
 
 def test_the_report(tmp_path):
     torch.manual_seed(0)
-    model = nn.Sequential(Sine(2, 64), Sine(64, 64), nn.Linear(64, 3), nn.Softmax(-1))
+    model = nn.Sequential(PublishedSine(2, 64), PublishedSine(64, 64), nn.Linear(64, 3), nn.Softmax(-1))
     report = fi.fuse(model, rows(2048), prefer="always")
     assert [(e.where, e.activation, e.formula) for e in report.fused] == [
         ("0.linear", "sine", "sin(30*z)"), ("1.linear", "sine", "sin(30*z)")
@@ -1019,7 +1022,7 @@ def test_command(tmp_path, capsys):
 
     file = tmp_path / "model.py"
     file.write_text(
-        "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))\n"
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))\n"
     )
     out = tmp_path / "report.json"
     assert main(["fuse", f"{file}:make", "--input", "256x2", "--prefer", "always", "--json", str(out)]) == 0

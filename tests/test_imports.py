@@ -207,10 +207,11 @@ def test_private_names_are_found(tmp_path, text, private):
 
 
 def test_a_class_has_a_name_of_its_own():
-    """No two classes of the project share a public name: a name has one meaning."""
+    """No two classes of the project share a public name: a name has one meaning. (What a function defines is known to
+    it alone.)"""
     places: dict[str, list[str]] = {}
     for path in sorted(p for folder in (*FOLDERS.values(), "tests") for p in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not {name: found for name, found in places.items() if len(found) > 1}

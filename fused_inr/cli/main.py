@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     fuse = commands.add_parser(
         "fuse",
         help="make a model of your own run fused, and tell how",
-        description="Make a model, fuse its layers on random inputs between -1 and 1, and print what was fused, how far it "
-        "differs from the original and how fast it is, and what was left, and why.",
+        description="Make a model, fuse its layers on random inputs between -1 and 1, and print what was fused, how "
+        "far it differs from the original and how fast it is, and what was left, and why.",
     )
     fuse.add_argument(
         "model", metavar="MODULE:CALLABLE", help="what makes the model: package.module:Class or file.py:make"

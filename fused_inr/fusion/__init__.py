@@ -1,15 +1,15 @@
 """Makes models that are written in plain PyTorch run on the fused operations: `fuse`, `unfuse`, `fused`.
 
 ```python
-report = fused_inr.fuse(model, coordinates)  # in place
+report = fused_inr.fuse(net, x)  # in place
 print(report)
-fused_inr.unfuse(model)  # as it was
+fused_inr.unfuse(net)  # as it was
 ```
 
-How it works: inside the model's methods `F.linear` (matmul with a transposed weight, bmm, addmm, a convolution of width 1)
-returns a pre-activation that is not computed yet; the pointwise functions that follow extend its formula, until anything
-else needs its value (`pending.py`). Nothing is captured, so hooks, changed attributes, `load_state_dict`, `functional_call`
-and derivatives of any order are those of the model as it is at each call.
+How it works: inside the model's methods `F.linear` (matmul with a transposed weight, bmm, addmm, a convolution of width
+1) returns a pre-activation that is not computed yet; the pointwise functions that follow extend its formula, until
+anything else needs its value (`pending.py`). Nothing is captured, so hooks, changed attributes, `load_state_dict`,
+`functional_call` and derivatives of any order are those of the model as it is at each call.
 """
 
 from __future__ import annotations
@@ -19,38 +19,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .check import Compared, same_state
+from .check import Compared, combined, floats, own_inputs, same_state
 from .install import fused, install, installed, uninstall
-from .measure import WORTH, Chain, saved_bytes, side_by_side, slow_rows
+from .measure import MeasuredChain, saved_bytes, side_by_side, slow_rows
 from .memory import Memory, bucket
-from .pending import Node, Region
-from .report import Entry, Left, Recorder, Report
+from .pending import Deferred, Region
+from .report import FusedEntry, FusionReport, LeftEntry, SiteRecorder
 
-__all__ = ["Entry", "Left", "Report", "fuse", "fused", "unfuse"]
+__all__ = ["FusedEntry", "FusionReport", "LeftEntry", "fuse", "fused", "unfuse"]
 
 _PREFER = ("speed", "always")
 
 
 def fuse(
     model: nn.Module, sample_input: Any = None, methods: tuple[str, ...] = ("forward",), *, prefer: str = "speed"
-) -> Report:
+) -> FusionReport:
     """Makes a model's linear layers and the pointwise functions behind them run as fused operations, in place.
 
-    y = f(x W^T + b) becomes one operation for any f of pointwise functions, learnable parameters and splits into branches;
-    a chain of such layers (LayerNorm and RMSNorm behind the activation included) becomes one whole-network operation.
-    Parameters, buffers, attributes and `state_dict` are untouched; the model's class is replaced by a subclass made for it.
+    y = f(x W^T + b) becomes one operation for any f of pointwise functions, learnable parameters and splits into
+    branches; a chain of such layers (LayerNorm and RMSNorm behind the activation included) becomes one whole-network
+    operation. Parameters, buffers, attributes and `state_dict` are untouched; the model's class is replaced by a
+    subclass made for it.
 
     Args:
         model: any module; what is compiled, scripted or wrapped for several processes is fused before that.
-        sample_input: an input of the first of `methods`, or a tuple of its positional arguments. With it the fused model
-            is compared with the original in values, gradients and second derivatives, and a layer that differs by more
-            than rounding explains is left alone; without it nothing is compared or measured.
+        sample_input: an input of the first of `methods`, or a tuple of its positional arguments. With it the fused
+            model is compared with the original in values, gradients and second derivatives, and a layer that differs by
+            more than rounding explains is left alone; without it nothing is compared or measured.
         methods: the methods that are fused; what other methods call stays as it is.
         prefer: "speed" measures each chain of layers on the sample and on fewer rows, and leaves those that the model's
             own functions compute faster, by their number of rows; "always" fuses whatever can be.
 
     Returns:
-        A `Report`: what is fused, as which activation, how far it differs, how fast it is, and what is left, and why.
+        A `FusionReport`: what is fused, as which activation, how far it differs, how fast it is, and what is left, and
+        why.
 
     Types: all floating-point types, and complex pre-activations. Differentiable as the original, any number of times in
     reverse mode; under torch.func.vmap, in forward mode and under torch.compile the original's own functions run.
@@ -62,7 +64,7 @@ def fuse(
     """
     methods = _checked(model, methods, prefer)
     args = sample_input if isinstance(sample_input, tuple) else () if sample_input is None else (sample_input,)
-    report = Report(type(model).__qualname__)
+    report = FusionReport(type(model).__qualname__)
     if not args:
         install(model, methods)
         report.notes.append("no sample input: nothing was compared or measured")
@@ -118,9 +120,11 @@ def _checked(model: Any, methods: Any, prefer: str) -> tuple[str, ...]:
     return methods
 
 
-def _examine(model, method, original, args, memory: Memory, compared: Compared, prefer: str, report: Report) -> None:
+def _examine(
+    model, method, original, args, memory: Memory, compared: Compared, prefer: str, report: FusionReport
+) -> None:
     call = getattr(model, method)
-    recorder = Recorder(model)
+    recorder = SiteRecorder(model)
     memory.recorder = recorder
     with same_state(model), torch.no_grad():
         call(*args)  # sites learn which values are wanted by more than what follows
@@ -152,13 +156,16 @@ def _examine(model, method, original, args, memory: Memory, compared: Compared, 
                 or recorder.reasons.get(position)
                 or "nothing pointwise follows"
             )
-            report.left.append(Left(where, reason))
+            report.left.append(LeftEntry(where, reason))
     report.errors, report.bounds = dict(compared.errors), compared.explained()
     missing = [k for k in ("gradients", "second derivatives") if k not in compared.expected]
     report.notes += [f"the original has no {k} on the sample: not compared" for k in missing]
     parameters = list(model.parameters())
     with same_state(model), torch.enable_grad():
-        report.saved = tuple(saved_bytes(lambda f=f: f(*args), parameters) for f in (original, call))  # type: ignore[misc]
+        report.saved = (
+            saved_bytes(lambda: original(*args), parameters),
+            saved_bytes(lambda: call(*args), parameters),
+        )
 
 
 def _leave_what_differs(call, memory: Memory, compared: Compared) -> None:
@@ -178,27 +185,27 @@ def _leave_what_differs(call, memory: Memory, compared: Compared) -> None:
             raise RuntimeError(f"the model is not the same twice, fused or not: {left}")
 
 
-def _chains(recorder: Recorder, memory: Memory) -> list[Chain]:
+def _chains(recorder: SiteRecorder, memory: Memory) -> list[MeasuredChain]:
     """The chains of the sample that stay fused, each once."""
     found = []
     for nodes, _ in recorder.chains:
         nodes = [node for node, _ in nodes]
         if all(not n.root.site.off for n in nodes):
             x = nodes[0].root.x
-            x = x.result if isinstance(x, Node) else x
+            x = x.result if isinstance(x, Deferred) else x
             if x is not None:
-                found.append(Chain(nodes, x))
+                found.append(MeasuredChain(nodes, x))
     return found
 
 
-def _entries(recorder: Recorder, chains: list[Chain], memory: Memory) -> list[list[Entry | None]]:
-    found: list[list[Entry | None]] = []
+def _entries(recorder: SiteRecorder, chains: list[MeasuredChain], memory: Memory) -> list[list[FusedEntry | None]]:
+    found: list[list[FusedEntry | None]] = []
     networks = 0
     decisions = {id(nodes[0][0]): (nodes, decision) for nodes, decision in recorder.chains}
     for chain in chains:
         pairs, decision = decisions[id(chain.nodes[0])]
         networks += decision is not None
-        of: list[Entry | None] = []
+        of: list[FusedEntry | None] = []
         for node, activation in pairs:
             if node.state.bare:
                 of.append(None)
@@ -213,13 +220,15 @@ def _entries(recorder: Recorder, chains: list[Chain], memory: Memory) -> list[li
             name = activation.name if activation.map.generated else "own"
             where = recorder.where.get(node.root.site.position, "")
             of.append(
-                Entry(where, node.state.written(node.leaves), name, backend, networks if decision is not None else None)
+                FusedEntry(
+                    where, node.state.written(node.leaves), name, backend, networks if decision is not None else None
+                )
             )
         found.append(of)
     return found
 
 
-def _leave_what_is_slow(model, original, call, args, chains, entries, memory: Memory, report: Report) -> None:
+def _leave_what_is_slow(model, original, call, args, chains, entries, memory: Memory, report: FusionReport) -> None:
     region = Region(Memory())
     gradients = any(p.requires_grad for p in model.parameters())
     with same_state(model):
@@ -239,8 +248,8 @@ def _leave_what_is_slow(model, original, call, args, chains, entries, memory: Me
                 of[:] = [None] * len(of)
                 for node in chain.nodes:
                     node.root.site.note = (
-                        f"the model's own functions are faster: {seconds[0] * 1e3:.3g} ms, fused {seconds[1] * 1e3:.3g} ms "
-                        f"on {chain.rows} rows"
+                        f"the model's own functions are faster: {seconds[0] * 1e3:.3g} ms, fused "
+                        f"{seconds[1] * 1e3:.3g} ms on {chain.rows} rows"
                     )
     memory.measured = True
     device = next(
@@ -256,17 +265,16 @@ def _rows_below(slow: frozenset[int]) -> int:
 
 
 def _time(model, original, call, args, device: torch.device, gradients: bool) -> tuple[float, float] | None:
-    from .check import _floats, _inputs, _sum
 
     def step(function):
         def run():
-            given, _, leaves = _inputs(args, {})
+            given, _, _ = own_inputs(args, {})
             if not gradients:
                 with torch.no_grad():
                     return function(*given)
-            outputs = [t for t in _floats(function(*given)) if t.requires_grad]
+            outputs = [t for t in floats(function(*given)) if t.requires_grad]
             wanted = [p for p in model.parameters() if p.requires_grad]
-            return torch.autograd.grad(_sum(outputs, 1), wanted, allow_unused=True) if outputs else None
+            return torch.autograd.grad(combined(outputs, 1), wanted, allow_unused=True) if outputs else None
 
         return run
 
@@ -275,7 +283,7 @@ def _time(model, original, call, args, device: torch.device, gradients: bool) ->
     return before, after
 
 
-def _measure_error(chain: Chain, of: list[Entry | None]) -> None:
+def _measure_error(chain: MeasuredChain, of: list[FusedEntry | None]) -> None:
     if not any(of):
         return
     region = Region(Memory())

@@ -36,13 +36,14 @@ def same_state(model: nn.Module) -> Iterator[None]:
                         b.copy_(kept[name])
 
 
-def _floats(value: Any) -> list[Tensor]:
+def floats(value: Any) -> list[Tensor]:
+    """The floating-point tensors in a value, complex ones as pairs."""
     found = [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
     found = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found]
     return [t for t in found if t.is_floating_point()]
 
 
-def _inputs(args: tuple, kwargs: dict) -> tuple[tuple, dict, list[Tensor]]:
+def own_inputs(args: tuple, kwargs: dict) -> tuple[tuple, dict, list[Tensor]]:
     """The arguments with leaves of their own for floating-point tensors."""
     leaves: list[Tensor] = []
 
@@ -56,7 +57,7 @@ def _inputs(args: tuple, kwargs: dict) -> tuple[tuple, dict, list[Tensor]]:
     return args, kwargs, leaves
 
 
-def _sum(tensors: list[Tensor], seed: int) -> Tensor:
+def combined(tensors: list[Tensor], seed: int) -> Tensor:
     """The tensors against fixed random cotangents."""
     generator = torch.Generator().manual_seed(seed)
     total = None
@@ -71,26 +72,26 @@ def _sum(tensors: list[Tensor], seed: int) -> Tensor:
 def quantities(model: nn.Module, call: Callable, args: tuple, kwargs: dict) -> dict[str, list[Tensor]]:
     """Of a call its values, its gradients, and gradients of its gradients, as far as it has them.
 
-    Gradients are those of a fixed random combination of the outputs with respect to floating-point inputs and parameters;
+    Gradients are those of a fixed random combination of the outputs with respect to inputs and parameters;
     second derivatives those of a combination of the gradients of the inputs (of the parameters, where there are none).
     """
-    args, kwargs, leaves = _inputs(args, kwargs)
+    args, kwargs, leaves = own_inputs(args, kwargs)
     found: dict[str, list[Tensor]] = {}
     with same_state(model), torch.enable_grad():
-        outputs = _floats(call(*args, **kwargs))
+        outputs = floats(call(*args, **kwargs))
         found["values"] = [t.detach().clone() for t in outputs]
         parameters = [p for p in model.parameters() if p.requires_grad]
         outputs = [t for t in outputs if t.requires_grad]
         wanted = [*leaves, *parameters]
         if not outputs or not wanted:
             return found
-        first = torch.autograd.grad(_sum(outputs, 1), wanted, create_graph=True, allow_unused=True)
+        first = torch.autograd.grad(combined(outputs, 1), wanted, create_graph=True, allow_unused=True)
         found["gradients"] = _real(first, wanted)
         of = [g for g in first[: len(leaves)] if g is not None and g.requires_grad]
         of = of or [g for g in first[len(leaves) :] if g is not None and g.requires_grad]
         if of:
             try:
-                second = torch.autograd.grad(_sum(_floats(of), 2), wanted, allow_unused=True)
+                second = torch.autograd.grad(combined(floats(of), 2), wanted, allow_unused=True)
             except RuntimeError as error:
                 if "differentiate" not in str(error) and "derivative" not in str(error):
                     raise

@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="fused_inr")`: the graph that Dynamo captures, its layers fused, differentiable again."""
+"""`torch.compile(model, backend="fused_inr")`: the graph that Dynamo captures, its layers fused."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ __all__ = ["backend"]
 def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Tensor], **options: Any) -> Callable[..., Any]:
     """The entry point `fused_inr` of torch.compile's backends.
 
-    The captured graph runs as it is, function by function, in a region (`fused_inr.fused`): linear layers and the pointwise
-    functions behind them as fused operations, chains of layers as whole networks. Nothing is traced further, so that the
-    result is differentiable any number of times, and a number of rows that changes compiles once more and not again.
+    The captured graph runs as it is, function by function, in a region (`fused_inr.fused`): linear layers and the
+    pointwise functions behind them as fused operations, chains of layers as whole networks. Nothing is traced further,
+    so that the result is differentiable any number of times, and a number of rows that changes compiles once more and
+    not again.
     Where Dynamo breaks the graph a chain of layers ends.
 
     Raises:

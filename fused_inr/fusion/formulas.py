@@ -1,8 +1,8 @@
 """Formulas that grow function by function behind a linear layer, and the activation that a finished one is.
 
-A `State` is a formula without its numbers and tensors (its leaves): "sin of leaf 0 times branch 0". Each function that is
-applied leads to another state; which one is remembered, so that a model's second call looks each function up and derives
-nothing. A state's map is found once: a registered activation where the formula is one's, else one of its own.
+A `State` is a formula without its numbers and tensors (its leaves): "sin of leaf 0 times branch 0". Each function that
+is applied leads to another state; which one is remembered, so that a model's second call looks each function up and
+derives nothing. A state's map is found once: a registered activation where the formula is one's, else one of its own.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 
 from ..activations import ActivationMap, registered
 from ..activations.store import DEFINED
-from .functions import ARITHMETIC, COMPARISONS, FORMULAS, LITERAL, evaluate
+from .functions import ARITHMETIC, COMPARISONS, LITERAL, evaluate
 
 __all__ = ["Matched", "State", "branch", "start"]
 
@@ -127,6 +126,8 @@ class State:
 
     def written(self, leaves: tuple) -> str:
         """The formula as text, with the numbers among its leaves; a tensor is p and its position."""
+        import sympy
+
         zs = [sympy.Symbol("z" if self.branches < 2 else f"z{i + 1}", real=True) for i in range(max(1, self.branches))]
         values = {}
         for i, leaf in enumerate(leaves):
@@ -193,6 +194,8 @@ def apply(
     name: str, args: tuple, kwargs: tuple, branches: int, of: torch.dtype, detached: bool, dtype: torch.dtype | None
 ) -> State | None:
     """The state of a function of expressions; None where its formula does not take these arguments."""
+    from .symbolic import FORMULAS
+
     formula = FORMULAS[name]
     try:
         inspect.signature(formula).bind(*args, **dict(kwargs))
@@ -234,6 +237,10 @@ def remember(state: State, key: Any, value: Any) -> None:
 
 
 def _sympy(expression: Any, zs: list) -> Any:
+    import sympy
+
+    from .symbolic import FORMULAS
+
     def visit(e):
         if type(e) is not tuple:
             return _number(e)
@@ -250,6 +257,8 @@ def _sympy(expression: Any, zs: list) -> Any:
 
 
 def _number(value):
+    import sympy
+
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return value
     if isinstance(value, complex):
@@ -260,6 +269,8 @@ def _number(value):
 
 
 def _outputs(expression: Any, zs: list, complex_z: bool, complex_y: bool) -> list:
+    import sympy
+
     given = [zs[0] + sympy.I * zs[1]] if complex_z else zs
     value = _sympy(expression, given)
     if complex_y:
@@ -287,6 +298,8 @@ def _used(found: list) -> list[str]:
 
 
 def _match(state: State, leaves: tuple, complex_z: bool, complex_y: bool) -> Matched:
+    import sympy
+
     count = 2 if complex_z else max(1, state.branches)
     zs = [sympy.Symbol(f"z{i}", real=True) for i in range(count)]
     found = _outputs(state.expression, zs, complex_z, complex_y)
@@ -313,6 +326,8 @@ _table: dict[tuple[int, int, int], list[tuple[ActivationMap, list, tuple[int | f
 
 def _patterns() -> dict:
     """Of each number of branches, outputs and parameters the registered formulas that have so many."""
+    import sympy
+
     if not _table:
         # a formula may be several maps' with some parameters 0 or 1: the plainest is taken
         for map in sorted(registered(), key=lambda m: m.n_params):
@@ -340,6 +355,8 @@ def _patterns() -> dict:
 
 def _spellings(map: ActivationMap, zs: list) -> list[list]:
     """A registered map in sympy's terms: its own formula, and its usual PyTorch form read as a formula."""
+    import sympy
+
     from .tracing import formula_of
 
     parameters = {n: sympy.Symbol(f"p_{n}", real=True) for n in map.param_names}
@@ -355,11 +372,15 @@ def _spellings(map: ActivationMap, zs: list) -> list[list]:
 
 
 def _canonical(e):
+    import sympy
+
     return sympy.expand(sympy.sympify(e))
 
 
 def _known(found: list, used: list[str], branches: int) -> Matched | None:
     """The registered activation that a formula is, whatever its parameters are called."""
+    import sympy
+
     made = [_canonical(e) for e in found]
     for map, pattern, leaves in _patterns().get((branches, len(found), len(used)), ()):
         for order in itertools.permutations(range(len(used))):
@@ -374,6 +395,8 @@ _own_maps: dict[str, ActivationMap] = {}
 
 
 def _own(found: list, used: list[str], zs: list, leaves: tuple) -> Matched:
+    import sympy
+
     names = [f"p{i}" for i in range(len(used))]
     renamed = {sympy.Symbol(u, real=True): sympy.Symbol(n, real=True) for u, n in zip(used, names)}
     expressions = tuple(e.xreplace(renamed) for e in found)

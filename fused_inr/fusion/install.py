@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,9 +87,11 @@ def _make(kind: type, methods: tuple[str, ...], memory: Memory) -> type:
     attributes: dict[str, Any] = {name: _wrapped(getattr(kind, name), memory) for name in methods}
     attributes["_fused_inr"] = _Installed(kind, methods, memory)
 
+    made: type
+
     def reduce(self, protocol):
         """Copies and pickles as the model's own class does, fused again where it is read."""
-        how, arguments, *state = super(made, self).__reduce_ex__(protocol)
+        how, arguments, *state = super(made, self).__reduce_ex__(protocol)  # type: ignore[arg-type]
         arguments = tuple([kind if a is made else a for a in arguments])
         return _again, (kind, methods, how, arguments), *state
 
@@ -124,15 +126,16 @@ class fused:
 
     ```python
     with fused_inr.fused():
-        y = model(x)
+        y = net(x)
     ```
 
-    As a decorator it does the same for a function. What leaves the block other than as a result (variables that are used
-    after it) are tensors whose values are computed. Nothing is measured: `fuse` is the way to leave what is faster as it is.
-    A block inside of another, in a torch.func transformation, in forward mode or under torch.compile does nothing.
+    As a decorator it does the same for a function. What leaves the block other than as a result (variables that are
+    used after it) are tensors whose values are computed. Nothing is measured: `fuse` is the way to leave what is faster
+    as it is. A block inside of another, in a torch.func transformation, in forward mode or under torch.compile does
+    nothing.
     """
 
-    _memories: dict[Any, Memory] = {}
+    _memories: ClassVar[dict[Any, Memory]] = {}
 
     def __init__(self) -> None:
         frame = sys._getframe(1)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .memory import bucket
-from .pending import Node, Region, Root
+from .pending import Deferred, Region, Root
 
-__all__ = ["Chain", "saved_bytes", "side_by_side"]
+__all__ = ["MeasuredChain", "saved_bytes", "side_by_side"]
 
 #: Measurements of each, and seconds after which no more are made.
 _TIMES, _SECONDS = 5, 1.0
@@ -21,7 +21,7 @@ _TIMES, _SECONDS = 5, 1.0
 WORTH = 0.98
 
 
-class Chain:
+class MeasuredChain:
     """Layers that ran as one chain on the sample, ready to run again on some of its rows.
 
     Args:
@@ -29,7 +29,7 @@ class Chain:
         x: the rows of the first layer.
     """
 
-    def __init__(self, nodes: list[Node], x: Tensor):
+    def __init__(self, nodes: list[Deferred], x: Tensor):
         self.nodes, self.x = nodes, x.detach()
         self.gradients = nodes[0].root.grad
 
@@ -74,14 +74,17 @@ class Chain:
         if gradients:
             for node in self.nodes:
                 wanted += [t for t in (node.root.weight, node.root.bias, *node.leaves) if _wants(t)]
-        return side_by_side(*(_step(f, region, x, wanted) for f in (self.original, self.fused)), device=x.device)
+        before, after = side_by_side(
+            *(_step(f, region, x, wanted) for f in (self.original, self.fused)), device=x.device
+        )
+        return before, after
 
 
 def _wants(t: Any) -> bool:
     return isinstance(t, Tensor) and t.requires_grad
 
 
-def _again(old: Node, x: Any, rows: Tensor) -> Node:
+def _again(old: Deferred, x: Any, rows: Tensor) -> Deferred:
     r = old.root
     if r.channels:
         shape: tuple = (*rows.shape[:1], r.shape[1], rows.shape[2])
@@ -89,7 +92,7 @@ def _again(old: Node, x: Any, rows: Tensor) -> Node:
         shape = (*rows.shape[:-1], r.shape[-1])
     root = Root(x, r.weight, r.bias, r.compute, shape, r.dtype, r.device, r.site, r.grad, r.cast, r.channels)
     root.branches = r.branches
-    node = Node(root, old.state, old.leaves)
+    node = Deferred(root, old.state, old.leaves)
     node.norm = old.norm
     return node
 
@@ -128,7 +131,9 @@ def side_by_side(*steps: Callable[[], Any], device: torch.device) -> tuple[float
     return tuple(statistics.median(times) for times in found)
 
 
-def slow_rows(chain: Chain, region: Region, gradients: bool) -> tuple[frozenset[int], tuple[float, float] | None]:
+def slow_rows(
+    chain: MeasuredChain, region: Region, gradients: bool
+) -> tuple[frozenset[int], tuple[float, float] | None]:
     """The numbers of rows (`bucket`) up to the sample's at which the model's functions are faster; seconds there."""
     rows, slow = chain.rows, set()
     at_sample = chain.times(region, rows, gradients)

@@ -56,15 +56,15 @@ class Site:
         """Whether a layer with a pre-activation of this shape is computed at once."""
         if self.value or self.off:
             return True
-        if self.slow or self.memory.chosen is not None:
-            chosen = self.memory.chosen
+        chosen = self.memory.chosen
+        if self.slow or chosen is not None:
             if chosen is not None and self.position not in chosen:
                 return True
             rows = 1
             for n in shape[:-1]:
                 rows *= n
             slow = self.slow.get(torch.is_grad_enabled())
-            return bool(slow) and bucket(rows) in slow
+            return slow is not None and bucket(rows) in slow
         return False
 
     def activation(self, matched: Matched, leaves: tuple, features: int, state: State) -> Activation:
@@ -88,7 +88,7 @@ class Site:
                 elif value.dim() > 1:
                     whole, value = False, value.reshape(features)
             values[name] = value
-        made = matched.map(**values)
+        made = Activation(matched.map, values)
         if whole:
             self._activation = matched, leaves, made
         return made
@@ -112,7 +112,8 @@ class Site:
                 return kept[1]
         layers = []
         for node, a in chain:
-            layers.append(Layer(*node.root.blocks(complex_rows), a, node.norm))
+            weight, bias = node.root.blocks(complex_rows)
+            layers.append(Layer(weight, bias, a, node.norm))
             complex_rows = node.dtype.is_complex
         operands = _op.Operands(layers)
         described = operands.spec, [None if t is None else (t.shape, t.dtype, t.device) for t in operands.tensors]

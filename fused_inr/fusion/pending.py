@@ -1,9 +1,9 @@
 """Pending pre-activations: within a region a linear layer is not computed until what follows it is known.
 
-`Region` is a TorchFunctionMode. It answers `F.linear` and its kin with a `Pending`, a tensor that holds the operands (its
-`Node`) instead of values. Pointwise functions give further pendings with a longer formula; a linear layer of a pending
-makes a chain. Anything else makes it a value: one fused operation of linear and activation, one whole-network operation
-for a chain, or PyTorch's own functions where the formula is none, or where these are faster.
+`Region` is a TorchFunctionMode. It answers `F.linear` and its kin with a `Pending`, a tensor that holds the operands
+(its `Deferred`) instead of values. Pointwise functions give further pendings with a longer formula; a linear layer of a
+pending makes a chain. Anything else makes it a value: one fused operation of linear and activation, one whole-network
+operation for a chain, or PyTorch's own functions where the formula is none, or where these are faster.
 
 What is right is never a matter of prediction. An operand that is about to be changed in place, a view that is written
 to, a pre-activation that is looked at, a Function of the model's own: each makes the value first.
@@ -37,8 +37,8 @@ from ..pytorch import (
     without_subclasses,
 )
 from . import formulas
-from .functions import FORMULAS, KNOWN, Function, evaluate, inplace_function
-from .memory import Memory
+from .functions import KNOWN, Function, evaluate, inplace_function
+from .memory import Memory, Site
 
 __all__ = ["Pending", "Region", "current"]
 
@@ -54,7 +54,7 @@ class Root:
     """A linear layer that has not been computed: z = x W^T + b.
 
     Attributes:
-        x: rows [.., K], or the `Node` that they will be the value of.
+        x: rows [.., K], or the `Deferred` that they will be the value of.
         weight, bias: [N, K] or [G, N, K] and to match; of a complex layer the complex ones.
         compute: z from x as the model wrote it.
         shape: of z.
@@ -117,7 +117,7 @@ class Root:
         return w, None if b is None else torch.cat([b.real, b.imag])
 
 
-class Node:
+class Deferred:
     """A formula of a root's pre-activation, with its leaves.
 
     Attributes:
@@ -146,7 +146,7 @@ class Node:
 class Pending(torch.Tensor):
     """A tensor whose value is not computed yet; `Region` makes it, any function that needs values ends it."""
 
-    node: Node
+    node: Deferred
     #: its shape, at hand
     form: Any
 
@@ -156,13 +156,13 @@ class Pending(torch.Tensor):
         return (region or _outside).called(function, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):
+    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):  # type: ignore[override]
         # past every Python override: a value is all that helps, and autograd is over by now
         found = [a.node for a in _pendings((args, kwargs or {}))]
         if torch.is_grad_enabled() and any(_tracked(n) for n in found):
             raise RuntimeError(
                 f"{function} was called on a pre-activation that fused_inr has not computed, past PyTorch's overrides, "
-                "so that its gradient would be lost; call fused_inr.unfuse(model), or leave this method out of `methods`"
+                "so that its gradient would be lost; call fused_inr.unfuse(model), or leave the method out of `methods`"
             )
         region = current() or _outside
         return function(*region.real(args), **region.real(kwargs or {}))
@@ -179,7 +179,7 @@ def _pendings(value: Any) -> Iterator[Pending]:
             yield from _pendings(v)
 
 
-def _tracked(node: Node) -> bool:
+def _tracked(node: Deferred) -> bool:
     """Whether the value will have a derivative."""
     if node.result is not None:
         return node.result.requires_grad
@@ -187,7 +187,7 @@ def _tracked(node: Node) -> bool:
     if not root.grad:
         return False
     x = root.x
-    if type(x) is Node:
+    if type(x) is Deferred:
         if _tracked(x):
             return True
     elif x.requires_grad:
@@ -335,7 +335,7 @@ class Region(TorchFunctionMode):
         ):
             return None
         made = _new(Pending, pending.form, dtype=after.dtype or root.dtype, device=root.device)
-        made.node = Node(root, after, leaves)
+        made.node = Deferred(root, after, leaves)
         made.form = pending.form
         self.open.append(weakref.ref(made))
         return made
@@ -398,7 +398,7 @@ class Region(TorchFunctionMode):
 
     # -- pendings
 
-    def _pending(self, node: Node, shape: Any = None, dtype: torch.dtype | None = None) -> Pending:
+    def _pending(self, node: Deferred, shape: Any = None, dtype: torch.dtype | None = None) -> Pending:
         root = node.root
         form = shape or root.shape
         pending = _new(Pending, form, dtype=dtype or node.state.dtype or root.dtype, device=root.device)
@@ -445,7 +445,7 @@ class Region(TorchFunctionMode):
         root = Root(before or x, weight, bias, compute, shape, dtype, x_device, site, grad, cast, channels)
         if self.memory.recorder is not None:
             site.saw(weight, shape)
-        return self._pending(Node(root, formulas.start(root.dtype), ()))
+        return self._pending(Deferred(root, formulas.start(root.dtype), ()))
 
     def _extended(self, known: Function, args: tuple, kwargs: dict, function: Any = None) -> Any:
         """The pending that a pointwise function of pendings is; None where it is none."""
@@ -503,7 +503,7 @@ class Region(TorchFunctionMode):
         if found is None:
             return None
         after, inplace = found
-        new = Node(root, after, tuple(given.leaves))
+        new = Deferred(root, after, tuple(given.leaves))
         if not inplace:
             return self._pending(new, me.node is node and _shape_of(root, after))
         target = args[0]
@@ -605,7 +605,7 @@ class Region(TorchFunctionMode):
         new = Root(
             old.x, weight, bias, compute, old.shape, old.dtype, old.device, old.site, old.grad, old.cast, old.channels
         )
-        node = Node(new, formulas.start(new.dtype), ())
+        node = Deferred(new, formulas.start(new.dtype), ())
         if not inplace:
             return self._pending(node)
         node.order = before.order
@@ -620,9 +620,9 @@ class Region(TorchFunctionMode):
         a, b = nodes
         r, s = a.root, b.root
         rows, same = r.x, r.x is s.x
-        if type(rows) is Node and not same:
+        if type(rows) is Deferred and not same:
             # the second layer made it a value: next time both may wait for it
-            same = rows.result is s.x or (type(s.x) is Node and s.x.result is rows.result is not None)
+            same = rows.result is s.x or (type(s.x) is Deferred and s.x.result is rows.result is not None)
             rows.root.site.joins, rows.root.site.shared = same, not same
         if not same or r.weight.shape != s.weight.shape or r.weight.dim() != 2 or r.complex or s.complex:
             return None
@@ -639,7 +639,7 @@ class Region(TorchFunctionMode):
         if r.site.shared or s.site.shared or a.state.dtype or b.state.dtype:
             return None
         weight = torch.cat([r.weight, s.weight])
-        bias = None if r.bias is None else torch.cat([r.bias, s.bias])  # type: ignore[list-item]
+        bias = None if r.bias is None else torch.cat([r.bias, s.bias])
 
         def compute(x):
             return torch.stack([r.compute(x), s.compute(x)])
@@ -647,13 +647,13 @@ class Region(TorchFunctionMode):
         root = Root(r.x, weight, bias, compute, r.shape, r.dtype, r.device, r.site, r.grad, r.cast)
         root.branches = 2
         root.partner = s.site
-        if type(rows) is Node:
+        if type(rows) is Deferred:
             rows.consumers = 1
         moved = []
         for node, branch in ((a, 0), (b, 1)):
             leaves = tuple(range(len(node.leaves)))
             expression = formulas.shifted(node.state.expression, leaves, branch)
-            new = Node(root, formulas.state_of(expression, 2, root.dtype), node.leaves)
+            new = Deferred(root, formulas.state_of(expression, 2, root.dtype), node.leaves)
             moved.append(self._pending(new))
         both = iter(moved)
         again = tuple(next(both) if type(v) is Pending and v.node.result is None else v for v in args)
@@ -675,7 +675,7 @@ class Region(TorchFunctionMode):
 
     # -- values
 
-    def value(self, node: Node) -> Tensor:
+    def value(self, node: Deferred) -> Tensor:
         """The value of a node, computed where it is not known yet."""
         if node.result is None:
             root = node.root
@@ -689,7 +689,7 @@ class Region(TorchFunctionMode):
                 node.result = self._computed(node)
         return node.result
 
-    def _computed(self, node: Node) -> Tensor:
+    def _computed(self, node: Deferred) -> Tensor:
         root = node.root
         activation = self._activation(node)
         if activation is None:
@@ -701,19 +701,19 @@ class Region(TorchFunctionMode):
             return self._by_pytorch(node)
         chain = [(node, activation)]
         x = root.x
-        while type(x) is Node and x.result is None and self._joins(x, root):
+        while type(x) is Deferred and x.result is None and self._joins(x, root):
             before = self._activation(x)
             if before is None:
                 break
             chain.append((x, before))
             x = x.root.x
-        if type(x) is Node:
+        if type(x) is Deferred:
             x = self.value(x)
         chain.reverse()
         if len(chain) > 1 or node.norm is not None:
-            y = self._network(x, chain)
-            if y is not None:
-                return y
+            whole = self._network(x, chain)
+            if whole is not None:
+                return whole
         complex_rows = x.is_complex()
         for n, a in chain:
             if n.state.bare and not (n.root.complex and complex_rows and x.dtype not in _COMPLEX):
@@ -728,7 +728,7 @@ class Region(TorchFunctionMode):
         return _joined(x) if complex_rows and not x.is_complex() else x
 
     @staticmethod
-    def _joins(node: Node, root: Root) -> bool:
+    def _joins(node: Deferred, root: Root) -> bool:
         """Whether a node can be a layer of one network with the layer that takes it as its rows."""
         r = node.root
         return (
@@ -740,7 +740,7 @@ class Region(TorchFunctionMode):
             and (node.state.dtype is None or node.dtype in _COMPLEX)
         )
 
-    def _activation(self, node: Node) -> Activation | None:
+    def _activation(self, node: Deferred) -> Activation | None:
         """The activation that a node's formula is, None where PyTorch computes it."""
         root, state = node.root, node.state
         if state.bare:
@@ -754,7 +754,7 @@ class Region(TorchFunctionMode):
         features = root.features if root.branches else root.features // max(1, state.branches)
         return root.site.activation(matched, node.leaves, features, state)
 
-    def _network(self, x: Tensor, chain: list[tuple[Node, Activation]]) -> Tensor | None:
+    def _network(self, x: Tensor, chain: list[tuple[Deferred, Activation]]) -> Tensor | None:
         """The chain as one operation; None where it goes layer by layer."""
         first = chain[0][0].root
         if first.channels or any(n.root.weight.dim() != 2 for n, _ in chain):
@@ -777,7 +777,7 @@ class Region(TorchFunctionMode):
             return _joined(y)
         return y if y.dtype == last.dtype else y.to(last.dtype)
 
-    def _layer(self, x: Tensor, node: Node, activation: Activation, complex_rows: bool) -> Tensor:
+    def _layer(self, x: Tensor, node: Deferred, activation: Activation, complex_rows: bool) -> Tensor:
         """One layer by itself; complex columns come as real parts beside imaginary parts."""
         root = node.root
         if x.is_complex():
@@ -805,10 +805,10 @@ class Region(TorchFunctionMode):
         if root.value is None:
             with _as_at(root):
                 x = root.x
-                if type(x) is Node:
+                if type(x) is Deferred:
                     # together with the layers before it, where they are one network
                     if x.result is None and not root.branches:
-                        node = Node(root, formulas.start(root.dtype), ())
+                        node = Deferred(root, formulas.start(root.dtype), ())
                         y = self._computed(node)
                         root.value = y
                         return y
@@ -816,7 +816,7 @@ class Region(TorchFunctionMode):
                 root.value = root.compute(x)
         return root.value
 
-    def _by_pytorch(self, node: Node) -> Tensor:
+    def _by_pytorch(self, node: Deferred) -> Tensor:
         """The value by the functions that the model calls."""
         root, state = node.root, node.state
         z = self._z(root)
@@ -925,7 +925,7 @@ class _Given:
         return "=", a if code[0] == "=" else code[1]
 
     def result_type(self, name: str, args: tuple, kwargs: tuple) -> torch.dtype | None:
-        """The type of the function's value; None where PyTorch refuses the arguments, or the value has another shape."""
+        """The type of the function's value; None where PyTorch refuses the arguments, or the shape is another."""
         root = self.root
         z = torch.full((1,) * (self.ndim - 1) + (self.features,), 0.5, dtype=root.dtype, device=root.device)
         count = max(1, max(n.state.branches for n in self.nodes))
@@ -942,6 +942,8 @@ def _asks_inplace(name: str, args: tuple, kwargs: dict) -> bool:
     """Whether a function's `inplace` argument is true."""
     if kwargs.get("inplace"):
         return True
+    from .symbolic import FORMULAS
+
     names = list(inspect.signature(FORMULAS[name]).parameters)
     return "inplace" in names and len(args) > names.index("inplace") and bool(args[names.index("inplace")])
 
@@ -1154,7 +1156,7 @@ def _parted(region: Region, me: Pending, branches: int, dim: int) -> tuple[Pendi
     root.viewed = True
     shape = (*root.shape[:-1], root.shape[-1] // branches)
     return tuple(
-        region._pending(Node(root, formulas.branch(i, branches, root.dtype), ()), shape) for i in range(branches)
+        region._pending(Deferred(root, formulas.branch(i, branches, root.dtype), ()), shape) for i in range(branches)
     )
 
 
@@ -1183,7 +1185,7 @@ def _getitem(region: Region, me: Pending, function, args, kwargs):
     if root.channels or me.node.norm is not None:
         return None
     root.viewed = True
-    node = Node(root, formulas.branch(start // width, branches, root.dtype), ())
+    node = Deferred(root, formulas.branch(start // width, branches, root.dtype), ())
     return region._pending(node, (*root.shape[:-1], width))
 
 
@@ -1235,7 +1237,7 @@ def _normed(region, me, kind, shape, weight, bias, eps):
     columns = root.features if root.branches else root.features // max(1, node.state.branches)
     if tuple(shape) != (columns,) or any(t is not None and type(t) not in _PLAIN for t in (weight, bias)):
         return None
-    new = Node(root, node.state, node.leaves)
+    new = Deferred(root, node.state, node.leaves)
     new.norm = Norm(kind, weight, bias, 1e-5 if eps is None else float(eps))
     return region._pending(new, _shape_of(root, node.state))
 

@@ -16,11 +16,11 @@ from torch.nn.modules import module as _hooks
 
 from .memory import Site
 
-__all__ = ["Entry", "Left", "Recorder", "Report"]
+__all__ = ["FusedEntry", "FusionReport", "LeftEntry", "SiteRecorder"]
 
 
 @dataclass
-class Entry:
+class FusedEntry:
     """A linear layer with its activation that runs fused.
 
     Attributes:
@@ -32,8 +32,8 @@ class Entry:
             own.
         error: the largest difference from the model's own functions on the sample, over the largest value; None without
             a sample.
-        speed: of a forward with its backward (or of a forward, where nothing requires a gradient), how many times as fast
-            as the model's own functions, on the sample; None where it was not measured.
+        speed: of a forward with its backward (or of a forward, where nothing requires a gradient), how many times as
+            fast as the model's own functions, on the sample; None where it was not measured.
         slower_below: the number of rows below which the model's own functions are left to run, 0 where none is known.
     """
 
@@ -48,7 +48,7 @@ class Entry:
 
 
 @dataclass
-class Left:
+class LeftEntry:
     """A linear layer that the model computes as before.
 
     Attributes:
@@ -61,7 +61,7 @@ class Left:
 
 
 @dataclass
-class Report:
+class FusionReport:
     """What `fuse` did with a model.
 
     Attributes:
@@ -79,8 +79,8 @@ class Report:
     """
 
     model: str
-    fused: list[Entry] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
+    fused: list[FusedEntry] = field(default_factory=list)
+    left: list[LeftEntry] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
     inference: tuple[float, float] | None = None
@@ -99,7 +99,7 @@ class Report:
         return text
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for e in self.fused:
             how = "layer" if e.network is None else f"network {e.network}"
             error = "" if e.error is None else f"{e.error:.1e}"
@@ -144,7 +144,7 @@ class Report:
 _HEAD = ("where", "formula", "activation", "backend", "as", "error", "speed")
 
 
-class Recorder:
+class SiteRecorder:
     """Writes down what a model's sites do in one call: which layer each is, what follows it, what is one operation."""
 
     def __init__(self, model: nn.Module):

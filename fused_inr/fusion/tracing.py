@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .functions import FORMULAS, KNOWN
+from .functions import KNOWN, NAMES
 
 __all__ = ["formula_of"]
 
@@ -31,14 +31,17 @@ class _Traced:
     def _apply(cls, name: str, args, kwargs) -> _Traced:
         given = tuple(a.expression if isinstance(a, cls) else ("=", a) for a in args)
         named = tuple((k, v.expression if isinstance(v, cls) else ("=", v)) for k, v in kwargs.items())
-        if name not in FORMULAS:
+        if name not in NAMES:
             raise _Unknown(name)
         return cls((name, given, named))
 
     def __getattr__(self, name: str):
-        if name in FORMULAS:
+        if name in NAMES:
             return lambda *args, **kwargs: self._apply(name, (self, *args), kwargs)
         raise AttributeError(name)
+
+    def __neg__(self):
+        return self._apply("neg", (self,), {})
 
     def __float__(self):
         raise _Unknown("a number")
@@ -54,7 +57,6 @@ def _operator(name: str, reversed: bool):
 for _name, _meant in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("truediv", "div"), ("pow", "pow")):
     setattr(_Traced, f"__{_name}__", _operator(_meant, False))
     setattr(_Traced, f"__r{_name}__", _operator(_meant, True))
-_Traced.__neg__ = lambda self: self._apply("neg", (self,), {})  # type: ignore[attr-defined]
 
 
 def formula_of(function: Callable[..., Any], branches: int, parameters: int) -> list[tuple] | None:
