@@ -10,6 +10,7 @@ from . import CliError
 BENCHES = {
     "table": ("table", "layers and networks against eager PyTorch and torch.compile, on this machine"),
     "moments": ("moments", "moments and the search for sigma_p against the expressions of VI3NR's code"),
+    "codebases": ("codebases.measure", "networks of public codebases, as they are and fused by fused_inr.fuse"),
     "calls": ("calls", "float64, torch.func transforms, MAML, one row: against eager PyTorch"),
     "pictures": ("pictures", "reading a large picture: seconds and memory against decoding all of it"),
     "static": ("static_report", "every Triton kernel compiled ahead of time: registers, spills, instructions"),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -224,6 +225,8 @@ _DROPOUT = {F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.a
 _FLOAT = {Tensor.float: torch.float32, Tensor.double: torch.float64, Tensor.half: torch.float16}
 _FLOAT |= {Tensor.bfloat16: torch.bfloat16}
 _GETITEM = Tensor.__getitem__
+#: Of their second argument they take the shape.
+_SHAPES = {Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 
 
 class Region(TorchFunctionMode):
@@ -359,6 +362,10 @@ class Region(TorchFunctionMode):
         elif function in _GETTERS or function in _FACTS:
             with without_subclasses():
                 return function(*args, **kwargs)
+        elif function in _SHAPES:
+            found = _shaped(self, function, args, kwargs)
+            if found is not None:
+                return found
         elif args and type(args[0]) is Pending and args[0].node.result is None:
             special = SPECIAL.get(function)
             if special is not None:
@@ -457,7 +464,12 @@ class Region(TorchFunctionMode):
                 if me is None:
                     me = a
                 elif a.node.root is not me.node.root:
-                    return self._met(known, args, kwargs)
+                    if a.form == me.form:
+                        return self._met(known, args, kwargs)
+                    # what is broadcast is an operand of the other's formula
+                    smaller = a if math.prod(a.form) < math.prod(me.form) else me
+                    self.value(smaller.node)
+                    return self._extended(known, args[::-1] if known.reversed else args, kwargs, function)
         if me is None:
             return None
         node = me.node
@@ -580,6 +592,8 @@ class Region(TorchFunctionMode):
         if root.weight.dim() == 3 and root.weight.shape[0] != shape[0]:
             return None
         features, rows = shape[-1], shape[1]
+        if other.shape == shape and rows > 1 and other.stride(1) == 0:  # expanded by hand
+            other = other[:, :1]
         if other.shape != (shape[0], 1, features) or other.dtype != root.weight.dtype or root.viewed:
             return None
         if rows < 2 * features:  # gradients of the weights of a group would be larger than its activations
@@ -1187,6 +1201,13 @@ def _getitem(region: Region, me: Pending, function, args, kwargs):
     root.viewed = True
     node = Deferred(root, formulas.branch(start // width, branches, root.dtype), ())
     return region._pending(node, (*root.shape[:-1], width))
+
+
+def _shaped(region: Region, function, args, kwargs):
+    """A tensor in the shape of a pending."""
+    if len(args) != 2 or kwargs or type(args[1]) is not Pending or type(args[0]) is Pending:
+        return None
+    return args[0].expand(args[1].form) if function is Tensor.expand_as else args[0].reshape(args[1].form)
 
 
 def _dropout(region, me, function, args, kwargs):
