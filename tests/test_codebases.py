@@ -78,11 +78,9 @@ def _reference(codebase, double, inputs):
         return None
     inputs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.double(), inputs)
     parameters = [p for p in double.parameters() if p.requires_grad]
-    try:
-        grads = torch.autograd.grad(codebase.loss(double, inputs), parameters, allow_unused=True)
-    except RuntimeError as error:
-        assert "dtype" in str(error) or "Double" in str(error), error  # a tensor that is no buffer
-        return None
+    if codebase.name == "nerp":  # its matrix is no buffer, and stays float32
+        double.B = double.B.double()
+    grads = torch.autograd.grad(codebase.loss(double, inputs), parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g.float() for g, p in zip(grads, parameters)]
 
 

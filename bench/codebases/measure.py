@@ -1,6 +1,6 @@
 """`fused-inr bench codebases`: networks as public codebases write them, as they are and after `fused_inr.fuse`.
 
-A row is a training step of one network on the loss that its users minimise (forward, backward, plain SGD left out), at its
+A row is a training step of one network on the loss that its users minimise (forward and backward, no optimiser), at its
 own batch; then a forward without gradients. Original and fused are timed in the same rounds, interleaved.
 """
 

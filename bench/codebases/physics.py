@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +17,7 @@ class Fnn(nn.Module):
     def __init__(self, sizes, activation):
         super().__init__()
         self.activation = activation
-        self.linears = nn.ModuleList([nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])])
+        self.linears = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise(sizes)])
         self._input_transform = self._output_transform = None
 
     def forward(self, inputs):

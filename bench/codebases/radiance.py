@@ -231,8 +231,9 @@ class WispDecoder(nn.Module):
         self.lout = nn.Linear(width, output_dim)
 
     def forward(self, x, return_h=False):
-        for i, layer in enumerate(self.layers):
-            h = self.activation(layer(x if i == 0 else h))
+        h = x
+        for layer in self.layers:
+            h = self.activation(layer(h))
         out = self.lout(h)
         return (out, h) if return_h else out
 

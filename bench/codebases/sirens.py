@@ -98,7 +98,7 @@ class BatchLinear(nn.Linear):
     def forward(self, input, params=None):
         params = OrderedDict(self.named_parameters()) if params is None else params
         weight, bias = params["weight"], params.get("bias")
-        output = input.matmul(weight.permute(*[i for i in range(len(weight.shape) - 2)], -1, -2))
+        output = input.matmul(weight.permute(*range(len(weight.shape) - 2), -1, -2))
         output += bias.unsqueeze(-2)
         return output
 
@@ -258,7 +258,8 @@ class SirenNet(nn.Module):
     def __init__(self, dim_in, width, dim_out, num_layers, w0=1.0, w0_initial=30.0):
         super().__init__()
         self.layers = nn.ModuleList([
-            OwnWeights(width if i else dim_in, width, w0 if i else w0_initial, is_first=i == 0) for i in range(num_layers)
+            OwnWeights(width if i else dim_in, width, w0 if i else w0_initial, is_first=i == 0)
+            for i in range(num_layers)
         ])  # fmt: skip
         self.last_layer = OwnWeights(width, dim_out, w0, activation=nn.Identity())
 

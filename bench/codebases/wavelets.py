@@ -11,7 +11,7 @@ from ._registry import grid, register, squares
 
 
 class ComplexGabor(nn.Module):
-    """WIRE's layer: exp(j omega z - abs(scale z)^2), omega and scale of shape [1], weights complex but for the first."""
+    """WIRE's layer: exp(j omega z - abs(scale z)^2), omega and scale of shape [1], weights complex but the first's."""
 
     def __init__(self, in_features, out_features, is_first=False, omega0=10.0, sigma0=40.0, trainable=False):
         super().__init__()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.mlp import forget_derivatives
 from .check import Compared, combined, floats, own_inputs, same_state
 from .install import fused, install, installed, uninstall
 from .measure import MeasuredChain, saved_bytes, side_by_side, slow_rows
@@ -129,6 +130,7 @@ def _examine(
     with same_state(model), torch.no_grad():
         call(*args)  # sites learn which values are wanted by more than what follows
     recorder.chains.clear()
+    forget_derivatives()
     with same_state(model), recorder.listening(), torch.enable_grad():
         call(*args)
     memory.recorder = None
@@ -157,6 +159,7 @@ def _examine(
                 or "nothing pointwise follows"
             )
             report.left.append(LeftEntry(where, reason))
+    forget_derivatives()
     report.errors, report.bounds = dict(compared.errors), compared.explained()
     missing = [k for k in ("gradients", "second derivatives") if k not in compared.expected]
     report.notes += [f"the original has no {k} on the sample: not compared" for k in missing]

@@ -773,7 +773,6 @@ class Region(TorchFunctionMode):
         first = chain[0][0].root
         if first.channels or any(n.root.weight.dim() != 2 for n, _ in chain):
             return None
-        derived = x.requires_grad and x.is_leaf and torch.is_grad_enabled()
         if first.site.memory.layers_only:
             return None
         operands = first.site.operands(chain, x.is_complex())
@@ -782,7 +781,7 @@ class Region(TorchFunctionMode):
         if not operands.tracked(x):
             direction = "inference"
         decision = _op.decide(rows, operands, direction)
-        if decision.way != "network" or (derived and direction == "forward"):
+        if decision.way != "network":
             return None
         last = chain[-1][0]
         last.root.site.ran(chain, decision)

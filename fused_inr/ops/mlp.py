@@ -244,6 +244,13 @@ def _known(x: Tensor, operands: Operands, direction: str, auto: bool, cast, kind
     return found
 
 
+def forget_derivatives() -> None:
+    """Forgets which networks' gradients were differentiated: what was tried with a network is no sign of its use."""
+    for decision in _decisions.values():
+        if decision.history is not None:
+            decision.history.calls = 0
+
+
 def _decide(x: Tensor, operands: Operands, direction: str, auto: bool, cast: torch.dtype | None) -> Decision:
     layers = operands.layers
     backend, precision, reason = why_not(x, layers, direction=direction, cast=cast)
