@@ -42,6 +42,17 @@ def _training(net: nn.Module, x: Tensor, target: Tensor) -> Sequence[Tensor]:
     return [loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]
 
 
+def _layer(net: nn.Module, x: Tensor, target: Tensor) -> Sequence[Tensor]:
+    """The first hidden layer of a network by itself, from as many columns as it has."""
+    layer = getattr(net, "net", net)[1]
+    columns = next(m for m in layer.modules() if isinstance(m, nn.Linear)).in_features
+    for parameter in layer.parameters():
+        parameter.grad = None
+    y = layer(x.repeat(1, columns // x.shape[1]))
+    y.backward(y.detach())
+    return [y.detach(), *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+
 def _jacobians(net: nn.Module, x: Tensor, target: Tensor) -> Sequence[Tensor]:
     return [vmap(jacrev(net))(x)]
 
@@ -117,6 +128,10 @@ ROWS: dict[str, tuple[str, Step, int, int, torch.dtype]] = {
     "maml": ("MAML, 4 tasks of 2 inner steps, autograd.grad", _maml, 64, 1000, torch.float32),
     "maml-vmap": ("MAML, the same by vmap over tasks", _maml_vmap, 64, 1000, torch.float32),
     "one-row": ("one row, inference", _inference, 64, 1, torch.float32),
+    **{
+        f"one-layer-{n}": (f"one sine layer of {n} rows, forward and backward", _layer, 64, n, torch.float32)
+        for n in (16, 64, 256)
+    },
     "one-row-training": ("one row, training step", _training, 64, 1, torch.float32),
 }  # fmt: skip
 

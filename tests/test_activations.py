@@ -245,3 +245,10 @@ def test_formula_language(formula, by_hand):
 def test_bad_input(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_operations_are_counted():
+    """What decides that a layer of few rows is PyTorch's: the functions of the plain map, composite ones as several."""
+    counts = {name: fi.activations.get(name).map.operations for name in activations.names()}
+    assert counts["identity"] == 0 and counts["tanh"] == 1 and counts["sine"] == 2
+    assert counts["sinc"] > 4 and counts["split"] > 10

@@ -5,6 +5,7 @@ Each takes and returns tensors or Python floats, and can be differentiated by Py
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -17,6 +18,7 @@ def _unary(of_tensor, of_float):
         """Computes the function of this name, of a tensor or of a number."""
         return of_tensor(x) if isinstance(x, torch.Tensor) else of_float(x)
 
+    primitive.composite = inspect.isfunction(of_tensor)  # type: ignore[attr-defined]
     return primitive
 
 
@@ -32,6 +34,7 @@ def _by_tensor(of_tensor):
             return of_tensor(*(a if isinstance(a, torch.Tensor) else torch.full_like(like, a) for a in args))
         return of_tensor(*map(_tensor, args)).item()
 
+    primitive.composite = inspect.isfunction(of_tensor)  # type: ignore[attr-defined]
     return primitive
 
 

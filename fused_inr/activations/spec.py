@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import inspect
 import math
@@ -62,6 +63,7 @@ class ActivationMap:
         self._triton_jet: Any = None
         self._key: str | None = name if generated else None
         self._outputs: int | None = None
+        self._operations: int | None = None
 
     def __repr__(self) -> str:
         return f"<activation map {self.name}: {self.branches} -> {self.outputs}>"
@@ -92,6 +94,16 @@ class ActivationMap:
             else:
                 self._outputs = len(self.program(0).outputs[0][1])
         return self._outputs
+
+    @property
+    def operations(self) -> int:
+        """The number of PyTorch's functions that the map is; what is several of them counts as four."""
+        if self._operations is None:
+            found = list(dis.get_instructions(self.torch_map(0)))
+            self._operations = sum(i.opname in ("CALL", "BINARY_OP", "UNARY_NEGATIVE") for i in found)
+            used = [getattr(primitives, str(i.argval), None) for i in found if i.opname in ("LOAD_ATTR", "LOAD_METHOD")]
+            self._operations += 3 * sum(getattr(primitive, "composite", False) for primitive in used)
+        return self._operations
 
     @property
     def key(self) -> str:

@@ -454,6 +454,25 @@ class _CompiledLinearAct(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+#: rows times features up to which, on a CPU, a layer whose map is at most so many operations is faster by PyTorch's own
+#: functions: a Function of Python's costs more than it saves (`fused-inr bench calls --only one-layer-16`)
+_FEW, _LIGHT = 1 << 14, 2
+_FEW_ROWS = "a layer of so few rows is faster by PyTorch's own functions"
+
+
+def _few(x: Tensor, weight: Tensor, activation: Activation) -> bool:
+    """Whether the layer is one of few rows and a light map, in float32 on a CPU."""
+    return (
+        x.dtype is torch.float32
+        and x.dim() == 2
+        and x.shape[0] * weight.shape[-2] <= _FEW
+        and x.device.type == "cpu"
+        and not activation.has_tensors
+        and activation.map.operations <= _LIGHT
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, chosen: tuple[str, str] | None = None
 ) -> Tensor:
@@ -470,6 +489,9 @@ def linear_act(
         backends.record_plain(activation, x, weight, reason)
         backends.refuse_freed(x, weight, bias, *activation.tensors)
         return exactly(x.device, plain_layer(weight, bias, activation), x)
+    if chosen is None and not compiling and _few(x, weight, activation) and backends.demanded() is None:
+        backends.record_plain(activation, x, weight, _FEW_ROWS)
+        return plain_layer(weight, bias, activation)(x)
     backend, precision = chosen or backends.choose(activation, x, weight)
     params = activation.tensors
     track = torch.is_grad_enabled() and (
