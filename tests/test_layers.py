@@ -487,7 +487,7 @@ def test_weight_norm_trains_through_a_layer_and_a_loss():
 
 
 def test_parametrised_weights_stay_operands():
-    layer, x = fi.SineLayer(K, N, omega=3.0), torch.randn(11, K)
+    layer, x = fi.SineLayer(K, N, omega=3.0), torch.randn((1 << 14) // N + 1, K)  # not so few that PyTorch is faster
     nn.utils.parametrizations.weight_norm(layer.linear)
     assert "plain PyTorch" not in fi.backends.explain(layer, x)
     torch.testing.assert_close(layer(x), torch.sin(3 * layer.linear(x)), rtol=1e-4, atol=1e-5)

@@ -188,6 +188,7 @@ def test_wheel_says_what_it_needs(wheel):
     needed = [line.split(":", 1)[1].strip() for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     assert [n for n in needed if "extra ==" not in n] == ["torch>=2.10", "numpy", "sympy"]
     assert "fused-inr = fused_inr.cli.main:main" in entry_points
+    assert "fused_inr = fused_inr.fusion.dynamo:backend" in entry_points
 
 
 def test_works_from_the_wheel_without_compiler(installed, tmp_path):
@@ -200,7 +201,7 @@ import fused_inr.bench, fused_inr.cli.main
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     net = fi.SIREN(2, 16, 1, 3)
-    x = torch.rand(10, 2)
+    x = torch.rand(3000, 2)
     y = net(x)
     y.sum().backward()
     net(x)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ._registry import grid, register, squares
 
 
-def _positional(x: Tensor, n: int, include: bool = True) -> Tensor:
+def positional(x: Tensor, n: int, include: bool = True) -> Tensor:
+    """Sines and cosines of x times powers of two, x itself before them or not."""
     parts = [x] if include else []
     for i in range(n):
         parts += [torch.sin(2.0**i * x), torch.cos(2.0**i * x)]
@@ -31,7 +32,7 @@ class RenderFeatures(nn.Module):
 
     def forward(self, pts, viewdirs, features):
         indata = [features, viewdirs]
-        indata += [_positional(features, self.feape, False), _positional(viewdirs, self.viewpe, False)]
+        indata += [positional(features, self.feape, False), positional(viewdirs, self.viewpe, False)]
         mlp_in = torch.cat(indata, dim=-1)
         return torch.sigmoid(self.mlp(mlp_in))
 
@@ -204,7 +205,7 @@ class AccMLP(nn.Module):
 def _points_and_views(rows):
     generator = torch.Generator().manual_seed(0)
     points, views = torch.rand(rows, 3, generator=generator), torch.randn(rows, 3, generator=generator)
-    return _positional(points, 10), _positional(F.normalize(views, dim=-1), 4)
+    return positional(points, 10), positional(F.normalize(views, dim=-1), 4)
 
 
 @register(

@@ -30,7 +30,7 @@ class NotebookSine(nn.Module):
         return torch.sin(intermediate), intermediate
 
 
-class NotebookSiren(nn.Module):
+class CoordinateSiren(nn.Module):
     """SIREN's notebook: the output together with the coordinates, which it makes differentiable."""
 
     def __init__(self, in_features, width, hidden_layers, out_features):
@@ -76,7 +76,7 @@ def _picture_gradients(model, inputs):
     methods=("forward", "forward_with_activations"),
 )
 def siren_notebook(width):
-    return NotebookSiren(2, width or 256, 3, 3)
+    return CoordinateSiren(2, width or 256, 3, 3)
 
 
 @register(
@@ -89,10 +89,10 @@ def siren_notebook(width):
     fused=4,
 )
 def siren_gradients(width):
-    return NotebookSiren(2, width or 256, 3, 1)
+    return CoordinateSiren(2, width or 256, 3, 1)
 
 
-class BatchLinear(nn.Linear):
+class MetaLinear(nn.Linear):
     """A linear layer whose parameters may be given, also one set for each of a batch."""
 
     def forward(self, input, params=None):
@@ -115,7 +115,7 @@ class MetaSequential(nn.Sequential):
 
     def forward(self, input, params=None):
         for name, module in self._modules.items():
-            if params is not None and isinstance(module, BatchLinear | MetaSequential):
+            if params is not None and isinstance(module, MetaLinear | MetaSequential):
                 own = OrderedDict((k[len(name) + 1 :], v) for k, v in params.items() if k.startswith(name + "."))
                 input = module(input, params=own)
             else:
@@ -129,9 +129,9 @@ class FullyConnectedBlock(nn.Module):
     def __init__(self, in_features, out_features, hidden_layers, width):
         super().__init__()
         nonlinearity = ModuleSine()
-        net = [MetaSequential(BatchLinear(in_features, width), nonlinearity)]
-        net += [MetaSequential(BatchLinear(width, width), nonlinearity) for _ in range(hidden_layers)]
-        net.append(MetaSequential(BatchLinear(width, out_features)))
+        net = [MetaSequential(MetaLinear(in_features, width), nonlinearity)]
+        net += [MetaSequential(MetaLinear(width, width), nonlinearity) for _ in range(hidden_layers)]
+        net.append(MetaSequential(MetaLinear(width, out_features)))
         self.net = MetaSequential(*net)
         with torch.no_grad():
             for i, block in enumerate(self.net):
@@ -554,7 +554,7 @@ def pi_gan(width):
     fused=4,
 )
 def siren_laplacian(width):
-    class Net(NotebookSiren):
+    class Net(CoordinateSiren):
         def forward(self, coords):
             return self.net(coords)
 

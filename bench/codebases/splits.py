@@ -8,7 +8,7 @@ from torch import nn
 from ._registry import grid, register, squares
 
 
-class SplitLayer(nn.Module):
+class QuarteredLayer(nn.Module):
     """m tanh(w0 a) sigmoid(w1 b) sin(w2 c) cos(w3 d) of the four quarters of one linear layer."""
 
     def __init__(self, input_dim, output_dim, m=1.0, omegas=(1.0, 1.0, 1.0, 1.0), use_bias=True):
@@ -29,8 +29,8 @@ class SplitNetwork(nn.Module):
 
     def __init__(self, width, depth=3):
         super().__init__()
-        self.layers = nn.ModuleList([SplitLayer(2, width, 10.0, (1.0, 1.0, 20.0, 20.0))])
-        self.layers.extend(SplitLayer(width, width, 2.0) for _ in range(depth - 1))
+        self.layers = nn.ModuleList([QuarteredLayer(2, width, 10.0, (1.0, 1.0, 20.0, 20.0))])
+        self.layers.extend(QuarteredLayer(width, width, 2.0) for _ in range(depth - 1))
         self.last = nn.Linear(width, 3)
 
     def forward(self, x):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._registry import eikonal, grid, register, squares
-from .radiance import _positional
+from .radiance import positional
 
 
 def _old_weight_norm(layer: nn.Linear) -> nn.Linear:
@@ -45,7 +45,7 @@ class SdfNetwork(nn.Module):
 
     def forward(self, inputs):
         inputs = inputs * self.scale
-        inputs = _positional(inputs, self.multires)
+        inputs = positional(inputs, self.multires)
         x = inputs
         for i in range(self.num_layers - 1):
             lin = getattr(self, "lin" + str(i))
