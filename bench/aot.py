@@ -84,48 +84,24 @@ class _Arguments:
             self.signature[name] = "constexpr"
             self.constants[self.names.index(name),] = value
 
-    def pointer(self, name: str, dtype: torch.dtype | None) -> None:
-        if dtype is None:
-            self.constant(**{name: None})
-            return
-        self.signature[name] = _POINTER[dtype]
-        if self.aligned:
-            self.attributes[self.names.index(name),] = [["tt.divisibility", 16]]
-
-    def integers(self, **values: int) -> None:
+    def give(self, **values) -> None:
+        """What a launch gives: numbers, types for pointers to them, None, maps, and tuples of these."""
         for name, value in values.items():
-            if value == 1 and name not in self.fixed:
-                self.constant(**{name: 1})
-                continue
-            self.signature[name] = "i32"
-            if value % 16 == 0 and name not in self.fixed:
-                self.attributes[self.names.index(name),] = [["tt.divisibility", 16]]
+            self.signature[name] = self._kind((self.names.index(name),), value, name in self.fixed)
 
-    def tuple(self, name: str, types: Iterable[str]) -> None:
-        """Scalars "fp32", pointers, and "one" for a stride of 1."""
-        path = self.names.index(name)
-        entries = []
-        for i, t in enumerate(types):
-            if t is None:
-                continue
-            if t == "one":
-                entries.append("constexpr")
-                self.constants[path, i] = 1
-                continue
-            entries.append(t)
-            if (t.startswith("*") and self.aligned) or (t == "i32" and self.aligned):
-                self.attributes[path, i] = [["tt.divisibility", 16]]
-        self.signature[name] = tuple(entries)
-
-    def group(self, name: str, pointers) -> None:
-        """A named tuple of pointers, None where there is none."""
-        self.tuple(name, pointers)
-        entries = []
-        for i, t in enumerate(pointers):
-            entries.append("constexpr" if t is None else t)
-            if t is None:
-                self.constants[self.names.index(name), i] = None
-        self.signature[name] = type(pointers)(*entries)
+    def _kind(self, path: tuple[int, ...], value, fixed: bool):
+        if isinstance(value, tuple):
+            entries = [self._kind((*path, i), v, fixed) for i, v in enumerate(value)]
+            return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
+        if isinstance(value, float):
+            return "fp32"
+        pointer = isinstance(value, torch.dtype)
+        if pointer or (isinstance(value, int) and (fixed or value != 1)):
+            if self.aligned if pointer else not fixed and value % 16 == 0:
+                self.attributes[path] = [["tt.divisibility", 16]]
+            return _POINTER[value] if pointer else "i32"
+        self.constants[path] = value
+        return "constexpr"
 
     def compile(self, capability: int, options: dict):
         signature = {n: self.signature[n] for n in self.names}
@@ -136,22 +112,21 @@ class _Arguments:
             return triton.compile(source, target=target, options=lower)
 
 
-def _params(arguments: _Arguments, job: Job, P: int) -> int:
-    """Learnable: each a tensor [N]; else a number each. Returns POINTERS."""
+def _params(job: Job, P: int) -> tuple[maps.Params, int]:
+    """Parameters and POINTERS: each a tensor [N] if learnable, else a number."""
     if job.learnable:
-        arguments.tuple("map_params", [_POINTER[torch.float32]] * P)
-        arguments.tuple("param_strides", ["one"] * P)
-        return (1 << P) - 1
-    arguments.tuple("map_params", ["fp32"] * P)
-    arguments.tuple("param_strides", ["i32"] * P)
-    return 0
+        return maps.Params((torch.float32,) * P, (1,) * P), (1 << P) - 1
+    return maps.Params((1.5,) * P, (0,) * P), 0
 
 
-def _matrix(arguments: _Arguments, job: Job, letter: str, columns: int, names: str = "gmk") -> None:
-    """Strides of a contiguous [G, ROWS, columns], a column longer when unaligned."""
+def _rows(job: Job, columns: int) -> tuple[int, int]:
+    """Strides of layers and rows of a contiguous [G, ROWS, columns], a column longer when unaligned."""
     row = columns if job.aligned else columns + 1
-    values = {"g": ROWS * row + (0 if job.aligned else 1), "m": row, "n": row if "m" not in names else 1, "k": 1}
-    arguments.integers(**{f"stride_{letter}{n}": values[n] for n in names})
+    return ROWS * row + (0 if job.aligned else 1), row
+
+
+def _matrices(job: Job, columns: int) -> linear_act.Matrices:
+    return linear_act.Matrices(job.dtype, *_rows(job, columns), 1)
 
 
 def _shape(name: str):
@@ -165,25 +140,20 @@ def build(job: Job) -> tuple[_Arguments, dict]:
     f32 = torch.float32
     if job.kernel == "sum":
         arguments = _Arguments(sums.sum_kernel, job.aligned)
-        arguments.pointer("in_ptr", f32)
-        arguments.pointer("out_ptr", job.dtype)
-        arguments.integers(S=ROWS, L=job.N, chunk=layer_configs.SUM.chunk, CHUNKS=256)
-        arguments.constant(ACC=tl.float32, BLOCK_S=layer_configs.SUM.block_s, BLOCK_L=layer_configs.SUM.block_l)
-        return arguments, {"num_warps": layer_configs.SUM.num_warps, "enable_fp_fusion": True}
+        config = layer_configs.SUM
+        arguments.give(in_ptr=f32, out_ptr=job.dtype, S=ROWS, L=job.N, chunk=config.chunk, CHUNKS=256)
+        arguments.constant(ACC=tl.float32, BLOCK_S=config.block_s, BLOCK_L=config.block_l)
+        return arguments, {"num_warps": config.num_warps, "enable_fp_fusion": True}
     B, C, P = (1, 1, 0) if job.kernel in ("input_grad", "weight_grad") else _shape(job.activation)
-    precision = launch.dot_precision(job.dtype, job.precision)
-    common: dict[str, object] = {"PRECISION": precision, "UPCAST": False, "ACC": tl.float32}
     N, K = job.N, job.K
+    num = launch.arithmetic(job.dtype, job.precision)
     if job.kernel == "weight_grad":
         arguments = _Arguments(linear_act.weight_grad_kernel, job.aligned)
         kind = layer_configs.kind(N, K)
         config = layer_configs.pick(job.arch, "weight_grad", kind, job.dtype, job.precision, 1, N, K)
-        arguments.pointer("gz_ptr", job.dtype)
-        arguments.pointer("x_ptr", job.dtype)
-        arguments.pointer("out_ptr", f32)
-        arguments.integers(M=ROWS, N=N, K=K, rows=4096, SPLITS=16, stride_gzg=ROWS * N, stride_gzm=N)
-        _matrix(arguments, job, "x", K)
-        arguments.constant(DOT_PRODUCT=config.dot, **common, **_blocks(config))
+        gz = linear_act.Rows(job.dtype, ROWS * N, N)
+        arguments.give(gz=gz, x=_matrices(job, K), out_ptr=f32, M=ROWS, N=N, K=K, rows=4096, SPLITS=16)
+        arguments.constant(DOT_PRODUCT=config.dot, NUM=num, **_blocks(config))
         return arguments, config.options()
     if job.kernel == "act_map":
         return _build_act_map(job, B, C, P)
@@ -197,39 +167,27 @@ def build(job: Job) -> tuple[_Arguments, dict]:
     kind = layer_configs.MAP if job.kernel == "gz_from_z" else layer_configs.kind(N, K)
     config = layer_configs.pick(job.arch, op, kind, job.dtype, job.precision, B, N, K)
     arguments = _Arguments(kernel, job.aligned)
-    arguments.pointer("x_ptr", job.dtype)
-    arguments.pointer("w_ptr", job.dtype)
-    biased = job.kernel != "input_grad"
-    arguments.pointer("b_ptr", job.dtype if biased else None)
-    pointers = _params(arguments, job, P)
-    arguments.integers(M=ROWS, N=N, K=K, stride_bg=B * N, stride_b=1)
-    _matrix(arguments, job, "x", K)
+    weight = linear_act.Matrices(job.dtype, B * N * K, K if job.aligned else K + 1, 1)
     if job.kernel == "input_grad":  # the weight [K, N] of the layer, transposed
-        arguments.integers(stride_wg=N * K, stride_wn=1, stride_wk=N if job.aligned else N + 1)
-    else:
-        arguments.integers(stride_wg=B * N * K, stride_wn=K if job.aligned else K + 1, stride_wk=1)
-    mode = launch.mode(job.dtype, job.precision)
-    common.update(MODE=mode, B=B, C=C, POINTERS=pointers, HAS_BIAS=biased, KIND=kind, **_blocks(config))
+        weight = linear_act.Matrices(job.dtype, N * K, 1, N if job.aligned else N + 1)
+    bias = None if job.kernel == "input_grad" else linear_act.Vectors(job.dtype, B * N, 1)
+    params, pointers = _params(job, P)
+    arguments.give(x=_matrices(job, K), weight=weight, bias=bias, map_params=params, M=ROWS, N=N, K=K)
+    arguments.constant(B=B, C=C, POINTERS=pointers, KIND=kind, NUM=num, **_blocks(config))
+    keeps = job.kernel in ("forward_save", "gz_from_z")
+    half = job.dtype.itemsize == 2 and not job.learnable  # gradients of parameters need z
+    kept = (2 if half else 1) if keeps else 0
+    columns = {0: 0, 1: B * N, 2: C * B * N}[kept]
+    z = linear_act.Rows(job.dtype if kept == 2 else f32, ROWS * columns, columns) if kept else None
     if forward:
-        save = (2 if job.dtype.itemsize == 2 else 1) if job.kernel == "forward_save" else 0
-        kept = {0: 0, 1: B * N, 2: C * B * N}[save]
-        arguments.pointer("y_ptr", job.dtype)
-        arguments.pointer("z_ptr", {0: None, 1: f32, 2: job.dtype}[save])
-        arguments.integers(stride_yg=ROWS * C * N, stride_ym=C * N, stride_zg=ROWS * kept, stride_zm=kept)
+        arguments.give(y=linear_act.Rows(job.dtype, ROWS * C * N, C * N), z=z)
         function = maps.identity if job.kernel == "input_grad" else maps.get(job.activation, 0)
-        arguments.constant(MAP=maps.jet(job.activation) if save == 2 else function, SAVE=save, **common)
+        arguments.constant(MAP=maps.jet(job.activation) if kept == 2 else function, SAVE=kept)
     else:
-        kept = (2 if job.dtype.itemsize == 2 else 1) if job.kernel == "gz_from_z" else 0
-        columns = {0: 0, 1: B * N, 2: C * B * N}[kept]
-        arguments.pointer("g_ptr", job.dtype)
-        arguments.pointer("z_ptr", {0: None, 1: f32, 2: job.dtype}[kept])
-        arguments.pointer("gz_ptr", job.dtype)
-        arguments.pointer("gb_ptr", f32)
-        arguments.pointer("gp_ptr", f32 if job.learnable else None)
-        _matrix(arguments, job, "g", C * N, "gm")
-        arguments.integers(stride_gn=1, stride_zg=ROWS * columns, stride_zm=columns)
+        gp = f32 if job.learnable else None
+        arguments.give(g=_matrices(job, C * N), z=z, gz_ptr=job.dtype, gb_ptr=f32, gp_ptr=gp)
         function = maps.get(job.activation, 1, job.learnable)
-        arguments.constant(MAP=function, P=P if job.learnable else 0, KEPT=kept, WRITE_GZ=True, WRITE_GB=True, **common)
+        arguments.constant(MAP=function, P=P if job.learnable else 0, KEPT=kept)
     return arguments, config.options()
 
 
@@ -268,70 +226,57 @@ def _build_mlp(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
     net = mlp.NetworkSizes(job.K, MLP_OUTPUTS, MLP_HIDDEN + 1, job.N, B, C, P, W)
     kernels = {"train": mlp.train_kernel, "backward": mlp.train_kernel, "one_pass": mlp.one_pass_kernel}
     arguments = _Arguments(kernels.get(op, mlp.forward_kernel), job.aligned)
-    narrow = job.K <= layer_configs.NARROW_K_LIMIT
     half, back = job.dtype.itemsize == 2, job.dtype == f32
     keeps = mlp.PREACTIVATIONS if job.learnable or not half else mlp.JETS
-    arguments.pointer("packed_ptr", job.dtype)
-    arguments.pointer("bias_ptr", f32)
-    arguments.tuple("map_params", ["fp32"] * (0 if job.learnable else 2 * P))
-    arguments.tuple("last_params", [])
-    arguments.integers(M=ROWS, K=job.K, OUT=MLP_OUTPUTS, stride_xm=job.K if job.aligned else job.K + 1)
-    arguments.constant(
-        LAST=maps.identity, MODE=launch.mode(job.dtype, job.precision), B=B, C=C, P=P, SETS=1 if job.learnable else 2,
-        TABLE=job.learnable, N=job.N, NARROW=narrow, PRECISION=launch.dot_precision(job.dtype, job.precision),
-        UPCAST=False, ACC=tl.float32, DTYPE=launch.TYPES[job.dtype], OUT_PAD=net.outputs_pad, BLOCK_M=config.block_m,
-        BLOCK_T=W // config.tiles, BLOCK_K=job.K if narrow else min(32, net.inputs_pad),
-    )  # fmt: skip
+    loss, saves = job.kernel in ("mlp_loss", "mlp_one_pass"), job.kernel == "mlp_save"
     function, jet = maps.get(job.activation, 0), maps.jet(job.activation)
-    if op != "one_pass":
-        arguments.integers(L=MLP_HIDDEN + 1, K_PAD=net.inputs_pad)
-        arguments.constant(STAGES=config.stages, T=config.tiles)
-    if op in ("forward", "save"):
-        arguments.pointer("x_ptr", job.dtype)
-        arguments.pointer("y_ptr", job.dtype)
-        saves = job.kernel == "mlp_save"
-        arguments.pointer("saved_ptr", (job.dtype if keeps == mlp.JETS else f32) if saves else None)
-        arguments.integers(stride_ym=MLP_OUTPUTS)
-        resident = MLP_HIDDEN if config.resident >= MLP_HIDDEN and job.kernel != "mlp_stream" else 0
-        arguments.constant(
-            MAP=jet if saves and keeps == mlp.JETS else function, SAVE=keeps if saves else mlp.NOTHING,
-            RESIDENT=resident, K_MAJOR=saves and back,
-        )  # fmt: skip
-        return arguments, config.options()
-    loss = job.kernel in ("mlp_loss", "mlp_one_pass")
-    settled = mlp.by_sums(net, config, layer_configs.MULTIPROCESSORS[job.arch] * config.resident_programs)
-    pointer = _POINTER[job.dtype]
-    data = mlp.Rows(pointer, None if loss else pointer, pointer if loss else None, _POINTER[f32] if loss else None)
-    arguments.group("data", data)
-    arguments.pointer("gx_ptr", job.dtype)
-    arguments.pointer("sums_ptr", f32)
-    arguments.tuple("loss_params", [])
-    arguments.signature["scale"] = arguments.signature["unscale"] = "fp32"
-    starts = dict.fromkeys(("at_first", "at_hidden", "at_last", "at_bias", "at_loss"), 1024)
-    if op != "one_pass":
-        starts["at_params"] = 1024
-    arguments.integers(stride_gm=0 if loss else MLP_OUTPUTS, stride_tm=MLP_OUTPUTS if loss else 0, stride_sum=1024)
-    arguments.integers(**starts)
-    squared = (Squared.triton_map(0), Squared.triton_map(1)) if loss else (maps.identity,) * 2
-    arguments.constant(
-        LAST_GRAD=maps.get("identity", 1), LOSS=squared[0], LOSS_GRAD=squared[1], HAS_LOSS=loss, HAS_WEIGHTS=loss,
-        NEED_X=True, NEED_W=True, NEED_B=True, K_MAJOR=back, GROUPS=1,
+    x = mlp.Matrix(job.dtype, job.K if job.aligned else job.K + 1)
+    output = mlp.Matrix(job.dtype, MLP_OUTPUTS)
+    arguments.give(
+        packed=mlp.Packed(job.dtype, f32), sizes=mlp.Sizes(job.K, net.inputs_pad, MLP_OUTPUTS), M=ROWS,
+        numbers=mlp.Numbers(() if job.learnable else (1.5,) * (2 * P), ()),
     )  # fmt: skip
+    major = back and (saves or op not in ("forward", "save"))
+    compiled_for = mlp.compiled_for(net, config, major, 1 if job.learnable else 2, job.learnable)
+    num = launch.arithmetic(job.dtype, job.precision)
+    arguments.constant(NET=launch.constants_of(compiled_for), NUM=num)
+    if op != "one_pass":
+        arguments.give(L=MLP_HIDDEN + 1)
+    if op in ("forward", "save"):
+        saved = job.dtype if keeps == mlp.JETS else f32
+        chosen = jet if saves and keeps == mlp.JETS else function
+        arguments.give(x=x, y=output, saved_ptr=saved if saves else None, maps=mlp.Maps(chosen, maps.identity))
+        resident = MLP_HIDDEN if config.resident >= MLP_HIDDEN and job.kernel != "mlp_stream" else 0
+        arguments.constant(SAVE=keeps if saves else mlp.NOTHING, RESIDENT=resident, STAGES=config.stages)
+        return arguments, config.options()
+    settled = mlp.by_sums(net, config, layer_configs.MULTIPROCESSORS[job.arch] * config.resident_programs)
+    squared = (Squared.triton_map(0), Squared.triton_map(1)) if loss else (None, None)
+    rows = mlp.Rows(x, None, output, f32) if loss else mlp.Rows(x, output, None, None)
+    arguments.give(
+        data=rows, sums_ptr=f32, criterion=mlp.LossNumbers((), 1.0, 1.0), gx_ptr=job.dtype,
+        at=mlp.pack.Segments(*(1024,) * len(mlp.pack.Segments._fields)),
+    )  # fmt: skip
+    last_grad = maps.get("identity", 1)
     if op == "one_pass":
-        arguments.constant(MAP=jet, HIDDEN=MLP_HIDDEN, K_PAD=net.inputs_pad, RESIDENT=config.reload and not back)
+        arguments.give(maps=mlp.Maps(jet, maps.identity, None, last_grad, *squared))
+        one_pass = mlp.OnePass(True, True, True, MLP_HIDDEN, net.inputs_pad, config.reload and not back, GROUPS=1)
+        arguments.constant(PASS=launch.constants_of(one_pass))
         return arguments, config.options()
     jets, saved = keeps == mlp.JETS, job.kernel == "mlp_backward"
-    arguments.pointer("saved_ptr", job.dtype if jets else f32)
     waits = settled.later or not settled.sums
-    arguments.pointer("gz_ptr", job.dtype if waits else None)
     copied = not jets or (saved if settled.later else not saved)
-    arguments.pointer("h_ptr", job.dtype if waits and copied else None)
-    arguments.integers(START=0, ROWS_S=ROWS, ROWS_OUT=ROWS, ACCUMULATE=0)
-    arguments.constant(
-        MAP=jet if jets else function, MAP_GRAD=maps.get(job.activation, 1, job.learnable),
-        GP=P if job.learnable else 0, JETS=jets, RECOMPUTE=not saved, SUMS=settled.sums, LATER=settled.later,
-        RELOAD=config.reload, BLOCK_X=min(32, net.inputs_pad),
+    kept = job.dtype if jets else f32
+    scratch = mlp.Scratch(kept, job.dtype if waits else None, job.dtype if waits and copied else None)
+    grad = maps.get(job.activation, 1, job.learnable)
+    arguments.give(
+        scratch=scratch, START=0, ROWS_S=ROWS, ROWS_OUT=ROWS, ACCUMULATE=0,
+        maps=mlp.Maps(jet if jets else function, maps.identity, grad, last_grad, *squared),
     )  # fmt: skip
+    train_pass = mlp.TrainPass(
+        True, True, True, GP=P if job.learnable else 0, JETS=jets, RECOMPUTE=not saved, SUMS=settled.sums,
+        LATER=settled.later, RELOAD=config.reload, GROUPS=1, STAGES=config.stages,
+    )  # fmt: skip
+    arguments.constant(PASS=launch.constants_of(train_pass))
     return arguments, config.options()
 
 
@@ -351,29 +296,24 @@ def _build_act_map(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
     streams = sum(max(1, k) for k in sizes[0] + sizes[1])
     config = layer_configs.pick_map(job.arch, streams, job.N)
     arguments = _Arguments(act_map.act_map_kernel, job.aligned)
-    f32 = _POINTER[torch.float32]
-    arguments.tuple("in_ptrs", [f32] * len(sizes[0]))
-    arguments.tuple("in_strides_m", ["i32"] * len(sizes[0]))
-    arguments.tuple("in_strides_n", ["one"] * len(sizes[0]))
-    arguments.tuple("out_ptrs", [f32] * len(sizes[1]))
-    pointers = _params(arguments, job, P)
-    arguments.integers(M=ROWS, N=job.N)
-    first = tuple(sum(max(1, k) for k in sizes[1][:i]) for i in range(len(sizes[1])))
+    f32 = torch.float32
+    strides = tuple(k * job.N + (0 if job.aligned else 1) if k else 0 for k in sizes[0])
+    streams = act_map.Streams((f32,) * len(sizes[0]), strides, (1,) * len(sizes[0]))
+    params, pointers = _params(job, P)
+    arguments.give(streams=streams, map_params=params, out_ptrs=(f32,) * len(sizes[1]), M=ROWS, N=job.N)
     arguments.constant(
-        MAP=maps.get(job.activation, job.level, job.learnable), MODE=0, IN=sizes[0], OUT=sizes[1], FIRST=first,
-        POINTERS=pointers, ACC=tl.float32, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        MAP=maps.get(job.activation, job.level, job.learnable), POINTERS=pointers, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, GROUPS=act_map.constant_groups(*sizes), NUM=launch.arithmetic(f32, "ieee"),
     )  # fmt: skip
     return arguments, config.options()
 
 
 def _build_moments(job: Job, B: int, C: int, P: int) -> tuple[_Arguments, dict]:
     arguments = _Arguments(moments.moments_kernel, job.aligned)
-    for name in ("sigma_ptr", "param_ptr"):
-        arguments.pointer(name, torch.float32)
-    arguments.pointer("out_ptr", torch.float64)
-    arguments.integers(
-        G=10000, settings=job.N, groups=157, last=moments.CHUNK, first_low=0, first_high=0, seed_low=0, seed_high=0
-    )
+    arguments.give(
+        sigma_ptr=torch.float32, param_ptr=torch.float32, out_ptr=torch.float64, G=10000, settings=job.N, groups=157,
+        last=moments.CHUNK, first_low=0, first_high=0, seed_low=0, seed_high=0,
+    )  # fmt: skip
     config = moments.config(B, C)
     arguments.constant(
         MAP=maps.jet(job.activation), MODE=0 if job.precision == "ieee" else 1, B=B, VALUES=C * (1 + B), P=P,
@@ -425,8 +365,11 @@ def compile_job(job: Job) -> dict[str, object]:
 
 
 def _block_constants(arguments: _Arguments) -> dict[str, int]:
-    names = arguments.names
-    return {names[k[0]]: v for k, v in arguments.constants.items() if names[k[0]].startswith("BLOCK") and len(k) == 1}
+    """BLOCK_M and its like, also those within a group."""
+    found = {arguments.names[path[0]]: v for path, v in arguments.constants.items() if len(path) == 1}
+    for value in list(found.values()):
+        found.update(value._asdict() if hasattr(value, "_fields") else {})
+    return {name: getattr(v, "value", v) for name, v in found.items() if name.startswith("BLOCK")}
 
 
 _SPECIAL = {"MUFU": 1}

@@ -6,12 +6,15 @@ and parameter cotangents ([] or [N]). Parameter gradients are partial sums per r
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .configurations import linear_act as layer_configs
-from .launch import TYPES, accumulator, mode, on_device
+from .launch import accumulator, arithmetic, constants_of, on_device
 from .maps import load_params, narrow, param_arguments
 from .sums import launch_sum
 
@@ -42,13 +45,38 @@ def _at(sizes, i):
     return sizes[i]
 
 
+class Streams(NamedTuple):
+    """Groups of streams: a tensor each, and its strides."""
+
+    ptrs: tuple
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+class Groups(NamedTuple):
+    """Group sizes as `groups` gives them, of inputs and outputs; the first output of each group."""
+
+    IN: tuple[int, ...]
+    OUT: tuple[int, ...]
+    FIRST: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def constant_groups(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Groups:
+    first = tuple(sum(max(1, k) for k in outputs[:i]) for i in range(len(outputs)))
+    return constants_of(Groups(inputs, outputs, first))
+
+
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
 def act_map_kernel(
-    in_ptrs, in_strides_m, in_strides_n, map_params, param_strides, out_ptrs, M, N,
-    MAP: tl.constexpr, MODE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, FIRST: tl.constexpr,
-    POINTERS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    streams, map_params, out_ptrs, M, N,
+    MAP: tl.constexpr, POINTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+    NUM: tl.constexpr,
 ):  # fmt: skip
-    """out = MAP(in). IN and OUT: group sizes as `groups` gives them; FIRST: the first output of each group."""
+    """out = MAP(streams)."""
+    IN: tl.constexpr = GROUPS.IN
+    OUT: tl.constexpr = GROUPS.OUT
+    FIRST: tl.constexpr = GROUPS.FIRST
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)
     tile_n = tl.program_id(0) % tiles_n
@@ -57,18 +85,18 @@ def act_map_kernel(
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     args = ()
-    for i in tl.static_range(len(in_ptrs)):
+    for i in tl.static_range(len(streams.ptrs)):
         if IN[i] > 0:
-            tile = in_ptrs[i] + offs_m[:, None] * in_strides_m[i]
+            tile = streams.ptrs[i] + offs_m[:, None] * streams.rows[i]
             for k in tl.static_range(_at(IN, i)):
-                v = tl.load(tile + (k * N + offs_n)[None, :] * in_strides_n[i], mask=mask, other=0.0)
-                args = args + (v.to(ACC),)
+                v = tl.load(tile + (k * N + offs_n)[None, :] * streams.columns[i], mask=mask, other=0.0)
+                args = args + (v.to(NUM.ACC),)
         else:
-            p = tl.load(in_ptrs[i] + offs_n * in_strides_n[i], mask=mask_n, other=0.0).to(ACC)
+            p = tl.load(streams.ptrs[i] + offs_n * streams.columns[i], mask=mask_n, other=0.0).to(NUM.ACC)
             args = args + (p[None, :],)
         if i == 0:
-            args = args + load_params(map_params, param_strides, offs_n, mask_n, POINTERS, ACC)
-    out = MAP(*args, MODE=MODE)
+            args = args + load_params(map_params, offs_n, mask_n, POINTERS, NUM.ACC)
+    out = MAP(*args, MODE=NUM.MODE)
     for i in tl.static_range(len(out_ptrs)):
         if OUT[i] > 0:
             for k in tl.static_range(_at(OUT, i)):
@@ -88,19 +116,17 @@ def launch_act_map(
     """outputs: row groups [M, k*N] contiguous, parameter gradients [tiles, N] (partial sums), as `sizes` says."""
     if not M * N:
         return
-    params, param_strides, pointers = param_args
+    params, pointers = param_args
     in_sizes, out_sizes = sizes
-    first = tuple(sum(max(1, k) for k in out_sizes[:i]) for i in range(len(out_sizes)))
     z = inputs[0]
-    strides_m = tuple(t.stride(0) if k else 0 for t, k in zip(inputs, in_sizes, strict=True))
-    strides_n = tuple(t.stride(-1) if t.dim() else 0 for t in inputs)
+    rows = tuple(t.stride(0) if k else 0 for t, k in zip(inputs, in_sizes, strict=True))
+    streams = Streams(tuple(inputs), rows, tuple(t.stride(-1) if t.dim() else 0 for t in inputs))
     options = config.options()
     del options["BLOCK_K"]
     with on_device(z):
         act_map_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
-            tuple(inputs), strides_m, strides_n, params, param_strides, tuple(outputs), M, N,
-            MAP=function, MODE=mode(z.dtype, "ieee"), IN=in_sizes, OUT=out_sizes, FIRST=first, POINTERS=pointers,
-            ACC=TYPES[accumulator(z.dtype)], **options,
+            streams, params, tuple(outputs), M, N, MAP=function, POINTERS=pointers,
+            GROUPS=constant_groups(in_sizes, out_sizes), NUM=arithmetic(z.dtype, "ieee"), **options,
         )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -38,6 +39,36 @@ def dot_precision(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 and not INTERPRETED else "ieee"
 
 
+class Arithmetic(NamedTuple):
+    """How a kernel computes: elementary functions (MODE), products (PRECISION; UPCAST: of wider factors), in which type
+    it sums, and the type of its operands."""
+
+    MODE: int
+    PRECISION: str
+    UPCAST: bool
+    ACC: tl.dtype
+    DTYPE: tl.dtype
+
+
+@functools.lru_cache(maxsize=64)
+def arithmetic(dtype: torch.dtype, precision: str) -> Arithmetic:
+    """What products of this type and precision are computed with, as a constant of a kernel."""
+    group = Arithmetic(
+        mode(dtype, precision), dot_precision(dtype, precision), INTERPRETED, TYPES[accumulator(dtype)], TYPES[dtype]
+    )  # fmt: skip
+    return constants_of(group)
+
+
+_Group = TypeVar("_Group", bound=tuple)
+
+
+def constants_of(group: _Group) -> _Group:
+    """A NamedTuple that a kernel takes as one constexpr. Triton reads a field of it as it lies there, and wants a
+    constexpr; its interpreter wants the value. Functions do not belong there: the compiled kernel would be found again
+    by their names, not by what they are."""
+    return group if INTERPRETED else type(group)(*map(tl.constexpr, group))
+
+
 def contiguous_rows(t: torch.Tensor) -> torch.Tensor:
     """Any stride between rows, none but 1 within."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
@@ -69,7 +100,7 @@ class Launcher:
 
     The binder looks at every argument and every constant of a launch, which takes 20 to 40 us for kernels with as many
     constants as ours. What tells launches apart here are the kinds of the arguments, and constants that are one object
-    from call to call.
+    from call to call: these may hold arguments, too, that never change while that object serves.
     """
 
     def __init__(self, kernel):
@@ -78,7 +109,8 @@ class Launcher:
         self._compiled: dict[tuple, tuple[Any, tuple, dict[str, object]]] = {}
 
     def __call__(self, grid: int, arguments: tuple, constants: dict[str, object]) -> None:
-        """`kernel[grid,](*arguments, **constants)`; `constants`, options among them, is never changed."""
+        """`kernel[grid,](*arguments, **constants)`; `constants`, options among them, is never changed, and has every
+        parameter of the kernel that follows those of `arguments`."""
         if INTERPRETED:
             self.kernel[(grid,)](*arguments, **constants)
             return

@@ -11,14 +11,15 @@ Shapes, inside: x [G, M, K], weight [G, B*N, K], z and gz [G, M, B*N], y and g [
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .configurations import linear_act as layer_configs
-from .launch import TYPES, Launcher, accumulator, dot_precision, mode, on_device
-from .maps import INTERPRETED, identity, load_params, narrow, param_arguments, rounded
+from .launch import Launcher, accumulator, arithmetic, on_device
+from .maps import Params, identity, load_params, narrow, param_arguments, rounded
 from .sums import launch_sum
 
 DOT, NARROW_K, NARROW_N = layer_configs.DOT, layer_configs.NARROW_K, layer_configs.NARROW_N
@@ -26,13 +27,43 @@ DOT, NARROW_K, NARROW_N = layer_configs.DOT, layer_configs.NARROW_K, layer_confi
 # ---------------------------------------------------------------- kernels
 
 
+class Matrices(NamedTuple):
+    """A matrix a layer: where they begin, and the strides between layers (0: all have one), rows and columns."""
+
+    ptr: object
+    layer: int
+    row: int
+    column: int
+
+
+class Rows(NamedTuple):
+    """A matrix a layer, whose columns lie side by side."""
+
+    ptr: object
+    layer: int
+    row: int
+
+
+class Vectors(NamedTuple):
+    """A vector a layer."""
+
+    ptr: object
+    layer: int
+    element: int
+
+
 @triton.jit
 def pre_activation(
-    x_ptr, w_ptr, b_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
-    B: tl.constexpr, HAS_BIAS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, weight, bias, layer, offs_m, offs_n, M, N, K,
+    B: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM: tl.constexpr,
 ):  # fmt: skip
     """z = x W^T + b for one tile: B tiles [BLOCK_M, BLOCK_N]. Row and column offsets arrive as int64."""
+    ACC: tl.constexpr = NUM.ACC
+    x_ptr = x.ptr + layer * x.layer
+    w_ptr = weight.ptr + layer * weight.layer
+    if bias is not None:
+        b_ptr = bias.ptr + layer * bias.layer
     mask_m = offs_m < M
     mask_n = offs_n < N
     acc = ()
@@ -40,33 +71,33 @@ def pre_activation(
         for _ in tl.static_range(B):
             acc = acc + (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
         for _k in tl.static_range(BLOCK_K):
-            x = tl.load(x_ptr + offs_m * stride_xm, mask=mask_m, other=0.0).to(ACC)
+            v = tl.load(x_ptr + offs_m * x.row, mask=mask_m, other=0.0).to(ACC)
             new = ()
             for b in tl.static_range(B):
-                w = tl.load(w_ptr + (b * N + offs_n) * stride_wn, mask=mask_n, other=0.0).to(ACC)
-                new = new + (acc[b] + x[:, None] * w[None, :],)
+                w = tl.load(w_ptr + (b * N + offs_n) * weight.row, mask=mask_n, other=0.0).to(ACC)
+                new = new + (acc[b] + v[:, None] * w[None, :],)
             acc = new
-            x_ptr += stride_xk  # step by step: k times a stride could pass 2^31
-            w_ptr += stride_wk
+            x_ptr += x.column  # step by step: k times a stride could pass 2^31
+            w_ptr += weight.column
     elif KIND == 2:  # N of 1 to 4: products side by side, summed over K once at the end
         for _ in tl.static_range(B):
             acc = acc + (tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), ACC),)
         for k in range(0, K, BLOCK_K):
             offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
             mask_k = offs_k < K
-            x = tl.load(
-                x_ptr + offs_m[:, None, None] * stride_xm + offs_k[None, None, :] * stride_xk,
+            v = tl.load(
+                x_ptr + offs_m[:, None, None] * x.row + offs_k[None, None, :] * x.column,
                 mask=mask_m[:, None, None] & mask_k[None, None, :],
                 other=0.0,
             ).to(ACC)  # [BLOCK_M, 1, BLOCK_K]
             new = ()
             for b in tl.static_range(B):
                 w = tl.load(
-                    w_ptr + (b * N + offs_n)[None, :, None] * stride_wn + offs_k[None, None, :] * stride_wk,
+                    w_ptr + (b * N + offs_n)[None, :, None] * weight.row + offs_k[None, None, :] * weight.column,
                     mask=mask_n[None, :, None] & mask_k[None, None, :],
                     other=0.0,
                 ).to(ACC)  # [1, BLOCK_N, BLOCK_K]
-                new = new + (acc[b] + x * w,)
+                new = new + (acc[b] + v * w,)
             acc = new
         new = ()
         for b in tl.static_range(B):
@@ -78,31 +109,31 @@ def pre_activation(
         for k in range(0, K, BLOCK_K):
             offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
             mask_k = offs_k < K
-            x = tl.load(
-                x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
+            v = tl.load(
+                x_ptr + offs_m[:, None] * x.row + offs_k[None, :] * x.column,
                 mask=mask_m[:, None] & mask_k[None, :],
                 other=0.0,
             )
-            if UPCAST:  # the interpreter multiplies bfloat16 as the integers that it keeps them in
-                x = x.to(ACC)
-            x = rounded(x, PRECISION)
+            if NUM.UPCAST:  # the interpreter multiplies bfloat16 as the integers that it keeps them in
+                v = v.to(ACC)
+            v = rounded(v, NUM.PRECISION)
             new = ()
             for b in tl.static_range(B):
                 w = tl.load(
-                    w_ptr + (b * N + offs_n)[None, :] * stride_wn + offs_k[:, None] * stride_wk,
+                    w_ptr + (b * N + offs_n)[None, :] * weight.row + offs_k[:, None] * weight.column,
                     mask=mask_n[None, :] & mask_k[:, None],
                     other=0.0,
                 )
-                if UPCAST:
+                if NUM.UPCAST:
                     w = w.to(ACC)
-                w = rounded(w, PRECISION)
-                new = new + (tl.dot(x, w, acc[b], input_precision=PRECISION, out_dtype=ACC),)
+                w = rounded(w, NUM.PRECISION)
+                new = new + (tl.dot(v, w, acc[b], input_precision=NUM.PRECISION, out_dtype=ACC),)
             acc = new
-    if HAS_BIAS:
+    if bias is not None:
         new = ()
         for b in tl.static_range(B):
-            bias = tl.load(b_ptr + (b * N + offs_n) * stride_b, mask=mask_n, other=0.0).to(ACC)
-            new = new + (acc[b] + bias[None, :],)
+            v = tl.load(b_ptr + (b * N + offs_n) * bias.element, mask=mask_n, other=0.0).to(ACC)
+            new = new + (acc[b] + v[None, :],)
         acc = new
     return acc
 
@@ -121,91 +152,80 @@ def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
 def forward_kernel(
-    x_ptr, w_ptr, b_ptr, map_params, param_strides, y_ptr, z_ptr, M, N, K,
-    stride_xg, stride_xm, stride_xk, stride_wg, stride_wn, stride_wk, stride_bg, stride_b,
-    stride_yg, stride_ym, stride_zg, stride_zm,
-    MAP: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, POINTERS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, weight, bias, map_params, y, z, M, N, K,
+    MAP: tl.constexpr, B: tl.constexpr, C: tl.constexpr, POINTERS: tl.constexpr, SAVE: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
-    """y = MAP(x W^T + b). SAVE 1: z = x W^T + b as well; 2: the derivatives of y with respect to z, [.., C*B*N] in
-    z_ptr, MAP being the jet."""
+    """y = MAP(x W^T + b). SAVE 1: z = x W^T + b as well; 2: the derivatives of y with respect to z, [.., C*B*N] in z,
+    MAP being the jet."""
     g, tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # int64
     offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    z = pre_activation(
-        x_ptr + g * stride_xg, w_ptr + g * stride_wg, b_ptr + g * stride_bg if HAS_BIAS else b_ptr, offs_m, offs_n,
-        M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
-        B, HAS_BIAS, KIND, PRECISION, UPCAST, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+    v = pre_activation(
+        x, weight, bias, g, offs_m, offs_n, M, N, K, B, KIND, BLOCK_M, BLOCK_N, BLOCK_K, NUM
     )  # fmt: skip
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     if SAVE == 1:
-        z_tile = z_ptr + g * stride_zg + offs_m[:, None] * stride_zm + offs_n[None, :]
+        z_tile = z.ptr + g * z.layer + offs_m[:, None] * z.row + offs_n[None, :]
         for b in tl.static_range(B):
-            tl.store(z_tile + b * N, z[b], mask=mask)
-    p = load_params(map_params, param_strides, offs_n, mask_n, POINTERS, ACC)
-    y = MAP(*z, *p, MODE=MODE)
-    y_tile = y_ptr + g * stride_yg + offs_m[:, None] * stride_ym + offs_n[None, :]
+            tl.store(z_tile + b * N, v[b], mask=mask)
+    p = load_params(map_params, offs_n, mask_n, POINTERS, NUM.ACC)
+    out = MAP(*v, *p, MODE=NUM.MODE)
+    y_tile = y.ptr + g * y.layer + offs_m[:, None] * y.row + offs_n[None, :]
     for c in tl.static_range(C):
-        tl.store(y_tile + c * N, narrow(y[c], y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_tile + c * N, narrow(out[c], y.ptr.dtype.element_ty), mask=mask)
     if SAVE == 2:
-        d_tile = z_ptr + g * stride_zg + offs_m[:, None] * stride_zm + offs_n[None, :]
+        d_tile = z.ptr + g * z.layer + offs_m[:, None] * z.row + offs_n[None, :]
         for i in tl.static_range(C * B):
-            tl.store(d_tile + i * N, narrow(y[C + i], z_ptr.dtype.element_ty), mask=mask)
+            tl.store(d_tile + i * N, narrow(out[C + i], z.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
 def gz_kernel(
-    g_ptr, x_ptr, w_ptr, b_ptr, map_params, param_strides, z_ptr, gz_ptr, gb_ptr, gp_ptr, M, N, K,
-    stride_gg, stride_gm, stride_gn, stride_xg, stride_xm, stride_xk, stride_wg, stride_wn, stride_wk,
-    stride_bg, stride_b, stride_zg, stride_zm,
-    MAP: tl.constexpr, MODE: tl.constexpr, B: tl.constexpr, C: tl.constexpr, P: tl.constexpr, POINTERS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KEPT: tl.constexpr, WRITE_GZ: tl.constexpr, WRITE_GB: tl.constexpr,
-    KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    g, x, weight, bias, map_params, z, gz_ptr, gb_ptr, gp_ptr, M, N, K,
+    MAP: tl.constexpr, B: tl.constexpr, C: tl.constexpr, P: tl.constexpr, POINTERS: tl.constexpr, KEPT: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """gz [G, M, B*N] = MAP(z, map_params, g), the level-1 map; sums over the tile's rows of gz to gb [G, tiles, B*N],
-    and of the gradients of P parameters (0: constants) to gp [G, tiles, P*N]. KEPT: z_ptr holds nothing (0), z (1), or
-    the derivatives d [.., C*B*N] (2): then gz = g d."""
+    and of the gradients of P parameters (0: constants) to gp [G, tiles, P*N]. KEPT: z holds nothing (0), z (1), or the
+    derivatives d [.., C*B*N] (2): then gz = g d."""
     layer, tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # int64
     offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
-    z = ()
+    v = ()
     if KEPT:
-        z_tile = z_ptr + layer * stride_zg + offs_m[:, None] * stride_zm + offs_n[None, :]
+        z_tile = z.ptr + layer * z.layer + offs_m[:, None] * z.row + offs_n[None, :]
         for b in tl.static_range(B if KEPT == 1 else C * B):
-            z = z + (tl.load(z_tile + b * N, mask=mask, other=0.0).to(ACC),)
+            v = v + (tl.load(z_tile + b * N, mask=mask, other=0.0).to(NUM.ACC),)
     else:
-        z = pre_activation(
-            x_ptr + layer * stride_xg, w_ptr + layer * stride_wg, b_ptr + layer * stride_bg if HAS_BIAS else b_ptr,
-            offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
-            B, HAS_BIAS, KIND, PRECISION, UPCAST, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        v = pre_activation(
+            x, weight, bias, layer, offs_m, offs_n, M, N, K, B, KIND, BLOCK_M, BLOCK_N, BLOCK_K, NUM
         )  # fmt: skip
-    g = ()
-    g_tile = g_ptr + layer * stride_gg + offs_m[:, None] * stride_gm
+    gy = ()
+    g_tile = g.ptr + layer * g.layer + offs_m[:, None] * g.row
     for c in tl.static_range(C):
-        g = g + (tl.load(g_tile + (c * N + offs_n)[None, :] * stride_gn, mask=mask, other=0.0).to(ACC),)
+        gy = gy + (tl.load(g_tile + (c * N + offs_n)[None, :] * g.column, mask=mask, other=0.0).to(NUM.ACC),)
     out = ()
     if KEPT == 2:
         for b in tl.static_range(B):
-            v = g[0] * z[b]
+            gz = gy[0] * v[b]
             for c in tl.static_range(1, C):
-                v += g[c] * z[c * B + b]
-            out = out + (v,)
+                gz += gy[c] * v[c * B + b]
+            out = out + (gz,)
     else:
-        p = load_params(map_params, param_strides, offs_n, mask_n, POINTERS, ACC)
-        out = MAP(*z, *p, *g, MODE=MODE)
+        p = load_params(map_params, offs_n, mask_n, POINTERS, NUM.ACC)
+        out = MAP(*v, *p, *gy, MODE=NUM.MODE)
     row = layer * tl.cdiv(M, BLOCK_M) + tile_m
     for b in tl.static_range(B):
         # rows and columns outside may hold anything (0 times an infinite derivative): they must not reach the sums
         gz = tl.where(mask, out[b], 0.0)
-        if WRITE_GZ:
+        if gz_ptr is not None:
             gz_tile = gz_ptr + (layer * M + offs_m)[:, None] * (B * N) + (b * N + offs_n)[None, :]
             tl.store(gz_tile, narrow(gz, gz_ptr.dtype.element_ty), mask=mask)
-        if WRITE_GB:
+        if gb_ptr is not None:
             tl.store(gb_ptr + row * (B * N) + b * N + offs_n, tl.sum(gz, axis=0), mask=mask_n)
     for j in tl.static_range(P):
         gp = tl.where(mask, out[B + j], 0.0)
@@ -214,12 +234,12 @@ def gz_kernel(
 
 @triton.jit(do_not_specialize=["M", "rows"], do_not_specialize_on_alignment=["M", "rows"])
 def weight_grad_kernel(
-    gz_ptr, x_ptr, out_ptr, M, N, K, rows, SPLITS, stride_gzg, stride_gzm, stride_xg, stride_xm, stride_xk,
-    DOT_PRODUCT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    gz, x, out_ptr, M, N, K, rows, SPLITS, DOT_PRODUCT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """out [G, SPLITS, N, K] = gz^T x over `rows` rows a split; here N counts the columns of gz (branches times
     features)."""
+    ACC: tl.constexpr = NUM.ACC
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_k = tl.cdiv(K, BLOCK_K)
     pid = tl.program_id(0)
@@ -233,46 +253,46 @@ def weight_grad_kernel(
     offs_k = (tile_k * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     mask_n = offs_n < N
     mask_k = offs_k < K
-    gz_ptr += layer * stride_gzg
-    x_ptr += layer * stride_xg
+    gz_ptr = gz.ptr + layer * gz.layer
+    x_ptr = x.ptr + layer * x.layer
     steps = tl.cdiv(stop - start, BLOCK_M).to(tl.int32)
     if DOT_PRODUCT:
         acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
         for i in range(steps):
             offs_m = start + i * BLOCK_M + tl.arange(0, BLOCK_M)
             mask_m = offs_m < stop
-            gz = tl.load(
-                gz_ptr + offs_m[None, :] * stride_gzm + offs_n[:, None],
+            a = tl.load(
+                gz_ptr + offs_m[None, :] * gz.row + offs_n[:, None],
                 mask=mask_m[None, :] & mask_n[:, None],
                 other=0.0,
             )
-            x = tl.load(
-                x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
+            v = tl.load(
+                x_ptr + offs_m[:, None] * x.row + offs_k[None, :] * x.column,
                 mask=mask_m[:, None] & mask_k[None, :],
                 other=0.0,
             )
-            if UPCAST:
-                gz = gz.to(ACC)
-                x = x.to(ACC)
-            gz = rounded(gz, PRECISION)
-            x = rounded(x, PRECISION)
-            acc = tl.dot(gz, x, acc, input_precision=PRECISION, out_dtype=ACC)
+            if NUM.UPCAST:
+                a = a.to(ACC)
+                v = v.to(ACC)
+            a = rounded(a, NUM.PRECISION)
+            v = rounded(v, NUM.PRECISION)
+            acc = tl.dot(a, v, acc, input_precision=NUM.PRECISION, out_dtype=ACC)
     else:  # a narrow side: products over the rows of a block side by side, summed at the end
         partial = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), ACC)
         for i in range(steps):
             offs_m = start + i * BLOCK_M + tl.arange(0, BLOCK_M)
             mask_m = offs_m < stop
-            gz = tl.load(
-                gz_ptr + offs_m[:, None, None] * stride_gzm + offs_n[None, :, None],
+            a = tl.load(
+                gz_ptr + offs_m[:, None, None] * gz.row + offs_n[None, :, None],
                 mask=mask_m[:, None, None] & mask_n[None, :, None],
                 other=0.0,
             ).to(ACC)
-            x = tl.load(
-                x_ptr + offs_m[:, None, None] * stride_xm + offs_k[None, None, :] * stride_xk,
+            v = tl.load(
+                x_ptr + offs_m[:, None, None] * x.row + offs_k[None, None, :] * x.column,
                 mask=mask_m[:, None, None] & mask_k[None, None, :],
                 other=0.0,
             ).to(ACC)
-            partial += gz * x
+            partial += a * v
         acc = tl.sum(partial, axis=0)
     out = out_ptr + row.to(tl.int64) * N * K + offs_n[:, None] * K + offs_k[None, :]
     tl.store(out, narrow(acc, out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
@@ -281,11 +301,21 @@ def weight_grad_kernel(
 # ---------------------------------------------------------------- launchers: allocated outputs, checked inputs
 
 
-def _layer_strides(t: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-    """Strides with one for G in front: 0 where the tensor has no G."""
+def _matrices(t: torch.Tensor) -> Matrices:
+    return Matrices(t, 0, *t.stride()) if t.dim() == 2 else Matrices(t, *t.stride())
+
+
+def _rows(t: torch.Tensor | None) -> Rows | None:
+    """A tensor whose last stride is 1."""
     if t is None:
-        return (0,) * (dims + 1)
-    return (*((0,) if t.dim() == dims else ()), *t.stride())
+        return None
+    return Rows(t, 0, t.stride(0)) if t.dim() == 2 else Rows(t, t.stride(0), t.stride(1))
+
+
+def _vectors(t: torch.Tensor | None) -> Vectors | None:
+    if t is None:
+        return None
+    return Vectors(t, 0, *t.stride()) if t.dim() == 1 else Vectors(t, *t.stride())
 
 
 def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, precision: str, save: int = 1) -> None:
@@ -295,17 +325,13 @@ def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, 
     K = x.shape[-1]
     if not G * M * N:
         return
-    params, param_strides, pointers = param_args
+    params, pointers = param_args
     kind = layer_configs.kind(N, K)
     config = layer_configs.pick(layer_configs.arch(x.device), "forward", kind, x.dtype, precision, B, N, K)
-    arguments = (
-        x, weight, bias, params, param_strides, y, z, M, N, K,
-        *_layer_strides(x, 2), *_layer_strides(weight, 2), *_layer_strides(bias, 1),
-        *_layer_strides(y, 2)[:2], *_layer_strides(z, 2)[:2],
-    )  # fmt: skip
+    arguments = (_matrices(x), _matrices(weight), _vectors(bias), params, _rows(y), _rows(z), M, N, K)
     constants = _forward_constants(
-        function, x.dtype, precision, B, C, pointers, bias is not None, 0 if z is None else save, kind, config
-    )
+        function, x.dtype, precision, B, C, pointers, 0 if z is None else save, kind, config
+    )  # fmt: skip
     with on_device(x):
         _forward(G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), arguments, constants)
 
@@ -313,35 +339,25 @@ def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, 
 _forward, _gz, _weight_grad = Launcher(forward_kernel), Launcher(gz_kernel), Launcher(weight_grad_kernel)
 
 
-def _products(dtype: torch.dtype, precision: str) -> dict[str, object]:
-    """What all kernels with a product are compiled for."""
+@functools.lru_cache(maxsize=1024)
+def _forward_constants(function, dtype, precision, B, C, pointers, save, kind, config) -> dict[str, object]:
     return {
-        "PRECISION": dot_precision(dtype, precision), "UPCAST": INTERPRETED, "ACC": TYPES[accumulator(dtype)]
+        "MAP": function, "B": B, "C": C, "POINTERS": pointers, "SAVE": save, "KIND": kind,
+        "NUM": arithmetic(dtype, precision), **config.options(),
     }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_constants(function, dtype, precision, B, C, pointers, has_bias, save, kind, config) -> dict[str, object]:
+def _gz_constants(function, dtype, precision, B, C, P, pointers, kept, kind, config) -> dict[str, object]:
     return {
-        "MAP": function, "MODE": mode(dtype, precision), "B": B, "C": C, "POINTERS": pointers, "HAS_BIAS": has_bias,
-        "SAVE": save, "KIND": kind, **_products(dtype, precision), **config.options(),
-    }  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1024)
-def _gz_constants(
-    function, dtype, precision, B, C, P, pointers, has_bias, kept, write_gz, write_gb, kind, config
-) -> dict[str, object]:
-    return {
-        "MAP": function, "MODE": mode(dtype, precision), "B": B, "C": C, "P": P, "POINTERS": pointers,
-        "HAS_BIAS": has_bias, "KEPT": kept, "WRITE_GZ": write_gz, "WRITE_GB": write_gb, "KIND": kind,
-        **_products(dtype, precision), **config.options(),
+        "MAP": function, "B": B, "C": C, "P": P, "POINTERS": pointers, "KEPT": kept, "KIND": kind,
+        "NUM": arithmetic(dtype, precision), **config.options(),
     }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def _weight_grad_constants(dtype, precision, config) -> dict[str, object]:
-    return {"DOT_PRODUCT": config.dot, **_products(dtype, precision), **config.options()}
+    return {"DOT_PRODUCT": config.dot, "NUM": arithmetic(dtype, precision), **config.options()}
 
 
 def _kept(z: torch.Tensor | None) -> int:
@@ -356,17 +372,14 @@ def launch_gz(g, x, weight, bias, param_args, z, gz, gb, gp, function, B: int, C
     K = x.shape[-1]
     if not G * M * N:
         return
-    params, param_strides, pointers = param_args
+    params, pointers = param_args
     kind = layer_configs.kind(N, K) if z is None else layer_configs.MAP
     config = layer_configs.pick(layer_configs.arch(x.device), "gz", kind, x.dtype, precision, B, N, K)
     arguments = (
-        g, x, weight, bias, params, param_strides, z, gz, gb, gp, M, N, K,
-        *_layer_strides(g, 2), *_layer_strides(x, 2), *_layer_strides(weight, 2), *_layer_strides(bias, 1),
-        *_layer_strides(z, 2)[:2],
+        _matrices(g), _matrices(x), _matrices(weight), _vectors(bias), params, _rows(z), gz, gb, gp, M, N, K
     )  # fmt: skip
     constants = _gz_constants(
-        function, x.dtype, precision, B, C, len(params) if gp is not None else 0, pointers, bias is not None, _kept(z),
-        gz is not None, gb is not None, kind, config,
+        function, x.dtype, precision, B, C, 0 if gp is None else len(params.entries), pointers, _kept(z), kind, config
     )  # fmt: skip
     with on_device(x):
         _gz(G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), arguments, constants)
@@ -385,7 +398,7 @@ def launch_weight_grad(gz, x, out, splits: int, rows: int, config: layer_configs
     """out [G, splits, N, K] = gz^T x by splits of the rows; gz [G, M, N] contiguous, M > 0."""
     G, M, N = gz.shape
     K = x.shape[-1]
-    arguments = (gz, x, out, M, N, K, rows, splits, *gz.stride()[:2], *_layer_strides(x, 2))
+    arguments = (_rows(gz), _matrices(x), out, M, N, K, rows, splits)
     with on_device(x):
         programs = G * splits * triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k)
         _weight_grad(programs, arguments, _weight_grad_constants(x.dtype, precision, config))
@@ -529,7 +542,7 @@ def _input_gradient(gz, x, weight, precision: str) -> torch.Tensor:
     K = x.shape[-1]
     shared = x.dim() == 2 and layers > 1
     full = x.new_empty((layers, M, K), dtype=accumulator(x.dtype) if shared else x.dtype)
-    launch_forward(gz, weight.mT, None, ((), (), 0), full, None, identity, 1, 1, precision)
+    launch_forward(gz, weight.mT, None, (Params((), ()), 0), full, None, identity, 1, 1, precision)
     if not shared:
         return full.view(x.shape)
     gx = x.new_empty(x.shape)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import linecache
 import re
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -77,17 +78,25 @@ def from_source(key: str, source: str):
 # ---------------------------------------------------------------- what the kernels do with a map's arguments
 
 
+class Params(NamedTuple):
+    """A map's parameters, each a number or a tensor; the stride of the latter. (A field called `values` would be hidden
+    by that of Triton's tuples.)"""
+
+    entries: tuple
+    strides: tuple[int, ...]
+
+
 @triton.jit
-def load_params(params, strides, offs_n, mask_n, POINTERS: tl.constexpr, ACC: tl.constexpr):
+def load_params(params, offs_n, mask_n, POINTERS: tl.constexpr, ACC: tl.constexpr):
     """Parameters as the map takes them: bit j of POINTERS says that parameter j is a tensor ([N], or 0-D with stride 0)
     and is read as [1, BLOCK_N]; else it is a number."""
     values = ()
-    for j in tl.static_range(len(params)):
+    for j in tl.static_range(len(params.entries)):
         if (POINTERS >> j) & 1:
-            p = tl.load(params[j] + offs_n * strides[j], mask=mask_n, other=0.0).to(ACC)
+            p = tl.load(params.entries[j] + offs_n * params.strides[j], mask=mask_n, other=0.0).to(ACC)
             values = values + (p[None, :],)
         else:
-            values = values + (params[j],)
+            values = values + (params.entries[j],)
     return values
 
 
@@ -135,8 +144,8 @@ def identity(z0, MODE: tl.constexpr):
     return (z0,)
 
 
-def param_arguments(params, constants, wide: bool, device) -> tuple[tuple, tuple, int]:
-    """Parameters, their strides and POINTERS for `load_params`.
+def param_arguments(params, constants, wide: bool, device) -> tuple[Params, int]:
+    """Parameters and POINTERS for `load_params`.
 
     A number argument is float32 in a kernel, so with `wide` (float64) numbers go through memory.
     """
@@ -155,4 +164,4 @@ def param_arguments(params, constants, wide: bool, device) -> tuple[tuple, tuple
             values.append(p)
             strides.append(p.stride(0) if p.dim() else 0)
             pointers |= 1 << j
-    return tuple(values), tuple(strides), pointers
+    return Params(tuple(values), tuple(strides)), pointers

@@ -105,14 +105,17 @@ for kernel in ("mlp_forward", "mlp_save", "mlp_loss", "mlp_one_pass"):
     ttir = arguments.compile(90, options).asm["ttir"]
     tile, wide = re.search(r"scf.for %(\\w+) = .*? : (i\\d+) {", ttir).groups()
     products = re.findall(rf"arith.muli %{tile}, .* : (i\\d+)", ttir)
-    rows = r"%(?:stride_\\w+|M|ROWS_\\w+|start|rows|program)\\b"
+    stride = r"(?:data|x|y)(?:_\\d+|\\.[.\\w]+)"  # of a group of arguments, by its place or, since 3.9, by its name
+    rows = rf"%(?:{stride}|M|ROWS_\\w+|start|rows|program)\\b"
     narrow = re.findall(rf"arith.muli .*{rows}.* : (?:i32|tensor<.*xi32>)", ttir)
-    narrow += re.findall(r"tt.splat %(?:stride_\\w+|M|ROWS_\\w+) : i32", ttir)
-    print(kernel, wide, products.count("i64"), products.count("i32"), len(narrow))
+    narrow += re.findall(rf"tt.splat %(?:{stride}|M|ROWS_\\w+) : i32", ttir)
+    widened = re.findall(rf"arith.extsi %{stride} : i32 to i64", ttir)
+    print(kernel, wide, products.count("i64"), products.count("i32"), len(narrow), len(widened))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(result.stdout.splitlines()) == 4
     for line in result.stdout.splitlines():
-        assert line.split()[1] == "i64" and int(line.split()[2]) > 0 and line.split()[3:] == ["0", "0"], line
+        _, wide, products, *narrow, widened = line.split()
+        assert wide == "i64" and int(products) > 0 and narrow == ["0", "0"] and int(widened) > 0, line

@@ -25,15 +25,15 @@ from fused_inr.network import Criterion, Spec
 
 from ..configurations import linear_act as layer_configs
 from ..configurations import mlp as network_configs
-from ..launch import TYPES, Launcher, accumulator, contiguous_rows, dot_precision, mode, on_device
+from ..launch import Arithmetic, Launcher, accumulator, arithmetic, constants_of, contiguous_rows, on_device
 from ..linear_act import launch_weight_grad, weight_grad_splits
 from ..maps import INTERPRETED, identity
 from ..sums import launch_sum
 from . import pack
 from .forward import JETS, NOTHING, PREACTIVATIONS, forward_kernel
 from .pack import NetworkSizes
-from .tiles import Rows
-from .train import BIAS_COLUMNS, one_pass_kernel, train_kernel
+from .tiles import Maps, Matrix, Net, Numbers, Packed, Rows, Sizes
+from .train import BIAS_COLUMNS, LossNumbers, OnePass, Scratch, TrainPass, one_pass_kernel, train_kernel
 
 # ---------------------------------------------------------------- whether a network is served
 
@@ -121,7 +121,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A call's sizes, its numbers, and the constants that its kernels share."""
+    """A call's sizes and its numbers, and how its kernels compute."""
 
     call: Call
     net: NetworkSizes
@@ -130,7 +130,7 @@ class Plan:
     sets: int
     table: bool  # parameters are in the packed table instead
     last_params: tuple[float, ...]
-    constants: dict[str, object]
+    arithmetic: Arithmetic
     #: elements of biases and table, and of the packed weights without and with a transposed copy, in the accumulators'
     #: type, each a multiple of 64
     bias_size: int
@@ -163,25 +163,37 @@ def _plan(call: Call) -> Plan:
     sets = [tuple(values[i * P : (i + 1) * P]) for i in range(L)] if P and not table else [()]
     while len(sets) > 1 and sets[-1] == sets[-2]:
         sets.pop()
-    narrow_k = net.inputs <= layer_configs.NARROW_K_LIMIT
-    constants = {
-        "MODE": mode(call.dtype, call.precision), "B": net.branches, "C": net.channels, "P": P, "SETS": len(sets),
-        "TABLE": table, "N": net.features, "NARROW": narrow_k,
-        "PRECISION": dot_precision(call.dtype, call.precision), "UPCAST": INTERPRETED, "ACC": TYPES[acc],
-        "DTYPE": TYPES[call.dtype], "OUT_PAD": net.outputs_pad,
-        "BLOCK_K": net.inputs if narrow_k else min(32, net.inputs_pad),
-    }  # fmt: skip
     numbers = tuple(values) if table else tuple(v for s in sets for v in s)
     last_params = tuple(float(c) for c in call.spec.numbers[L * P :])
     sizes = [pack.sizes(net, back, table) for back in (False, True)]
     words = [-(-weights * call.dtype.itemsize // (64 * acc.itemsize)) * 64 for weights, _ in sizes]
     bias = -(-sizes[0][1] // 64) * 64
-    return Plan(call, net, acc, numbers, len(sets), table, last_params, constants, bias, tuple(words))
+    computes = arithmetic(call.dtype, call.precision)
+    return Plan(call, net, acc, numbers, len(sets), table, last_params, computes, bias, tuple(words))
 
 
-def _of_config(plan: Plan, config: network_configs.NetworkConfig) -> dict[str, object]:
-    width = plan.net.width
-    return {**plan.constants, "BLOCK_M": config.block_m, "BLOCK_T": width // config.tiles, **config.options()}
+def compiled_for(
+    net: NetworkSizes, config: network_configs.NetworkConfig, back: bool, sets: int, table: bool
+) -> Net:  # fmt: skip
+    """A network as its kernels are compiled for it."""
+    narrow = net.inputs <= layer_configs.NARROW_K_LIMIT
+    return Net(
+        B=net.branches, C=net.channels, P=net.n_params, SETS=sets, TABLE=table, N=net.features, K_MAJOR=back,
+        NARROW=narrow, T=config.tiles, OUT_PAD=net.outputs_pad, BLOCK_M=config.block_m,
+        BLOCK_T=net.width // config.tiles, BLOCK_K=net.inputs if narrow else min(32, net.inputs_pad),
+        BLOCK_X=min(32, net.inputs_pad),
+    )  # fmt: skip
+
+
+def _of_plan(plan: Plan, config: network_configs.NetworkConfig, back: bool, maps: Maps) -> dict[str, object]:
+    """What does not change from call to call: constants, and arguments that are the plan's."""
+    net = plan.net
+    return {
+        "numbers": Numbers(() if plan.table else plan.numbers, plan.last_params),
+        "sizes": Sizes(net.inputs, net.inputs_pad, net.outputs), "maps": maps,
+        "NET": constants_of(compiled_for(net, config, back, plan.sets, plan.table)), "NUM": plan.arithmetic,
+        **config.options(),
+    }  # fmt: skip
 
 
 def _last_map(m, level: int):
@@ -215,33 +227,26 @@ def _call(x, tensors: Tensors, spec: Spec, precision: str) -> Call:
 # ---------------------------------------------------------------- the packed network
 
 
-class _Packed(NamedTuple):
-    """The packed network (`tiles.network`), and what follows it in its buffer."""
-
-    weights: torch.Tensor
-    bias: torch.Tensor
-    rest: torch.Tensor
-
-
-def _split(buffer: torch.Tensor, plan: Plan, back: bool) -> _Packed:
+def _split(buffer: torch.Tensor, plan: Plan, back: bool) -> tuple[Packed, torch.Tensor]:
+    """The packed network, and what follows it in its buffer."""
     end = plan.bias_size + plan.weight_sizes[back]
-    return _Packed(buffer[plan.bias_size : end].view(plan.call.dtype), buffer, buffer[end:])
+    return Packed(buffer[plan.bias_size : end].view(plan.call.dtype), buffer), buffer[end:]
 
 
 def _has_back(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 4  # tf32 wants the summed index innermost
 
 
-def _pack(plan: Plan, buffer, tensors: Tensors, back: bool) -> _Packed:
-    packed = _split(buffer, plan, back)
+def _pack(plan: Plan, buffer, tensors: Tensors, back: bool) -> tuple[Packed, torch.Tensor]:
+    packed, rest = _split(buffer, plan, back)
     params, numbers = tensors.params[: plan.net.layers * plan.net.n_params], plan.numbers
     if plan.table and plan.acc == torch.float64:
         params = [buffer.new_tensor(c) if p is None else p for p, c in zip(params, numbers, strict=True)]
     pack.launch_pack(
-        plan.net, packed.weights, packed.bias, tensors.weights, tensors.biases, params, numbers, back, plan.table,
-        plan.call.dtype, plan.call.precision,
+        plan.net, packed, tensors.weights, tensors.biases, params, numbers, back, plan.table, plan.call.dtype,
+        plan.call.precision,
     )  # fmt: skip
-    return packed
+    return packed, rest
 
 
 def _keeps(plan: Plan, dtype: torch.dtype, wants_parameters: bool) -> int:
@@ -280,9 +285,9 @@ def mlp(x, tensors, spec: Spec, precision: str = "ieee", save: bool = False):
     kept = net.layers * M * _kept_columns(plan, keeps) * (dtype.itemsize if keeps == JETS else plan.acc.itemsize)
     size = plan.bias_size + plan.weight_sizes[back] + -(-kept // plan.acc.itemsize)
     buffer = x.new_empty(size, dtype=plan.acc)
-    packed = _pack(plan, buffer, parts, back)
+    packed, rest = _pack(plan, buffer, parts, back)
     if M:
-        saved = None if keeps == NOTHING else packed.rest.view(dtype) if keeps == JETS else packed.rest
+        saved = None if keeps == NOTHING else rest.view(dtype) if keeps == JETS else rest
         config = plan.config("save" if save else "forward")
         launch_forward(contiguous_rows(x), plan, packed, y, saved, keeps, config, back)
     return y, buffer if save else buffer.new_empty(0)
@@ -294,22 +299,21 @@ _forward = Launcher(forward_kernel)
 @functools.lru_cache(maxsize=256)
 def _forward_constants(plan: Plan, config: network_configs.NetworkConfig, keeps: int, back: bool) -> dict[str, object]:
     maps, hidden = plan.call.spec.maps, plan.net.layers - 1
+    functions = Maps(
+        maps[0].triton_jet() if keeps == JETS else maps[0].triton_map(0, False), _last_map(maps[-1], 0)
+    )  # fmt: skip
     return {
-        "MAP": maps[0].triton_jet() if keeps == JETS else maps[0].triton_map(0, False), "LAST": _last_map(maps[-1], 0),
-        "SAVE": keeps, "RESIDENT": hidden if hidden <= config.resident else 0, "K_MAJOR": back,
-        "STAGES": config.stages, "T": config.tiles, **_of_config(plan, config),
+        "SAVE": keeps, "RESIDENT": hidden if hidden <= config.resident else 0, "STAGES": config.stages,
+        **_of_plan(plan, config, back, functions),
     }  # fmt: skip
 
 
 def launch_forward(
-    x, plan: Plan, packed: _Packed, y, saved, keeps: int, config: network_configs.NetworkConfig, back: bool
+    x, plan: Plan, packed: Packed, y, saved, keeps: int, config: network_configs.NetworkConfig, back: bool
 ) -> None:
     """y [M, OUT] and what `keeps` says; M > 0."""
-    net, M = plan.net, x.shape[0]
-    arguments = (
-        x, packed.weights, packed.bias, () if plan.table else plan.numbers, plan.last_params, y, saved, M, net.layers,
-        net.inputs, net.inputs_pad, net.outputs, x.stride(0), y.stride(0),
-    )  # fmt: skip
+    M = x.shape[0]
+    arguments = Matrix(x, x.stride(0)), packed, Matrix(y, y.stride(0)), saved, M, plan.net.layers
     with on_device(x):
         programs = min(config.programs(x.device), triton.cdiv(M, config.block_m))
         _forward(programs, arguments, _forward_constants(plan, config, keeps, back))
@@ -358,7 +362,6 @@ class _Training:
     one_pass: bool
     programs: int
     where: pack.Segments
-    starts: tuple[int, ...]
     constants: dict[str, object]
 
 
@@ -384,28 +387,25 @@ def _training(
     loss = which.loss_map is not None
     where = pack.segments(net, need_w, need_b, need_p, loss, config.sums, side)
     back, jets = _has_back(call.dtype), which.keeps == JETS
-    functions = (which.loss_map.triton_map(0, False), which.loss_map.triton_map(1, False)) if loss else (identity,) * 2
-    constants = {
-        "LAST": _last_map(maps[-1], 0), "LAST_GRAD": maps[-1].triton_map(1, False), "LOSS": functions[0],
-        "LOSS_GRAD": functions[1], "HAS_LOSS": loss, "HAS_WEIGHTS": which.weighted, "NEED_X": need_x, "NEED_W": need_w,
-        "NEED_B": need_b, "K_MAJOR": back, "GROUPS": -(-net.layers // BIAS_COLUMNS), **_of_config(plan, config),
-    }  # fmt: skip
-    starts = [where.first, where.hidden, where.last, where.bias, where.map_params, where.loss]
+    functions = Maps(
+        maps[0].triton_jet() if one_pass or jets else maps[0].triton_map(0, False), _last_map(maps[-1], 0),
+        None if one_pass else maps[0].triton_map(1, need_p), maps[-1].triton_map(1, False),
+        which.loss_map.triton_map(0, False) if loss else None, which.loss_map.triton_map(1, False) if loss else None,
+    )  # fmt: skip
+    groups = -(-net.layers // BIAS_COLUMNS)
+    duties: OnePass | TrainPass
     if one_pass:
-        del starts[4]
-        constants |= {
-            "MAP": maps[0].triton_jet(), "HIDDEN": net.layers - 1, "K_PAD": net.inputs_pad,
-            "RESIDENT": config.reload and not back,
-        }  # fmt: skip
+        duties = OnePass(
+            need_x, need_w, need_b, net.layers - 1, net.inputs_pad, config.reload and not back, groups
+        )  # fmt: skip
     else:
-        constants |= {
-            "MAP": maps[0].triton_jet() if jets else maps[0].triton_map(0, False),
-            "MAP_GRAD": maps[0].triton_map(1, need_p), "GP": net.n_params if need_p else 0, "JETS": jets,
-            "RECOMPUTE": not which.saved, "SUMS": config.sums, "LATER": config.later, "RELOAD": config.reload,
-            "STAGES": config.stages, "T": config.tiles, "BLOCK_X": min(32, net.inputs_pad),
-        }  # fmt: skip
+        duties = TrainPass(
+            need_x, need_w, need_b, GP=net.n_params if need_p else 0, JETS=jets, RECOMPUTE=not which.saved,
+            SUMS=config.sums, LATER=config.later, RELOAD=config.reload, GROUPS=groups, STAGES=config.stages,
+        )  # fmt: skip
+    constants = {"at": where, "PASS": constants_of(duties), **_of_plan(plan, config, back, functions)}
     programs = multiprocessors * config.resident_programs
-    return _Training(config, one_pass, programs, where, tuple([max(0, at) for at in starts]), constants)
+    return _Training(config, one_pass, programs, where, constants)
 
 
 def _train(g, x, tensors, spec: Spec, saved, precision: str, needs, loss: _Loss | None):
@@ -422,9 +422,9 @@ def _train(g, x, tensors, spec: Spec, saved, precision: str, needs, loss: _Loss 
     back = _has_back(dtype)
     if saved is None:
         buffer = x.new_empty(plan.bias_size + plan.weight_sizes[back], dtype=acc)
-        packed = _pack(plan, buffer, parts, back)
+        packed, rest = _pack(plan, buffer, parts, back)
     else:
-        packed = _split(saved, plan, back)
+        packed, rest = _split(saved, plan, back)
     keeps = _keeps(plan, dtype, need_p if saved is None else any(plan.call.tensors))
     which = Pass(
         (need_x, need_w, need_b, need_p), None if loss is None else loss.map,
@@ -447,7 +447,7 @@ def _train(g, x, tensors, spec: Spec, saved, precision: str, needs, loss: _Loss 
     unscale = 1.0 if loss is None else 1.0 / loss.factor
     total, hidden = training.where.total, None
     if M and (total or need_x):
-        sums, hidden = _passes(plan, packed, training, which, contiguous_rows(x), g, loss, gx, back)
+        sums, hidden = _passes(plan, packed, rest, training, which, contiguous_rows(x), g, loss, gx)
     else:
         sums = x.new_zeros((1, total), dtype=acc)
     if total:
@@ -468,42 +468,33 @@ def _train(g, x, tensors, spec: Spec, saved, precision: str, needs, loss: _Loss 
     return results
 
 
-def _rows(loss: _Loss | None, x, g, start: int, stop: int):
-    """The rows of a launch, and the strides of cotangent and target."""
-    if loss is None:
-        g = contiguous_rows(g)
-        return Rows(x[start:stop], g[start:stop], None, None), (g.stride(0), 0)
-    target, row_weights = contiguous_rows(loss.target), loss.row_weights
-    data = Rows(x, None, target, row_weights)
+def _rows(loss: _Loss | None, x, g, start: int, stop: int) -> Rows:
+    """The rows of a launch."""
+    other = contiguous_rows(g if loss is None else loss.target)
+    weights = None if loss is None else loss.row_weights
     if stop - start < len(x):
-        row_weights = None if row_weights is None else row_weights[start:stop]
-        data = Rows(x[start:stop], None, target[start:stop], row_weights)
-    return data, (0, target.stride(0))
+        x, other = x[start:stop], other[start:stop]
+        weights = None if weights is None else weights[start:stop]
+    inputs, others = Matrix(x, x.stride(0)), Matrix(other, other.stride(0))
+    return Rows(inputs, others, None, None) if loss is None else Rows(inputs, None, others, weights)
 
 
 _train_pass, _one_pass = Launcher(train_kernel), Launcher(one_pass_kernel)
 
 
-def _passes(plan: Plan, packed: _Packed, training: _Training, which: Pass, x, g, loss: _Loss | None, gx, back: bool):
+def _passes(plan: Plan, packed: Packed, rest, training: _Training, which: Pass, x, g, loss: _Loss | None, gx):
     """The training pass, in one launch or, where gradients of hidden weights are products of all rows' factors, by
     chunks of rows: the programs' sums, and in the second case gradients of the hidden weights [L-1, B*WIDTH, C*WIDTH].
     """
     net, M, L, config = plan.net, x.shape[0], plan.net.layers, training.config
-    loss_params, scale, unscale = (), 1.0, 1.0
+    numbers = LossNumbers((), 1.0, 1.0)
     if loss is not None:
-        loss_params, scale, unscale = loss.constants, loss.scale * loss.factor, 1.0 / loss.factor
-    numbers = () if plan.table else plan.numbers
-    head = (packed.weights, packed.bias)
+        numbers = LossNumbers(loss.constants, loss.scale * loss.factor, 1.0 / loss.factor)
     if training.one_pass:
         programs = min(training.programs, triton.cdiv(M, config.block_m))
         sums = x.new_empty((programs, training.where.total), dtype=plan.acc)
-        data, strides = _rows(loss, x, g, 0, M)
-        arguments = (
-            data, *head, sums, numbers, plan.last_params, loss_params, scale, unscale, gx, M, net.inputs, net.outputs,
-            x.stride(0), *strides, training.where.total, *training.starts,
-        )  # fmt: skip
         with on_device(x):
-            _one_pass(programs, arguments, training.constants)
+            _one_pass(programs, (_rows(loss, x, g, 0, M), packed, sums, numbers, gx, M), training.constants)
         return sums, None
     jets, need_w = which.keeps == JETS, which.needs[1]
     chunk, hidden = M, None
@@ -522,17 +513,15 @@ def _passes(plan: Plan, packed: _Packed, training: _Training, which: Pass, x, g,
     rows_s = M if which.saved else programs * config.block_m * (config.later if jets and config.later else 1)
     kept_type = x.dtype if jets else plan.acc
     if which.saved:
-        kept = packed.rest.view(kept_type)
+        kept = rest.view(kept_type)
     else:
         kept = x.new_empty(L * rows_s * _kept_columns(plan, which.keeps), dtype=kept_type)
     for start in range(0, M, chunk):
         count = min(chunk, M - start)
-        data, strides = _rows(loss, x, g, start, start + count)
         arguments = (
-            data, *head, sums, numbers, plan.last_params, loss_params, scale, unscale, kept,
-            gx[start : start + count] if which.needs[0] and chunk < M else gx, gz, h, count, L, net.inputs,
-            net.inputs_pad, net.outputs, start, rows_s, count, int(start > 0), x.stride(0), *strides,
-            training.where.total, *training.starts,
+            _rows(loss, x, g, start, start + count), packed, sums, numbers, Scratch(kept, gz, h),
+            gx[start : start + count] if which.needs[0] and chunk < M else gx, count, L, start, rows_s, count,
+            int(start > 0),
         )  # fmt: skip
         with on_device(x):
             _train_pass(min(programs, triton.cdiv(count, config.block_m)), arguments, training.constants)

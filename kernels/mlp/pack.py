@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..configurations import linear_act as layer_configs
-from ..launch import TYPES, Launcher, accumulator, dot_precision, on_device
+from ..launch import TYPES, Launcher, arithmetic, constants_of, on_device
 from ..maps import factor, narrow
+from .tiles import Packed
 
 #: Elements of a packed weight that a program writes: every packed weight is a multiple of it.
 PACK_BLOCK = 256
@@ -64,6 +66,21 @@ class NetworkSizes:
 # ---------------------------------------------------------------- pack
 
 
+class Matrices(NamedTuple):
+    """A tensor a layer, and its strides; a vector has none between rows."""
+
+    ptrs: tuple
+    rows: tuple
+    columns: tuple
+
+
+class Vectors(NamedTuple):
+    """A tensor each, or None, and its stride."""
+
+    ptrs: tuple
+    strides: tuple
+
+
 @triton.jit
 def _source(
     start, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WIDTH_R: tl.constexpr, N_R, WIDTH_C: tl.constexpr, N_C
@@ -79,27 +96,59 @@ def _source(
 
 
 @triton.jit
-def _load(ptr, row, column, stride_r, stride_c, mask):
-    return tl.load(ptr + row.to(tl.int64) * stride_r + column.to(tl.int64) * stride_c, mask=mask, other=0.0)
+def _load(matrices, i: tl.constexpr, row, column, mask):
+    at = matrices.ptrs[i] + row.to(tl.int64) * matrices.rows[i] + column.to(tl.int64) * matrices.columns[i]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_vector(vectors, i: tl.constexpr, offs, mask, ACC: tl.constexpr):
+    return tl.load(vectors.ptrs[i] + offs * vectors.strides[i], mask=mask, other=0.0).to(ACC)
+
+
+class Layout(NamedTuple):
+    """`NetworkSizes` as the kernels here take them, padded and not; but for inputs and outputs that exist."""
+
+    B: int
+    C: int
+    P: int
+    L: int
+    N: int
+    WIDTH: int
+    K_PAD: int
+    OUT_PAD: int
+
+
+def _layout(net: NetworkSizes) -> Layout:
+    layout = Layout(
+        net.branches, net.channels, net.n_params, net.layers, net.features, net.width, net.inputs_pad, net.outputs_pad
+    )  # fmt: skip
+    return constants_of(layout)
 
 
 @triton.jit
 def pack_kernel(
-    packed_ptr, bias_ptr, weights, strides_r, strides_c, biases, strides_b, tensors, strides_p, numbers, K, OUT,
-    B: tl.constexpr, C: tl.constexpr, P: tl.constexpr, L: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
-    K_PAD: tl.constexpr, OUT_PAD: tl.constexpr, BACK: tl.constexpr, TABLE: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    packed, weights, biases, tensors, numbers, K, OUT,
+    BACK: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr, NET: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
-    """packed: first, hidden, back (if BACK), last; bias: biases, then the table (if TABLE). `tensors` has a tensor or
-    None for each parameter of each layer, `numbers` what stands for None."""
+    """packed: first, hidden, back (if BACK), last; its bias: biases, then the table (if TABLE). `tensors` has a tensor
+    or None for each parameter of each layer, `numbers` what stands for None."""
+    B: tl.constexpr = NET.B
+    P: tl.constexpr = NET.P
+    L: tl.constexpr = NET.L
+    N: tl.constexpr = NET.N
+    WIDTH: tl.constexpr = NET.WIDTH
+    K_PAD: tl.constexpr = NET.K_PAD
+    OUT_PAD: tl.constexpr = NET.OUT_PAD
+    ACC: tl.constexpr = NUM.ACC
     ROWS: tl.constexpr = B * WIDTH
-    COLUMNS: tl.constexpr = C * WIDTH
+    COLUMNS: tl.constexpr = NET.C * WIDTH
     SQUARE: tl.constexpr = ROWS * COLUMNS
     FIRST: tl.constexpr = ROWS * K_PAD // BLOCK  # programs of the first weight
     HIDDEN: tl.constexpr = SQUARE // BLOCK
     LAST: tl.constexpr = OUT_PAD * COLUMNS // BLOCK
     pid = tl.program_id(0)
-    hidden_ptr = packed_ptr + ROWS * K_PAD
+    hidden_ptr = packed.weights + ROWS * K_PAD
     back_ptr = hidden_ptr + (L - 1) * SQUARE
     last_ptr = back_ptr
     if BACK:
@@ -109,13 +158,13 @@ def pack_kernel(
         if i == 0:
             if pid < FIRST:
                 row, column, r, c, mask = _source(pid * BLOCK, BLOCK, K_PAD, WIDTH, N, K_PAD, K)
-                w = _load(weights[0], r, c, strides_r[0], strides_c[0], mask)
-                tl.store(packed_ptr + row * K_PAD + column, factor(w.to(ACC), DTYPE, PRECISION))
+                w = _load(weights, 0, r, c, mask)
+                tl.store(packed.weights + row * K_PAD + column, factor(w.to(ACC), NUM.DTYPE, NUM.PRECISION))
         elif i < L:
             mine = pid - FIRST - (i - 1) * HIDDEN
             if (mine >= 0) & (mine < HIDDEN):
                 row, column, r, c, mask = _source(mine * BLOCK, BLOCK, COLUMNS, WIDTH, N, WIDTH, N)
-                w = factor(_load(weights[i], r, c, strides_r[i], strides_c[i], mask).to(ACC), DTYPE, PRECISION)
+                w = factor(_load(weights, i, r, c, mask).to(ACC), NUM.DTYPE, NUM.PRECISION)
                 tl.store(hidden_ptr + (i - 1) * SQUARE + row * COLUMNS + column, w)
                 if BACK:
                     tl.store(back_ptr + (i - 1) * SQUARE + column * ROWS + row, w)
@@ -123,31 +172,30 @@ def pack_kernel(
             mine = pid - FIRST - (L - 1) * HIDDEN
             if (mine >= 0) & (mine < LAST):
                 row, column, r, c, mask = _source(mine * BLOCK, BLOCK, COLUMNS, OUT_PAD, OUT, WIDTH, N)
-                w = _load(weights[L], r, c, strides_r[L], strides_c[L], mask)
-                tl.store(last_ptr + row * COLUMNS + column, factor(w.to(ACC), DTYPE, PRECISION))
+                w = _load(weights, L, r, c, mask)
+                tl.store(last_ptr + row * COLUMNS + column, factor(w.to(ACC), NUM.DTYPE, NUM.PRECISION))
     layer = pid - FIRST - (L - 1) * HIDDEN - LAST  # one program for what else a layer has
     for i in tl.static_range(L):
         if layer == i:
             for b in tl.static_range(B):
                 v = tl.zeros((WIDTH,), ACC)
-                if biases[i] is not None:
-                    v = tl.load(biases[i] + (b * N + offs_t) * strides_b[i], mask=offs_t < N, other=0.0).to(ACC)
-                tl.store(bias_ptr + i * ROWS + b * WIDTH + offs_t, v)
+                if biases.ptrs[i] is not None:
+                    v = _load_vector(biases, i, b * N + offs_t, offs_t < N, ACC)
+                tl.store(packed.bias + i * ROWS + b * WIDTH + offs_t, v)
             if TABLE:
                 for j in tl.static_range(P):
-                    if tensors[i * P + j] is not None:
-                        v = tl.load(tensors[i * P + j] + offs_t * strides_p[i * P + j], mask=offs_t < N, other=0.0)
-                        v = v.to(ACC)
+                    if tensors.ptrs[i * P + j] is not None:
+                        v = _load_vector(tensors, i * P + j, offs_t, offs_t < N, ACC)
                     else:
                         v = tl.where(offs_t < N, numbers[i * P + j] + tl.zeros((WIDTH,), ACC), 0.0)
-                    table_ptr = bias_ptr + L * ROWS + OUT_PAD
+                    table_ptr = packed.bias + L * ROWS + OUT_PAD
                     tl.store(table_ptr + (i * P + j) * WIDTH + offs_t, v)
     if layer == L:
         offs_o = tl.arange(0, OUT_PAD)
         v = tl.zeros((OUT_PAD,), ACC)
-        if biases[L] is not None:
-            v = tl.load(biases[L] + offs_o * strides_b[L], mask=offs_o < OUT, other=0.0).to(ACC)
-        tl.store(bias_ptr + L * ROWS + offs_o, v)
+        if biases.ptrs[L] is not None:
+            v = _load_vector(biases, L, offs_o, offs_o < OUT, ACC)
+        tl.store(packed.bias + L * ROWS + offs_o, v)
 
 
 def sizes(net: NetworkSizes, back: bool, table: bool) -> tuple[int, int]:
@@ -158,42 +206,41 @@ def sizes(net: NetworkSizes, back: bool, table: bool) -> tuple[int, int]:
 
 
 _pack = Launcher(pack_kernel)
+_NO_VECTORS = Vectors((), ())
 
 
 @functools.lru_cache(maxsize=256)
-def _pack_constants(net: NetworkSizes, back: bool, table: bool, dtype: torch.dtype, precision: str) -> tuple[int, dict]:
+def _pack_constants(
+    net: NetworkSizes, back: bool, table: bool, dtype: torch.dtype, precision: str, numbers: tuple[float, ...]
+) -> tuple[int, dict]:  # fmt: skip
     programs = (sizes(net, False, False)[0]) // PACK_BLOCK + net.layers + 1
     return programs, {
-        "B": net.branches, "C": net.channels, "P": net.n_params, "L": net.layers, "N": net.features,
-        "WIDTH": net.width, "K_PAD": net.inputs_pad, "OUT_PAD": net.outputs_pad, "BACK": back, "TABLE": table,
-        "PRECISION": dot_precision(dtype, precision), "DTYPE": TYPES[dtype], "ACC": TYPES[accumulator(dtype)],
-        "BLOCK": PACK_BLOCK, "num_warps": 2, "enable_fp_fusion": True,
+        "numbers": numbers, "K": net.inputs, "OUT": net.outputs, "BACK": back, "TABLE": table, "BLOCK": PACK_BLOCK,
+        "NET": _layout(net), "NUM": arithmetic(dtype, precision), "num_warps": 2, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
 def launch_pack(
-    net: NetworkSizes, packed, bias, weights: Sequence, biases: Sequence, params: Sequence, numbers: Sequence[float],
-    back: bool, table: bool, dtype: torch.dtype, precision: str,
+    net: NetworkSizes, packed: Packed, weights: Sequence, biases: Sequence, params: Sequence,
+    numbers: tuple[float, ...], back: bool, table: bool, dtype: torch.dtype, precision: str,
 ) -> None:  # fmt: skip
-    """packed and bias, of the elements that `sizes` says, from the network's own tensors; params and numbers: of the
-    layers before the last."""
-    programs, constants = _pack_constants(net, back, table, dtype, precision)
+    """Both parts of `packed`, of the elements that `sizes` says, from the network's own tensors; params and numbers: of
+    the layers before the last."""
+    programs, constants = _pack_constants(net, back, table, dtype, precision, numbers if table else ())
     strides = [w.stride() for w in weights]
-    arguments = (
-        packed, bias, tuple(weights), tuple([s[0] for s in strides]), tuple([s[1] for s in strides]), tuple(biases),
-        tuple([0 if b is None else b.stride(0) for b in biases]), tuple(params) if table else (),
-        tuple([0 if p is None or not p.dim() else p.stride(0) for p in params]) if table else (),
-        tuple(numbers) if table else (), net.inputs, net.outputs,
-    )  # fmt: skip
-    with on_device(packed):
-        _pack(programs, arguments, constants)
+    matrices = Matrices(tuple(weights), tuple([r for r, _ in strides]), tuple([c for _, c in strides]))
+    vectors = Vectors(tuple(biases), tuple([0 if b is None else b.stride(0) for b in biases]))
+    tensors = _NO_VECTORS
+    if table:
+        tensors = Vectors(tuple(params), tuple([0 if p is None or not p.dim() else p.stride(0) for p in params]))
+    with on_device(packed.weights):
+        _pack(programs, (packed, matrices, vectors, tensors), constants)
 
 
 # ---------------------------------------------------------------- finish
 
 
-@dataclass(frozen=True)
-class Segments:
+class Segments(NamedTuple):
     """Where the sums of one program lie in its row of the buffer, each from a multiple of FINISH_BLOCK on; -1: none.
 
     first [B*WIDTH, K_PAD]; hidden [L-1, B*WIDTH, C*WIDTH], or block by block of BLOCK_T x BLOCK_T where `block` says
@@ -236,22 +283,32 @@ def _scatter(ptr, v, row, column, mask, COLUMNS):
 @triton.jit(do_not_specialize=["programs"], do_not_specialize_on_alignment=["programs"])
 def finish_kernel(
     sums_ptr, weights, biases, map_params, loss_ptr, programs, scale, K, OUT,
-    B: tl.constexpr, C: tl.constexpr, P: tl.constexpr, L: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
-    K_PAD: tl.constexpr, OUT_PAD: tl.constexpr, FIRST: tl.constexpr, HIDDEN: tl.constexpr, LAST: tl.constexpr,
-    BIAS: tl.constexpr, PARAMS: tl.constexpr, LOSS: tl.constexpr, TOTAL: tl.constexpr, SIDE: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, ACC: tl.constexpr, AT: tl.constexpr, NET: tl.constexpr,
 ):  # fmt: skip
-    """Gradients (contiguous, of the network's shapes) and loss: `scale` times the sums of sums [programs, TOTAL]; where
-    each begins: FIRST .. LOSS, -1 where there is none."""
-    ROWS: tl.constexpr = B * WIDTH
-    COLUMNS: tl.constexpr = C * WIDTH
+    """Gradients (contiguous, of the network's shapes) and loss: `scale` times the sums of sums [programs, total]. AT:
+    the `Segments`."""
+    P: tl.constexpr = NET.P
+    L: tl.constexpr = NET.L
+    N: tl.constexpr = NET.N
+    WIDTH: tl.constexpr = NET.WIDTH
+    K_PAD: tl.constexpr = NET.K_PAD
+    OUT_PAD: tl.constexpr = NET.OUT_PAD
+    FIRST: tl.constexpr = AT.first
+    HIDDEN: tl.constexpr = AT.hidden
+    LAST: tl.constexpr = AT.last
+    BIAS: tl.constexpr = AT.bias
+    PARAMS: tl.constexpr = AT.map_params
+    SIDE: tl.constexpr = AT.block
+    ROWS: tl.constexpr = NET.B * WIDTH
+    COLUMNS: tl.constexpr = NET.C * WIDTH
     SQUARE: tl.constexpr = ROWS * COLUMNS
     start = tl.program_id(0) * BLOCK_L
     offs = start + tl.arange(0, BLOCK_L)
     acc = tl.zeros((BLOCK_S, BLOCK_L), ACC)
     for s in range(0, programs, BLOCK_S):
         offs_s = (s + tl.arange(0, BLOCK_S)).to(tl.int64)
-        acc += tl.load(sums_ptr + offs_s[:, None] * TOTAL + offs[None, :], mask=(offs_s < programs)[:, None], other=0.0)
+        mask = (offs_s < programs)[:, None]
+        acc += tl.load(sums_ptr + offs_s[:, None] * AT.total + offs[None, :], mask=mask, other=0.0)
     v = tl.sum(acc, axis=0) * scale
     if FIRST >= 0:
         if (start >= FIRST) & (start < FIRST + ROWS * K_PAD):
@@ -270,12 +327,12 @@ def finish_kernel(
                     row, column = at // COLUMNS, at % COLUMNS
                 b, n = row // WIDTH, row % WIDTH
                 c, m = column // WIDTH, column % WIDTH
-                _scatter(weights[i], v, b * N + n, c * N + m, (n < N) & (m < N), C * N)
+                _scatter(weights[i], v, b * N + n, c * N + m, (n < N) & (m < N), NET.C * N)
     if LAST >= 0:
         if (start >= LAST) & (start < LAST + COLUMNS * OUT_PAD):
             row, column = (offs - LAST) // OUT_PAD, (offs - LAST) % OUT_PAD
             c, m = row // WIDTH, row % WIDTH
-            _scatter(weights[L], v, column, c * N + m, (column < OUT) & (m < N), C * N)
+            _scatter(weights[L], v, column, c * N + m, (column < OUT) & (m < N), NET.C * N)
     if BIAS >= 0:
         if (start >= BIAS) & (start < BIAS + L * ROWS + OUT_PAD):
             at = offs - BIAS
@@ -293,9 +350,9 @@ def finish_kernel(
             for i in tl.static_range(L):
                 mine = (at >= i * P * WIDTH) & (at < (i + 1) * P * WIDTH) & (n < N)
                 _scatter(map_params[i], v, at % (P * WIDTH) // WIDTH, n, mine, N)
-    if LOSS >= 0:
-        if start == LOSS:
-            tl.store(loss_ptr + offs - LOSS, v, mask=offs == LOSS)
+    if AT.loss >= 0:
+        if start == AT.loss:
+            tl.store(loss_ptr + offs - AT.loss, v, mask=offs == AT.loss)
 
 
 _finish = Launcher(finish_kernel)
@@ -304,11 +361,8 @@ _finish = Launcher(finish_kernel)
 @functools.lru_cache(maxsize=256)
 def _finish_constants(net: NetworkSizes, where: Segments, acc: torch.dtype) -> dict:
     return {
-        "B": net.branches, "C": net.channels, "P": net.n_params, "L": net.layers, "N": net.features,
-        "WIDTH": net.width, "K_PAD": net.inputs_pad, "OUT_PAD": net.outputs_pad, "FIRST": where.first,
-        "HIDDEN": where.hidden, "LAST": where.last, "BIAS": where.bias, "PARAMS": where.map_params, "LOSS": where.loss,
-        "TOTAL": where.total, "SIDE": where.block, "ACC": TYPES[acc], "BLOCK_S": FINISH_ROWS, "BLOCK_L": FINISH_BLOCK,
-        "num_warps": 4, "enable_fp_fusion": True,
+        "K": net.inputs, "OUT": net.outputs, "BLOCK_S": FINISH_ROWS, "BLOCK_L": FINISH_BLOCK, "ACC": TYPES[acc],
+        "AT": constants_of(where), "NET": _layout(net), "num_warps": 4, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -317,16 +371,6 @@ def launch_finish(
     scale: float,
 ) -> None:  # fmt: skip
     """The network's gradients and the loss from sums [programs, where.total]; what there is none of is None."""
-    arguments = (
-        sums,
-        tuple(weights),
-        tuple(biases),
-        tuple(map_params),
-        loss,
-        sums.shape[0],
-        scale,
-        net.inputs,
-        net.outputs,
-    )
+    arguments = (sums, tuple(weights), tuple(biases), tuple(map_params), loss, sums.shape[0], scale)
     with on_device(sums):
         _finish(where.total // FINISH_BLOCK, arguments, _finish_constants(net, where, sums.dtype))
