@@ -125,8 +125,8 @@ def _rows(job: Job, columns: int) -> tuple[int, int]:
     return ROWS * row + (0 if job.aligned else 1), row
 
 
-def _matrices(job: Job, columns: int) -> linear_act.Matrices:
-    return linear_act.Matrices(job.dtype, *_rows(job, columns), 1)
+def _matrices(job: Job, columns: int) -> linear_act.LayerMatrices:
+    return linear_act.LayerMatrices(job.dtype, *_rows(job, columns), 1)
 
 
 def _shape(name: str):
@@ -151,7 +151,7 @@ def build(job: Job) -> tuple[_Arguments, dict]:
         arguments = _Arguments(linear_act.weight_grad_kernel, job.aligned)
         kind = layer_configs.kind(N, K)
         config = layer_configs.pick(job.arch, "weight_grad", kind, job.dtype, job.precision, 1, N, K)
-        gz = linear_act.Rows(job.dtype, ROWS * N, N)
+        gz = linear_act.LayerRows(job.dtype, ROWS * N, N)
         arguments.give(gz=gz, x=_matrices(job, K), out_ptr=f32, M=ROWS, N=N, K=K, rows=4096, SPLITS=16)
         arguments.constant(DOT_PRODUCT=config.dot, NUM=num, **_blocks(config))
         return arguments, config.options()
@@ -167,10 +167,10 @@ def build(job: Job) -> tuple[_Arguments, dict]:
     kind = layer_configs.MAP if job.kernel == "gz_from_z" else layer_configs.kind(N, K)
     config = layer_configs.pick(job.arch, op, kind, job.dtype, job.precision, B, N, K)
     arguments = _Arguments(kernel, job.aligned)
-    weight = linear_act.Matrices(job.dtype, B * N * K, K if job.aligned else K + 1, 1)
+    weight = linear_act.LayerMatrices(job.dtype, B * N * K, K if job.aligned else K + 1, 1)
     if job.kernel == "input_grad":  # the weight [K, N] of the layer, transposed
-        weight = linear_act.Matrices(job.dtype, N * K, 1, N if job.aligned else N + 1)
-    bias = None if job.kernel == "input_grad" else linear_act.Vectors(job.dtype, B * N, 1)
+        weight = linear_act.LayerMatrices(job.dtype, N * K, 1, N if job.aligned else N + 1)
+    bias = None if job.kernel == "input_grad" else linear_act.LayerVectors(job.dtype, B * N, 1)
     params, pointers = _params(job, P)
     arguments.give(x=_matrices(job, K), weight=weight, bias=bias, map_params=params, M=ROWS, N=N, K=K)
     arguments.constant(B=B, C=C, POINTERS=pointers, KIND=kind, NUM=num, **_blocks(config))
@@ -178,9 +178,9 @@ def build(job: Job) -> tuple[_Arguments, dict]:
     half = job.dtype.itemsize == 2 and not job.learnable  # gradients of parameters need z
     kept = (2 if half else 1) if keeps else 0
     columns = {0: 0, 1: B * N, 2: C * B * N}[kept]
-    z = linear_act.Rows(job.dtype if kept == 2 else f32, ROWS * columns, columns) if kept else None
+    z = linear_act.LayerRows(job.dtype if kept == 2 else f32, ROWS * columns, columns) if kept else None
     if forward:
-        arguments.give(y=linear_act.Rows(job.dtype, ROWS * C * N, C * N), z=z)
+        arguments.give(y=linear_act.LayerRows(job.dtype, ROWS * C * N, C * N), z=z)
         function = maps.identity if job.kernel == "input_grad" else maps.get(job.activation, 0)
         arguments.constant(MAP=maps.jet(job.activation) if kept == 2 else function, SAVE=kept)
     else:

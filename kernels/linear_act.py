@@ -27,7 +27,7 @@ DOT, NARROW_K, NARROW_N = layer_configs.DOT, layer_configs.NARROW_K, layer_confi
 # ---------------------------------------------------------------- kernels
 
 
-class Matrices(NamedTuple):
+class LayerMatrices(NamedTuple):
     """A matrix a layer: where they begin, and the strides between layers (0: all have one), rows and columns."""
 
     ptr: object
@@ -36,7 +36,7 @@ class Matrices(NamedTuple):
     column: int
 
 
-class Rows(NamedTuple):
+class LayerRows(NamedTuple):
     """A matrix a layer, whose columns lie side by side."""
 
     ptr: object
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     row: int
 
 
-class Vectors(NamedTuple):
+class LayerVectors(NamedTuple):
     """A vector a layer."""
 
     ptr: object
@@ -301,21 +301,21 @@ def weight_grad_kernel(
 # ---------------------------------------------------------------- launchers: allocated outputs, checked inputs
 
 
-def _matrices(t: torch.Tensor) -> Matrices:
-    return Matrices(t, 0, *t.stride()) if t.dim() == 2 else Matrices(t, *t.stride())
+def _matrices(t: torch.Tensor) -> LayerMatrices:
+    return LayerMatrices(t, 0, *t.stride()) if t.dim() == 2 else LayerMatrices(t, *t.stride())
 
 
-def _rows(t: torch.Tensor | None) -> Rows | None:
+def _rows(t: torch.Tensor | None) -> LayerRows | None:
     """A tensor whose last stride is 1."""
     if t is None:
         return None
-    return Rows(t, 0, t.stride(0)) if t.dim() == 2 else Rows(t, t.stride(0), t.stride(1))
+    return LayerRows(t, 0, t.stride(0)) if t.dim() == 2 else LayerRows(t, t.stride(0), t.stride(1))
 
 
-def _vectors(t: torch.Tensor | None) -> Vectors | None:
+def _vectors(t: torch.Tensor | None) -> LayerVectors | None:
     if t is None:
         return None
-    return Vectors(t, 0, *t.stride()) if t.dim() == 1 else Vectors(t, *t.stride())
+    return LayerVectors(t, 0, *t.stride()) if t.dim() == 1 else LayerVectors(t, *t.stride())
 
 
 def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, precision: str, save: int = 1) -> None:

@@ -39,7 +39,7 @@ ALL = (True, True, True, True)
 
 
 @dataclass
-class Net:
+class NetworkProblem:
     """A problem: M rows of K inputs, `hidden` + 1 layers of N features with the map m, `out` outputs."""
 
     m: object
@@ -66,7 +66,7 @@ class Net:
         return self.weights, self.biases, self.numbers if params is None else params, self.constants, self.maps
 
 
-def make(name, M=37, K=2, N=16, hidden=2, out=3, dtype=F64, last="identity", scale=1.0) -> Net:
+def make(name, M=37, K=2, N=16, hidden=2, out=3, dtype=F64, last="identity", scale=1.0) -> NetworkProblem:
     m, generator = MAPS[name], torch.Generator().manual_seed(M + N)
     B, C = m.branches, m.outputs
 
@@ -81,10 +81,10 @@ def make(name, M=37, K=2, N=16, hidden=2, out=3, dtype=F64, last="identity", sca
         biases[1] = None
     constants = [min(c, 3.0) + 0.25 * i for i in range(hidden + 1) for c in m.defaults.values()]
     constants += MAPS[last].defaults.values()
-    return Net(m, draw(M, K), weights, biases, constants, draw(M, out), MAPS[last])
+    return NetworkProblem(m, draw(M, K), weights, biases, constants, draw(M, out), MAPS[last])
 
 
-def evaluate(net: Net, x, weights, biases, params) -> torch.Tensor:
+def evaluate(net: NetworkProblem, x, weights, biases, params) -> torch.Tensor:
     """y by the generated PyTorch maps."""
     h, params = x, list(params)
     for m, w, b in zip(net.maps, weights, biases, strict=True):
@@ -98,7 +98,7 @@ def leaves(tensors):
     return [None if t is None else t.detach().double().clone().requires_grad_() for t in tensors]
 
 
-def reference(net: Net, value, params=None):
+def reference(net: NetworkProblem, value, params=None):
     """value(y) and its gradients in float64, in the order of the kernels' lists, None where there is nothing; those of
     parameters, [P, N] a layer, if `params` are given."""
     x, *rest = leaves([net.x, *net.weights, *net.biases])
@@ -129,7 +129,7 @@ def agree(actual, expected, bound=CLOSE) -> None:
             assert difference <= bound, (i, difference)
 
 
-def check(net: Net, params=None) -> None:
+def check(net: NetworkProblem, params=None) -> None:
     """Forward, and the backward from the saved pre-activations and from x alone."""
     g = net.g.double()
     _, expected = reference(net, lambda y: (y * g).sum(), params)
@@ -387,7 +387,7 @@ def test_deep_networks_leave_the_sums(monkeypatch):
 # ---------------------------------------------------------------- storage types
 
 
-def bounded(net: Net):
+def bounded(net: NetworkProblem):
     """y and the gradients of <g, y> with bounds, where every activation, derivative and gradient of z is stored in x's
     type; those of a bias are sums of what is stored."""
     dtype, u = net.x.dtype, 2.0**-24

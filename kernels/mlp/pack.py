@@ -66,7 +66,7 @@ class NetworkSizes:
 # ---------------------------------------------------------------- pack
 
 
-class Matrices(NamedTuple):
+class SourceMatrices(NamedTuple):
     """A tensor a layer, and its strides; a vector has none between rows."""
 
     ptrs: tuple
@@ -74,7 +74,7 @@ class Matrices(NamedTuple):
     columns: tuple
 
 
-class Vectors(NamedTuple):
+class SourceVectors(NamedTuple):
     """A tensor each, or None, and its stride."""
 
     ptrs: tuple
@@ -206,7 +206,7 @@ def sizes(net: NetworkSizes, back: bool, table: bool) -> tuple[int, int]:
 
 
 _pack = Launcher(pack_kernel)
-_NO_VECTORS = Vectors((), ())
+_NO_VECTORS = SourceVectors((), ())
 
 
 @functools.lru_cache(maxsize=256)
@@ -228,11 +228,11 @@ def launch_pack(
     the layers before the last."""
     programs, constants = _pack_constants(net, back, table, dtype, precision, numbers if table else ())
     strides = [w.stride() for w in weights]
-    matrices = Matrices(tuple(weights), tuple([r for r, _ in strides]), tuple([c for _, c in strides]))
-    vectors = Vectors(tuple(biases), tuple([0 if b is None else b.stride(0) for b in biases]))
+    matrices = SourceMatrices(tuple(weights), tuple([r for r, _ in strides]), tuple([c for _, c in strides]))
+    vectors = SourceVectors(tuple(biases), tuple([0 if b is None else b.stride(0) for b in biases]))
     tensors = _NO_VECTORS
     if table:
-        tensors = Vectors(tuple(params), tuple([0 if p is None or not p.dim() else p.stride(0) for p in params]))
+        tensors = SourceVectors(tuple(params), tuple([0 if p is None or not p.dim() else p.stride(0) for p in params]))
     with on_device(packed.weights):
         _pack(programs, (packed, matrices, vectors, tensors), constants)
 
