@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._functorch import utils as _functorch
-from torch.nn.utils import stateless as _stateless
 
 _F = TypeVar("_F", bound=Callable)
 _PLAIN = (Tensor, nn.Parameter)
@@ -191,8 +190,3 @@ def forward_mode() -> bool:
     """Tells whether forward-mode derivatives are computed."""
     # PyTorch switches it off while it runs a Function's own jvp
     return torch.autograd.forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-
-
-def substituted_parameters(model: nn.Module, parameters: dict[str, Tensor]) -> Any:
-    """Returns a context manager in which a module has other tensors for its parameters, whichever method is called."""
-    return _stateless._reparametrize_module(model, parameters, tie_weights=True)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..ops.mlp import forget_derivatives
 from .check import Compared, combined, floats, own_inputs, same_state
-from .install import fused, install, installed, uninstall
-from .measure import MeasuredChain, saved_bytes, side_by_side, slow_rows
+from .install import fused, install, installed, kind_of_call, uninstall
+from .measure import WORTH, MeasuredChain, saved_bytes, side_by_side, slow_rows
 from .memory import Memory, bucket
 from .pending import Deferred, Region
 from .report import FusedEntry, FusionReport, LeftEntry, SiteRecorder
@@ -258,17 +258,31 @@ def _leave_what_is_slow(model, original, call, args, chains, entries, memory: Me
     device = next(
         (t.device for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)), torch.device("cpu")
     )
-    report.inference = _time(model, original, call, args, device, False)
-    if gradients:
-        report.training = _time(model, original, call, args, device, True)
+    for mode in (False, True) if gradients else (False,):
+        pair = _time(model, original, call, args, device, mode)
+        if pair[1] > pair[0] / WORTH:  # twice, as a machine may have been busy
+            pair = min(pair, _time(model, original, call, args, device, mode), key=lambda p: p[1] / p[0])
+            with torch.set_grad_enabled(mode):
+                kind = kind_of_call(args)
+            if pair[1] > pair[0] / WORTH and kind is not None and kind not in memory.idle:
+                memory.idle.add(kind)
+                what = "forward and backward" if mode else "forward"
+                report.notes.append(
+                    f"{what}: the model as a whole is not faster fused ({pair[0] * 1e3:.3g} ms, fused "
+                    f"{pair[1] * 1e3:.3g} ms), and stays as it was for such a number of rows"
+                )
+                pair = pair[0], pair[0]
+        if mode:
+            report.training = pair
+        else:
+            report.inference = pair
 
 
 def _rows_below(slow: frozenset[int]) -> int:
     return 4 ** max(slow) // 2 if slow else 0
 
 
-def _time(model, original, call, args, device: torch.device, gradients: bool) -> tuple[float, float] | None:
-
+def _time(model, original, call, args, device: torch.device, gradients: bool) -> tuple[float, float]:
     def step(function):
         def run():
             given, _, _ = own_inputs(args, {})

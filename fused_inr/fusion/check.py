@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pytorch import substituted_parameters
-
 __all__ = ["KINDS", "Compared", "quantities", "same_state"]
 
 #: What is compared, in this order.
@@ -119,7 +117,7 @@ class Compared:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.expected = quantities(model, call, args, kwargs)
         self.bounds: dict[str, list[float]] = {}
-        with substituted_parameters(model, {n: _changed(p, 3) for n, p in model.named_parameters()}):
+        with _changed_parameters(model):
             changed = torch.utils._pytree.tree_map_only(Tensor, lambda t: _changed(t, 4), (args, kwargs))
             moved = quantities(model, call, *changed)
         for kind, tensors in self.expected.items():
@@ -170,6 +168,22 @@ def _distance(a: Tensor, b: Tensor) -> float:
         return 0.0
     same = (a == b) | (a.isnan() & b.isnan())
     return float(torch.where(same, torch.zeros_like(a), (a - b).abs()).nan_to_num(float("inf"), float("inf")).max())
+
+
+@contextlib.contextmanager
+def _changed_parameters(model: nn.Module) -> Iterator[None]:
+    """Within the block every parameter is changed by one rounding; afterwards they have their bits again.
+
+    In place, past autograd: a model may put its parameters into attributes of its own while it runs.
+    """
+    kept = [(p, p.detach().clone()) for p in model.parameters()]
+    try:
+        for p, value in kept:
+            p.data.copy_(_changed(value, 3))
+        yield
+    finally:
+        for p, value in kept:
+            p.data.copy_(value)
 
 
 def _changed(t: Tensor, seed: int) -> Tensor:

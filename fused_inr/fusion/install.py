@@ -14,7 +14,7 @@ from ..pytorch import forward_mode, transforms_active
 from .memory import Memory, bucket
 from .pending import Pending, Region, current
 
-__all__ = ["fused", "install", "installed", "uninstall"]
+__all__ = ["fused", "install", "installed", "kind_of_call", "uninstall"]
 
 
 class _Installed:
@@ -41,7 +41,7 @@ def run(memory: Memory, function: Callable, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     kind = None
     if memory.measured:
-        kind = _kind(args)
+        kind = kind_of_call(args)
         if kind in memory.idle:
             return function(*args, **kwargs)
     with Region(memory) as region:
@@ -51,7 +51,7 @@ def run(memory: Memory, function: Callable, *args: Any, **kwargs: Any) -> Any:
     return _values(region, result)
 
 
-def _kind(args: tuple) -> tuple[bool, int] | None:
+def kind_of_call(args: tuple) -> tuple[bool, int] | None:
     """What it depends on whether a model's own functions are faster: gradients, and the rows of the first tensor."""
     for a in args:
         if isinstance(a, Tensor):
