@@ -34,11 +34,13 @@ __all__ = [
     "layers",
     "losses",
     "models",
+    "to_pytorch",
     "unfuse",
 ]
 
 if TYPE_CHECKING:
     from . import activations, backends, encodings, functional, fusion, init, layers, losses, models
+    from .convert import to_pytorch
     from .encodings import FourierFeatures
     from .fusion import fuse, fused, unfuse
     from .layers import FusedLinear, GaussianLayer, SincLayer, SineLayer, SplitLayer
@@ -57,6 +59,7 @@ _HOME = {
     "SplitNet": "models",
     "fuse": "fusion",
     "fused": "fusion",
+    "to_pytorch": "convert",
     "unfuse": "fusion",
 }
 

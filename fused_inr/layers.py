@@ -444,3 +444,7 @@ class SplitLayer(_NamedLayer):
         activation = activations.split(m=m, omegas=omegas, learnable=learnable, per_feature=per_feature)
         super().__init__(in_features, out_features, bias, activation, init, device, dtype)
         self._initialise()
+
+
+#: The forwards of the layers here: of FusedLinear, of those that keep an nn.Linear.
+OUR_FORWARDS = (FusedLinear.forward, _NamedLayer.forward)

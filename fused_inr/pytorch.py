@@ -6,6 +6,9 @@ one file (`docs/facts.md` tells which release does what).
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -190,3 +193,36 @@ def forward_mode() -> bool:
     """Tells whether forward-mode derivatives are computed."""
     # PyTorch switches it off while it runs a Function's own jvp
     return torch.autograd.forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+
+
+# -- modules that are imported later
+
+
+class _Afterwards(importlib.abc.MetaPathFinder):
+    """Finds one module as others do, and calls a function when it has been imported."""
+
+    def __init__(self, name: str, function: Callable[[], None]):
+        self.name, self.function = name, function
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute, function = spec.loader.exec_module, self.function
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                function()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def after_import(name: str, function: Callable[[], None]) -> None:
+    """Calls `function` once the module has been imported, at once where it has been."""
+    if name in sys.modules:
+        function()
+    else:
+        sys.meta_path.insert(0, _Afterwards(name, function))

@@ -11,14 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .layers import FusedLayer, FusedLinear, SineLayer, has_hooks
+from .layers import OUR_FORWARDS, FusedLayer, FusedLinear, has_hooks
 from .network import NORMS, Layer, Norm
 from .ops import mlp as _op
 from .pytorch import any_global_hook
 
 __all__ = ["Structure", "read"]
 
-_OUR_FORWARDS = (FusedLinear.forward, SineLayer.forward)  # of FusedLinear, of the layers that keep an nn.Linear
 #: The modules that are norms of a whole network.
 _KINDS = {norm.module: kind for kind, norm in NORMS.items()}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -160,7 +159,7 @@ def _read_layers(net: nn.Module, containers, found: Structure, layers: list[Laye
     found.watch_children(net)
     skips = getattr(net, "skips", ())
     for i, module in enumerate(net.children()):
-        if not isinstance(module, FusedLayer) or type(module).forward not in _OUR_FORWARDS:
+        if not isinstance(module, FusedLayer) or type(module).forward not in OUR_FORWARDS:
             return f"{type(module).__name__} is not one of the fused layers"
         if has_hooks(module):
             return "a layer has hooks, which a whole network would not call"

@@ -15,6 +15,7 @@ from .. import backends
 from ..activations import lookup
 from ..backends.base import group_branches
 from ..network import Criterion, Spec, compute_dtype, spec_of
+from . import flops
 
 _LIB = torch.library.Library("fused_inr", "DEF")
 _LIB.define(
@@ -278,3 +279,6 @@ def _(info, in_dims, inputs, params, constants, activation, backend, level, lear
     shape = rows[0].shape[:-1]
     results = act_map([t.reshape(-1, t.shape[-1]) for t in rows], params, constants, activation, backend, level, False)
     return [t.reshape(*shape, t.shape[-1]) for t in results], [0] * len(outputs)
+
+
+flops.register()
