@@ -68,7 +68,7 @@ class PlainNetwork(nn.Module):
 
 
 def to_pytorch(model: nn.Module) -> nn.Module:
-    """A copy of a model in which everything of this package is plain PyTorch: the same functions, the same `state_dict`.
+    """A copy of a model in which all that is of this package is plain PyTorch: same functions, same `state_dict`.
 
     ```python
     plain = fused_inr.to_pytorch(net)

@@ -24,7 +24,7 @@ BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 NEEDS = re.compile(r"\s*# needs (a GPU|Triton|a file)\b")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 #: in which each block goes on where the one before it ended; everywhere else a block stands for itself
-ONE_AFTER_ANOTHER = ["README.md", "docs/guide.md"]
+ONE_AFTER_ANOTHER = ["README.md", "docs/guide.md", "docs/fuse.md"]
 #: what a block that stands for itself may take for granted
 BEFORE = """
 import sympy
@@ -144,3 +144,14 @@ def test_the_reference_shows_every_public_name(tmp_path):
         assert not lost, module
         # an asterisk between two names is a product, and stays one
         assert "<em>" not in page, module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_run(path):
+    """Each example, for a few steps of few rows."""
+    options = {"fuse_siren": ["--size", "24"], "fuse_sdf": ["--rows", "128"], "compile_laplacian": ["--rows", "128"]}
+    command = [sys.executable, str(path), "--steps", "2", *options[path.stem]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "after 2 steps" in result.stdout

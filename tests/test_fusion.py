@@ -595,8 +595,45 @@ class LooksAtGradients(nn.Module):
         return torch.cat([y, g], -1)
 
 
+class SharedMemory(nn.Module):
+    """What is contiguous already, and what is detached, are the tensor itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 8)
+
+    def forward(self, x):
+        z = self.linear(x)
+        z.contiguous().mul_(2.0)
+        w = self.linear(x)
+        w.detach().mul_(0.5)
+        return torch.cat([torch.sin(z), torch.sin(w)], -1)
+
+
+class PowersBothWays(nn.Module):
+    """The same function with a number before a tensor, and behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 8)
+
+    def forward(self, x):
+        z = torch.sigmoid(self.linear(x))
+        return torch.pow(z, 3) + torch.sin(torch.pow(3, torch.sigmoid(self.linear(x)))) + torch.sin(2.5 * z * 2.5)
+
+
 @pytest.mark.parametrize(
-    "kind", [TwoConsumers, ChangedBefore, ViewWritten, InPlaceOnAPart, OwnFunction, LooksAtGradients]
+    "kind",
+    [
+        SharedMemory,
+        PowersBothWays,
+        TwoConsumers,
+        ChangedBefore,
+        ViewWritten,
+        InPlaceOnAPart,
+        OwnFunction,
+        LooksAtGradients,
+    ],
 )
 def test_traps(kind):
     torch.manual_seed(0)
@@ -852,6 +889,21 @@ def test_what_differs_is_left():
     finally:
         fi.fusion.formulas.State.matched = original
     assert not report.fused and all("differ" in left.reason for left in report.left[:3]), report
+    assert torch.equal(model(rows()), siren()(rows()))
+
+
+def test_what_an_operation_refuses_is_left(monkeypatch):
+    """An error of ours is no error of the model's."""
+    from fused_inr.fusion import pending
+
+    def refuse(*args):
+        raise ValueError("not this one")
+
+    model = siren()
+    monkeypatch.setattr(pending, "linear_act", refuse)
+    monkeypatch.setattr(pending._op, "network", refuse)
+    report = fi.fuse(model, rows(), prefer="always")
+    assert not report.fused and any("not this one" in left.reason for left in report.left), report
     assert torch.equal(model(rows()), siren()(rows()))
 
 

@@ -29,7 +29,7 @@ class Function(NamedTuple):
 #: The functions that have a formula (`symbolic.FORMULAS`, which takes sympy).
 NAMES = frozenset(
     """
-    abs add addcdiv addcmul atan celu clamp clamp_max clamp_min clone contiguous cos
+    abs add addcdiv addcmul atan celu clamp clamp_max clamp_min clone cos
     cosh detach div elu erf erfc exp exp2 expm1 gelu ge gt
     hardshrink hardsigmoid hardswish hardtanh le leaky_relu log log1p logsigmoid lt maximum minimum
     mish mul neg pow prelu reciprocal relu relu6 rsqrt selu sigmoid sign
@@ -39,7 +39,7 @@ NAMES = frozenset(
 )
 
 #: Functions that a product and a sum can do as well: a formula of these alone is no activation.
-ARITHMETIC = frozenset("add sub mul div neg clone contiguous detach addcmul square reciprocal".split())
+ARITHMETIC = frozenset("add sub mul div neg clone detach addcmul square reciprocal".split())
 #: Functions whose value is a truth value.
 COMPARISONS = frozenset("ge gt le lt".split())
 #: Functions whose numbers are part of the formula; other numbers become parameters, so that they may change.
@@ -117,7 +117,6 @@ KNOWN = _known()
 
 _SPELLED: dict[str, Callable[..., Any]] = {
     "celu": F.celu,
-    "contiguous": lambda input, **_: input,
     "clone": lambda input, **_: input,
     "detach": lambda input: input.detach(),
     "prelu": F.prelu,

@@ -154,7 +154,10 @@ class Pending(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function, kinds, args=(), kwargs=None):
         region = current()
-        return (region or _outside).called(function, args, kwargs or {})
+        if region is None:  # somebody has kept it
+            args, kwargs = _outside.real_in_order(args, kwargs or {})
+            return function(*args, **kwargs)
+        return region.called(function, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):  # type: ignore[override]
@@ -300,11 +303,11 @@ class Region(TorchFunctionMode):
         """A function of one pending, and at most one number that becomes a parameter, by what was remembered of it;
         None where all has to be looked at."""
         pending = args[0]
-        number = None
+        number, first = None, True
         if len(args) == 2:
             number = args[1]
             if type(pending) is not Pending:
-                pending, number = number, pending
+                pending, number, first = number, pending, False
             if type(number) is not float and type(number) is not int:
                 return None
         elif len(args) != 1:
@@ -319,9 +322,9 @@ class Region(TorchFunctionMode):
             after = state.steps.get(function)
         else:
             # the number itself where it is part of the formula
-            after = state.steps.get((function, number))
+            after = state.steps.get((function, first, number))
             if after is None:
-                after = state.steps.get((function, None))
+                after = state.steps.get((function, first))
                 if after is None or number in formulas.KEPT:
                     return None
                 for leaf in leaves:
@@ -505,13 +508,15 @@ class Region(TorchFunctionMode):
                 return self._modulated(me, name, args, known.inplace)
             return None
         detached = root.grad and not grad
+        if name == "detach":
+            root.viewed = True  # it shares the memory of what it is detached from
         key = (name, known.inplace, detached, cast, codes, named)
         found = state.next.get(key, _MISSING)
         if found is _MISSING:
             found = self._first_time(known, given, args, kwargs, detached, root)
             formulas.remember(state, key, found)
             if found is not None and not (found[1] or detached or named or cast):
-                self._remember_step(function, state, args, codes, found[0])
+                self._remember_step(function, state, codes, found[0], len(given.leaves) > len(node.leaves))
         if found is None:
             return None
         after, inplace = found
@@ -545,18 +550,19 @@ class Region(TorchFunctionMode):
         return after, inplace
 
     @staticmethod
-    def _remember_step(function: Any, state: formulas.State, args: tuple, codes: tuple, after: formulas.State) -> None:
-        """Remembers what `_followed` takes: one pending, and at most one number."""
-        if len(args) == 1:
+    def _remember_step(
+        function: Any, state: formulas.State, codes: tuple, after: formulas.State, new_leaf: bool
+    ) -> None:
+        """Remembers what `_followed` takes: one pending, and at most one number that is no leaf yet."""
+        if codes == ("me",):
             state.steps[function] = after
-        elif len(args) == 2:
-            code = codes[0] if codes[1] == "me" else codes[1]
-            if "me" not in codes or len(codes[0]) + len(codes[1]) != 4:
-                return
-            if code[0] == "=" and len(state.steps) < 64:
-                state.steps[function, code[1]] = after
-            elif code[0] == "v":
-                state.steps[function, None] = after
+        elif len(codes) == 2 and "me" in codes:
+            first = codes[0] == "me"
+            code = codes[1] if first else codes[0]
+            if code[0] == "=" and type(code[1]) is float and len(state.steps) < _MOST_STEPS:
+                state.steps[function, first, code[1]] = after
+            elif code[0] == "v" and len(code) == 2 and new_leaf:
+                state.steps[function, first] = after
 
     def _biased(self, me: Pending, args: tuple, inplace: bool) -> Pending | None:
         """A bias that is added by hand becomes the layer's."""
@@ -706,13 +712,22 @@ class Region(TorchFunctionMode):
     def _computed(self, node: Deferred) -> Tensor:
         root = node.root
         activation = self._activation(node)
-        if activation is None:
-            y = self._by_pytorch(node)
-            return self._normed(node.norm, y)
-        if root.value is not None:
+        if activation is not None and root.value is None:
+            try:
+                return self._fused(node, activation)
+            except (TypeError, ValueError, NotImplementedError) as error:
+                root.site.off = f"the fused operation refuses it: {error}"
+                root.site.left(root.site.off)
+                x = root.x
+                root.value = root.compute(self.value(x) if type(x) is Deferred else x)
+        elif activation is not None and not node.state.bare:
             # the pre-activation was wanted, too: at the next call it is computed at once
             root.site.value = True
-            return self._by_pytorch(node)
+        return self._normed(node.norm, self._by_pytorch(node))
+
+    def _fused(self, node: Deferred, activation: Activation) -> Tensor:
+        """The value by fused operations: of the layer, or of the chain of layers that ends in it."""
+        root = node.root
         chain = [(node, activation)]
         x = root.x
         while type(x) is Deferred and x.result is None and self._joins(x, root):
@@ -962,6 +977,8 @@ def _asks_inplace(name: str, args: tuple, kwargs: dict) -> bool:
 
 
 _MISSING = object()
+#: Steps that a state remembers.
+_MOST_STEPS = 64
 _identity_activation: Activation | None = None
 
 
@@ -1219,6 +1236,11 @@ def _dropout(region, me, function, args, kwargs):
     return me if p == 0 or not training else None
 
 
+def _same(region, me, function, args, kwargs):
+    """A pending will be contiguous, and is itself then."""
+    return me if len(args) == 1 and not kwargs else None
+
+
 def _cast(region, me, function, args, kwargs):
     """A conversion to the type that the value has."""
     return me if len(args) == 1 and not kwargs and me.dtype is _FLOAT[function] else None
@@ -1266,6 +1288,7 @@ SPECIAL: dict[Any, Callable] = {
     _REQUIRES_GRAD: _requires_grad,
     _GETITEM: _getitem,
     F.glu: _glu,
+    Tensor.contiguous: _same,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,

@@ -152,7 +152,6 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "clamp_max": lambda input, max: _clamp(input, max=max),
     "clamp_min": lambda input, min: _clamp(input, min=min),
     "clone": _itself,
-    "contiguous": _itself,
     "cos": _unary(sympy.cos),
     "cosh": _unary(sympy.cosh),
     "detach": _unary(symbols.detach),

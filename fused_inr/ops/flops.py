@@ -46,7 +46,7 @@ def _products(x, tensors, words, numbers) -> list[int]:
 
 
 def _backward_of(products: list[int], needs) -> int:
-    """Of the gradients: of every layer's weight where any is asked for, and of its rows where something before it is."""
+    """Of the gradients: of all weights where any is asked for, and of the rows of each layer behind something."""
     of_rows = sum(products) if needs[0] else sum(products[1:])
     return of_rows + (sum(products) if needs[1] else 0)
 
