@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ... import fusion
+from ... import activations, functional, fusion
 from ...cli.arguments import Parser, integer
 from .. import report
 from ..timing import interleaved
@@ -39,6 +39,9 @@ DEMANDS = {
     "igr": 1.15,
     "kilonerf": 1.2,
 }
+
+#: microseconds a layer of `fuse` over a call by hand, at most
+OVERHEAD = 15.0
 
 
 def rows_of(name: str) -> tuple[Codebase, int]:
@@ -95,6 +98,43 @@ def measure(name: str, seconds: float, device: torch.device, prefer: str) -> dic
     return result
 
 
+class _ByHand(torch.nn.Module):
+    """A sine layer that calls `linear_act`."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.linear, self.activation = linear, activations.sine(omega=30.0)
+
+    def forward(self, x):
+        return functional.linear_act(x, self.linear.weight, self.linear.bias, self.activation)
+
+
+class _Written(torch.nn.Module):
+    """The same in plain PyTorch."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.linear, self.omega = linear, 30.0
+
+    def forward(self, x):
+        return torch.sin(self.omega * self.linear(x))
+
+
+def overhead(seconds: float, layers: int = 16) -> float:
+    """Microseconds a layer that `fuse` takes over `linear_act` by hand: layers one by one, few rows, no gradients."""
+    linears = [torch.nn.Linear(16, 16) for _ in range(layers)]
+    by_hand = torch.nn.Sequential(*map(_ByHand, linears))
+    fused = torch.nn.Sequential(*map(_Written, linears))
+    fusion.fuse(fused, prefer="always")
+    found = fusion.installed(fused)
+    assert found is not None
+    found.memory.layers_only = True  # a network would have no layers to count
+    x = torch.rand(4, 16)
+    with torch.no_grad():
+        timings = interleaved({"hand": lambda: by_hand(x), "fused": lambda: fused(x)}, x.device, seconds=seconds)
+    return (timings["fused"].ms - timings["hand"].ms) * 1e3 / layers
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the bench and returns its exit code."""
     names = ["siren-notebook@16384", *codebases()]
@@ -120,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = report.environment(device)
     results = report.Results(Path(options.json) if options.json else None, about)
     print("\n".join(report.about_lines(about)))
-    rows_shown, failed = [], 0
+    rows_shown, failed, each = [], 0, 0.0
     for name in names:
         try:
             result = measure(name, options.seconds, device, options.prefer)
@@ -138,7 +178,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{inference['ms']['original']:.1f}", f"{inference['ms']['fused']:.1f}", f"{inference['ratio']:.2f}x",
             f"{demand:g}x {'met' if training['ratio'] >= demand else 'MISSED'}",
         ))  # fmt: skip
+    if not options.only:
+        each = overhead(options.seconds)
+        results.append({"name": "overhead", "microseconds": each, "asked": OVERHEAD})
     results.finish()
     head = ("codebase", "rows", "fused / left", "training, ms", "fused", "", "inference, ms", "fused", "", "asked")
     print(report.table(head, rows_shown, left=1))
+    if not options.only:
+        verdict = "met" if each <= OVERHEAD else "MISSED"
+        print(f"a layer by fuse, over linear_act called by hand: {each:.1f} us (asked {OVERHEAD:g} at most: {verdict})")
     return 1 if failed else 0
