@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Codebase", "codebases", "eikonal", "grid", "laplacian", "register", "squares"]
+__all__ = ["Codebase", "codebases", "eikonal", "grid", "laplacian", "register", "squares", "target"]
 
-_FILES = ("sirens", "wavelets", "splits", "radiance", "surfaces", "physics")
+_FILES = (
+    "sirens", "wavelets", "splits", "radiance", "surfaces", "physics", "modulated", "filters", "fields", "packages",
+)  # fmt: skip
+#: the width of a network in tests: several of everything, and no multiple of a vector
+SMALL = 20
 _found: dict[str, Codebase] = {}
 
 
@@ -32,12 +38,14 @@ class Codebase:
         method: the method that takes the arguments.
         methods: all methods that its users call.
         fused: how many of its linear layers have a pointwise function behind them.
+        pointwise: whether what stands behind those layers is pointwise throughout, so that all of them fuse.
+        requires: the distribution that `make` imports, None where the network is written here.
     """
 
     name: str
     source: str
     traps: str
-    make: Callable[[int | None], nn.Module]
+    make: Callable[..., nn.Module]
     inputs: Callable[[int], tuple]
     loss: Callable[[nn.Module, tuple], Tensor]
     rows: int
@@ -45,15 +53,35 @@ class Codebase:
     fused: int
     method: str = "forward"
     methods: tuple[str, ...] = ("forward",)
+    pointwise: bool = True
+    requires: str | None = None
+
+    def small(self) -> nn.Module:
+        """The same structure, of a width for tests."""
+        return self.make(SMALL)
+
+    @property
+    def available(self) -> bool:
+        """Whether what `make` imports is installed."""
+        if self.requires is None:
+            return True
+        try:
+            importlib.metadata.version(self.requires)
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        return True
 
 
-def register(**facts: Any) -> Callable[[Callable[[int | None], nn.Module]], Callable[[int | None], nn.Module]]:
+def register(**facts: Any) -> Callable[[Callable[[int | None], nn.Module]], Callable[..., nn.Module]]:
     """Decorates the function that makes a network; the keywords are the `Codebase`'s other attributes."""
 
-    def decorate(make: Callable[[int | None], nn.Module]) -> Callable[[int | None], nn.Module]:
+    def decorate(make: Callable[[int | None], nn.Module]) -> Callable[..., nn.Module]:
+        def of_width(width: int | None = None) -> nn.Module:
+            return make(width)
+
         name = make.__name__.replace("_", "-")
-        _found[name] = Codebase(name=name, make=make, **facts)
-        return make
+        _found[name] = Codebase(name=name, make=of_width, **facts)
+        return of_width
 
     return decorate
 
@@ -84,11 +112,15 @@ def _tensor(output: Any) -> Tensor:
     return output
 
 
+def target(shape: tuple[int, ...]) -> Tensor:
+    """A fixed picture of this shape."""
+    return torch.cos(torch.arange(math.prod(shape), dtype=torch.float32)).reshape(shape)
+
+
 def squares(model: nn.Module, inputs: tuple) -> Tensor:
     """The mean square of the first output's distance from a fixed picture."""
     y = _tensor(model(*inputs))
-    target = torch.cos(torch.arange(y.numel(), dtype=torch.float32)).reshape(y.shape)
-    return (y - target).square().mean()
+    return (y - target(y.shape).to(y.device)).square().mean()
 
 
 def eikonal(model: nn.Module, inputs: tuple) -> Tensor:

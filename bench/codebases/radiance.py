@@ -93,7 +93,7 @@ class StudioMLP(nn.Module):
     inputs=grid(63),
     loss=squares,
     rows=16384,
-    order=2,
+    order=1,
     fused=8,
 )
 def nerfstudio(width):
@@ -164,7 +164,7 @@ def _encoded(rows):
     inputs=_encoded,
     loss=squares,
     rows=16384,
-    order=2,
+    order=1,
     fused=4,
     methods=("forward", "density", "color"),
 )

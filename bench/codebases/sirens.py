@@ -363,16 +363,16 @@ class Incode(nn.Module):
 
     def forward(self, coords):
         coef = self.aux_mlp(self.latents)
-        a, b, c, d = coef[:, 0], coef[:, 1], coef[:, 2], coef[:, 3]
-        x = coords
+        a_param, b_param, c_param, d_param = coef[0]
+        output = coords
         for layer in self.nonlin:
-            x = layer(x, a, b, c, d)
-        return self.last(x)
+            output = layer(output, a_param, b_param, c_param, d_param)
+        return [self.last(output), coef]
 
 
 @register(
     source="xmindflow/INCODE",
-    traps="forward(x, a, b, c, d); scalars of shape [1] from a network at each call; a class named as SIREN's",
+    traps="forward(x, a, b, c, d), 0-dimensional from a network at each call; a class named as SIREN's; a list out",
     inputs=grid(2),
     loss=squares,
     rows=16384,
@@ -437,7 +437,7 @@ def _coin(rows):
     inputs=_coin,
     loss=squares,
     rows=16384,
-    order=2,
+    order=1,
     fused=5,
     methods=("forward", "modulated_forward"),
 )
@@ -477,7 +477,7 @@ def _functa(rows):
     inputs=_functa,
     loss=squares,
     rows=4096,
-    order=2,
+    order=1,
     fused=9,
 )
 def functa(width):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ._registry import eikonal, grid, register, squares
 from .radiance import positional
+from .sirens import FullyConnectedBlock
 
 
 def _old_weight_norm(layer: nn.Linear) -> nn.Linear:
@@ -50,7 +52,7 @@ class SdfNetwork(nn.Module):
         for i in range(self.num_layers - 1):
             lin = getattr(self, "lin" + str(i))
             if i in self.skip_in:
-                x = torch.cat([x, inputs], 1) / math.sqrt(2)
+                x = torch.cat([x, inputs], 1) / np.sqrt(2)
             x = lin(x)
             if i < self.num_layers - 2:
                 x = self.activation(x)
@@ -80,18 +82,71 @@ def neus(width):
     return SdfNetwork(max(width or 256, 48))
 
 
+class BoundedSdf(SdfNetwork):
+    """volsdf: the same layers; the distance at most that to a bounding sphere, gradients of the bounded distance."""
+
+    def __init__(self, width, **options):
+        super().__init__(width, **options)
+        self.sdf_bounding_sphere, self.sphere_scale = 3.0, 20.0
+        self.softplus = self.activation
+
+    def forward(self, input):
+        input = positional(input, self.multires)
+        x = input
+        for l in range(self.num_layers - 1):
+            lin = getattr(self, "lin" + str(l))
+            if l in self.skip_in:
+                x = torch.cat([x, input], 1) / np.sqrt(2)
+            x = lin(x)
+            if l < self.num_layers - 2:
+                x = self.softplus(x)
+        return x
+
+    def gradient(self, x):
+        x.requires_grad_(True)
+        y = self.forward(x)[:, :1]
+        ones = torch.ones_like(y, requires_grad=False)
+        return torch.autograd.grad(y, x, ones, create_graph=True, retain_graph=True, only_inputs=True)[0]
+
+    def get_sdf_vals(self, x):
+        sdf = self.forward(x)[:, :1]
+        return torch.minimum(sdf, self.sphere_scale * (self.sdf_bounding_sphere - x.norm(2, 1, keepdim=True)))
+
+    def get_outputs(self, x):
+        x.requires_grad_(True)
+        output = self.forward(x)
+        sdf = output[:, :1]
+        sdf = torch.minimum(sdf, self.sphere_scale * (self.sdf_bounding_sphere - x.norm(2, 1, keepdim=True)))
+        ones = torch.ones_like(sdf, requires_grad=False)
+        gradients = torch.autograd.grad(sdf, x, ones, create_graph=True, retain_graph=True, only_inputs=True)[0]
+        return sdf, output[:, 1:], gradients
+
+
+def _bounded(model, inputs):
+    """What its renderer takes, and the length of gradients at other points."""
+    x = inputs[0].detach().clone()
+    sdf, features, gradients = model.get_outputs(x)
+    other = model.gradient(0.5 * x.detach())
+    return (
+        sdf.abs().mean()
+        + features.square().mean() * 1e-2
+        + (gradients.sum(-1)).square().mean()
+        + ((other.norm(2, dim=1) - 1) ** 2).mean()
+    )
+
+
 @register(
     source="lioryariv/volsdf",
-    traps="the same without weight_norm, with 9 outputs",
+    traps="old weight_norm; get_outputs and get_sdf_vals bound the distance by minimum(); a gradient inside a method",
     inputs=grid(3),
-    loss=eikonal,
+    loss=_bounded,
     rows=4096,
     order=2,
     fused=8,
-    methods=("forward", "sdf", "gradient"),
+    methods=("forward", "gradient", "get_outputs", "get_sdf_vals"),
 )
 def volsdf(width):
-    return SdfNetwork(max(width or 256, 48), d_out=9, weight_norm=False)
+    return BoundedSdf(max(width or 256, 48))
 
 
 class ImplicitNet(nn.Module):
@@ -119,7 +174,7 @@ class ImplicitNet(nn.Module):
         for i in range(self.num_layers - 1):
             lin = getattr(self, "lin" + str(i))
             if i in self.skip_in:
-                x = torch.cat([x, input], -1) / 2**0.5
+                x = torch.cat([x, input], -1) / np.sqrt(2)
             x = lin(x)
             if i < self.num_layers - 2:
                 x = self.activation(x)
@@ -139,46 +194,76 @@ def igr(width):
     return ImplicitNet(width or 512)
 
 
-class SignAgnostic(ImplicitNet):
-    """SAL: ReLU layers, the output's sign times a root or its own absolute value."""
+class SignAgnostic(nn.Module):
+    """SAL's decoder: ReLU layers, rows flattened by view, the last one's tanh added to itself; a dictionary out."""
 
-    def forward(self, input):
-        y = super().forward(input)
-        return torch.sign(y) * torch.sqrt(y.abs() + 1e-8)
+    def __init__(self, width, layers=8, latent_in=(4,)):
+        super().__init__()
+        dims = [3] + [width] * layers + [1]
+        self.num_layers, self.latent_in = len(dims), latent_in
+        for l in range(self.num_layers - 1):
+            out_dim = dims[l + 1] - dims[0] if l + 1 in latent_in else dims[l + 1]
+            lin = nn.Linear(dims[l], out_dim)
+            if l == self.num_layers - 2:
+                nn.init.normal_(lin.weight, mean=2 * np.sqrt(np.pi) / np.sqrt(dims[l]), std=0.000001)
+                nn.init.constant_(lin.bias, -1.0)
+            else:
+                nn.init.constant_(lin.bias, 0.0)
+                nn.init.normal_(lin.weight, 0.0, np.sqrt(2) / np.sqrt(out_dim))
+            setattr(self, "lin" + str(l), lin)
+        self.relu, self.last_activation = nn.ReLU(), nn.Tanh()
+
+    def decoder(self, input):
+        x = input
+        for l in range(self.num_layers - 1):
+            lin = getattr(self, "lin" + str(l))
+            if l in self.latent_in:
+                x = torch.cat([x, input], 1) / np.sqrt(2)
+            x = lin(x)
+            if l < self.num_layers - 2:
+                x = self.relu(x)
+        x = self.last_activation(x) + 1.0 * x
+        return x
+
+    def forward(self, non_mnfld_pnts):
+        return {"nonmanifold_pnts_pred": self.decoder(non_mnfld_pnts.view(-1, non_mnfld_pnts.shape[-1]))}
+
+
+def _unsigned(model, inputs):
+    """SAL's loss: the absolute value of the prediction from an unsigned distance."""
+    y = model(*inputs)["nonmanifold_pnts_pred"].squeeze()
+    return ((y.abs() - inputs[0].norm(dim=-1).reshape(-1).sub(0.5).abs()).abs()).mean()
 
 
 @register(
     source="matanatz/SAL",
-    traps="sign(y) sqrt(abs y) of the last linear layer",
-    inputs=grid(3),
-    loss=squares,
+    traps="tanh(z) + 1.0 * z of the last linear layer: two consumers; a dictionary out",
+    inputs=lambda rows: (grid(3)(rows)[0].view(1, -1, 3),),
+    loss=_unsigned,
     rows=4096,
     order=1,
     fused=9,
 )
 def sal(width):
-    return SignAgnostic(width or 512, beta=0.0)
+    return SignAgnostic(width or 512)
 
 
 class DigsNet(nn.Module):
-    """DiGS: a SIREN of geometric initialisation, trained on the divergence of its gradient."""
+    """DiGS: SIREN's block in a decoder, then sign(y) sqrt(abs(y) + 1e-8), less a radius and scaled, both in place."""
 
     def __init__(self, width, layers=4):
         super().__init__()
-        self.fc_block = nn.ModuleList([nn.Linear(3 if i == 0 else width, width) for i in range(layers)])
-        self.last = nn.Linear(width, 1)
-        with torch.no_grad():
-            for i, layer in enumerate(self.fc_block):
-                k = layer.in_features
-                bound = 1 / k if i == 0 else (6 / k) ** 0.5 / 30
-                layer.weight.uniform_(-bound, bound)
+        self.decoder = nn.Module()
+        self.decoder.fc_block = FullyConnectedBlock(3, 1, layers - 1, width)
+        self.sphere_init_params = [1.6, 1.0]
 
     def forward(self, mnfld_pnts):
-        x = mnfld_pnts
-        for layer in self.fc_block:
-            x = torch.sin(30 * layer(x))
-        output = self.last(x)
-        return torch.sign(output) * torch.sqrt(output.abs() + 1e-8)
+        output = self.decoder.fc_block(mnfld_pnts)
+        radius, scaling = self.sphere_init_params
+        output = torch.sign(output) * torch.sqrt(output.abs() + 1e-8)
+        output -= radius
+        output *= scaling
+        return output
 
 
 def _divergence(model, inputs):
@@ -193,7 +278,7 @@ def _divergence(model, inputs):
 
 @register(
     source="Chumbyte/DiGS",
-    traps="third derivatives of a network that ends in sign(y) sqrt(abs y)",
+    traps="third derivatives; sign(y) sqrt(abs y) of the last linear layer, changed in place twice",
     inputs=grid(3),
     loss=_divergence,
     rows=2048,
@@ -257,3 +342,66 @@ def deepsdf(width):
 )
 def deepsdf_layernorm(width):
     return DeepSdf(max(width or 512, 80), norm_layers=False)
+
+
+class DeepSdfDecoder(nn.Module):
+    """DeepSDF as trained: old weight_norm, dropout that is active in training, `inference` called by forward."""
+
+    def __init__(self, width, latent=64, layers=8, latent_in=(4,)):
+        super().__init__()
+        dims = [latent + 3] + [width] * layers + [1]
+        self.num_layers, self.latent_in, self.dropout, self.dropout_prob = len(dims), latent_in, range(layers), 0.2
+        for layer in range(self.num_layers - 1):
+            out_dim = dims[layer + 1] - dims[0] if layer + 1 in latent_in else dims[layer + 1]
+            lin = nn.Linear(dims[layer], out_dim)
+            setattr(self, "lin" + str(layer), _old_weight_norm(lin) if layer < self.num_layers - 2 else lin)
+        self.relu, self.th = nn.ReLU(), nn.Tanh()
+
+    def inference(self, input):
+        x = input
+        for layer in range(self.num_layers - 1):
+            lin = getattr(self, "lin" + str(layer))
+            if layer in self.latent_in:
+                x = torch.cat([x, input], 1)
+            x = lin(x)
+            if layer < self.num_layers - 2:
+                x = self.relu(x)
+                if self.dropout is not None and layer in self.dropout:
+                    x = F.dropout(x, p=self.dropout_prob, training=self.training)
+        if hasattr(self, "th"):
+            x = self.th(x)
+        return x
+
+    def forward(self, sdf_data, lat_vecs_idx):
+        xyz = sdf_data.reshape(-1, 4)[:, 0:3]
+        latent_inputs = lat_vecs_idx.repeat(1, sdf_data.shape[1]).view(-1, lat_vecs_idx.shape[1])
+        return self.inference(torch.cat([latent_inputs, xyz], 1))
+
+
+def _scenes(rows):
+    generator = torch.Generator().manual_seed(0)
+    data = torch.rand(4, max(1, rows // 4), 4, generator=generator) * 2 - 1
+    return data, torch.randn(4, 64, generator=generator) * 0.1
+
+
+def _clamped(model, inputs):
+    """Its loss: absolute differences of values clamped to 0.1; dropout draws the same each time, to be compared."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        y = model(*inputs)
+    truth = inputs[0].reshape(-1, 4)[:, 3:]
+    return (y.clamp(-0.1, 0.1) - truth.clamp(-0.1, 0.1)).abs().mean() + 1e-2 * y.square().mean()
+
+
+@register(
+    source="facebookresearch/DeepSDF, trained",
+    traps="old weight_norm on all but the last layer; dropout draws in training; methods call each other",
+    inputs=_scenes,
+    loss=_clamped,
+    rows=8192,
+    order=1,
+    fused=9,
+    methods=("forward", "inference"),
+)
+def deepsdf_trained(width):
+    return DeepSdfDecoder(max(width or 512, 80))
