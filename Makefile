@@ -142,6 +142,8 @@ $(STAMP): $(INGREDIENTS) | check-tools
 	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77' numpy torch
 	FUSED_INR_REQUIRE_NATIVE=1 $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[fit,test]'
 	@# packages whose networks tests fuse, without what they need beside them
-	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -c constraints.txt deepxde INR-collection || \
-	    echo "deepxde and INR-collection could not be installed: their tests will be skipped" >&2
+	@for package in deepxde INR-collection msa-inr neuraloperator pinnrl; do \
+	    $(BIN)/python -m pip install -q --no-deps --no-build-isolation -c constraints.txt $$package || \
+	        echo "$$package could not be installed: its tests will be skipped" >&2; \
+	done
 	@touch $@

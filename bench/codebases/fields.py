@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._registry import grid, register, squares, target
-from .physics import FullyConnected
+from .physics import Fnn, FullyConnected
 from .radiance import StudioMLP, WispDecoder, positional
 
 # -- SplitNet as its author wrote it
@@ -511,3 +511,23 @@ def _poisson(model, inputs):
 )
 def physicsnemo_equation(width):
     return FullyConnected(width or 512)
+
+
+def _hard_constraint(width):
+    net = Fnn([4, *[width] * 3, 1], torch.tanh)
+    net._input_transform = lambda x: torch.cat([torch.sin(math.pi * x), torch.cos(math.pi * x)], dim=1)
+    net._output_transform = lambda x, y: x[:, 0:1] * (1 - x[:, 0:1]) * y
+    return net
+
+
+@register(
+    source="lululxvi/deepxde, FNN with transforms",
+    traps="functions of the user before and behind the layers: a factor [M, 1] on the last one; held by no module",
+    inputs=grid(2),
+    loss=_poisson,
+    rows=4096,
+    order=3,
+    fused=3,
+)
+def deepxde_transforms(width):
+    return _hard_constraint(width or 32)

@@ -137,7 +137,7 @@ def overhead(seconds: float, layers: int = 16) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the bench and returns its exit code."""
-    names = ["siren-notebook@16384", *codebases()]
+    names = ["siren-notebook@16384", *(name for name, codebase in codebases().items() if codebase.available)]
     parser = Parser(
         prog="fused-inr bench codebases", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

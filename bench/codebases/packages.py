@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
+import importlib.util
 import os
 import sys
 import types
@@ -18,6 +20,12 @@ from ._registry import grid, laplacian, register, squares
 _UNUSED = ("sklearn", "sklearn.preprocessing", "skopt", "skopt.sampler", "skopt.space")
 
 
+def _anything(attribute: str) -> type:
+    if attribute.startswith("__"):  # what tools ask of every module, such as __file__
+        raise AttributeError(attribute)
+    return type(attribute, (), {})
+
+
 @contextlib.contextmanager
 def _standing_in(*names: str) -> Iterator[None]:
     """Empty modules for what is not installed, until the package is imported."""
@@ -27,7 +35,7 @@ def _standing_in(*names: str) -> Iterator[None]:
             importlib.import_module(name)
         except ImportError:
             module = types.ModuleType(name)
-            module.__getattr__ = lambda attribute: type(attribute, (), {})  # type: ignore[method-assign]
+            module.__getattr__ = _anything  # type: ignore[method-assign]
             module.__path__ = []
             sys.modules[name] = module
             made.append(name)
@@ -106,3 +114,74 @@ def package_deepxde_parallel(width):
 )
 def package_inr_collection(width):
     return importlib.import_module("INR_collection.modules").SIREN(2, 3, num_layers=3, num_hidden=width or 256)
+
+
+@register(
+    source="the package msa-inr",
+    traps="frequencies and their inverses from logspace at each call, of x.size(1): to 1e5, so that rounding counts",
+    inputs=grid(2),
+    loss=squares,
+    rows=16384,
+    order=1,
+    fused=2,
+    requires="msa-inr",
+)
+def package_msa_inr(width):
+    return importlib.import_module("msa_inr").MSANet(2, width or 256, 2, 3)
+
+
+def _pinnrl(kind: str, width: int, **options) -> torch.nn.Module:
+    config = {"input_dim": 2, "output_dim": 1, "hidden_dims": [width] * 3, "device": torch.device("cpu"), **options}
+    return getattr(importlib.import_module("pinnrl.neural_networks"), kind)(config)
+
+
+@register(
+    source="the package pinnrl, SIREN",
+    traps="the package's own code: inputs may be arrays",
+    inputs=grid(2),
+    loss=laplacian,
+    rows=4096,
+    order=3,
+    fused=3,
+    requires="pinnrl",
+)
+def package_pinnrl(width):
+    return _pinnrl("SIREN", width or 128)
+
+
+@register(
+    source="the package pinnrl, FourierNetwork",
+    traps="a product with a buffer that has two consumers, a sine and a cosine; ONE activation module",
+    inputs=grid(2),
+    loss=laplacian,
+    rows=4096,
+    order=3,
+    fused=3,
+    requires="pinnrl",
+)
+def package_pinnrl_fourier(width):
+    return _pinnrl("FourierNetwork", width or 128, activation="tanh", scale=1.0)
+
+
+def _file_of(distribution: str, path: str) -> types.ModuleType:
+    """A module by itself, without the package around it and what that imports."""
+    file = str(importlib.metadata.distribution(distribution).locate_file(path))
+    spec = importlib.util.spec_from_file_location(path.rpartition("/")[2].removesuffix(".py"), file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@register(
+    source="the package neuraloperator, ChannelMLP",
+    traps="the package's own code: Conv1d of width 1 behind a reshape",
+    inputs=lambda rows: (torch.randn(2, 16, max(1, rows // 8), 4, generator=torch.Generator().manual_seed(0)),),
+    loss=squares,
+    rows=8192,
+    order=1,
+    fused=2,
+    requires="neuraloperator",
+)
+def package_neuraloperator(width):
+    return _file_of("neuraloperator", "neuralop/layers/channel_mlp.py").ChannelMLP(16, 4, width or 128, n_layers=3)

@@ -22,9 +22,14 @@ class Fnn(nn.Module):
 
     def forward(self, inputs):
         x = inputs
+        if self._input_transform is not None:
+            x = self._input_transform(x)
         for i, linear in enumerate(self.linears[:-1]):
             x = self.activation[i](linear(x)) if isinstance(self.activation, list) else self.activation(linear(x))
-        return self.linears[-1](x)
+        x = self.linears[-1](x)
+        if self._output_transform is not None:
+            x = self._output_transform(inputs, x)
+        return x
 
 
 @register(

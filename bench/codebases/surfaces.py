@@ -405,3 +405,45 @@ def _clamped(model, inputs):
 )
 def deepsdf_trained(width):
     return DeepSdfDecoder(max(width or 512, 80))
+
+
+class ColourNetwork(nn.Module):
+    """NeuS's renderer: points, encoded directions, normals, features; old weight_norm; sigmoid behind."""
+
+    def __init__(self, width, feature_vector_size=256, n_layers=4):
+        super().__init__()
+        dims = [3 + 27 + 3 + feature_vector_size] + [width] * n_layers + [3]
+        self.num_layers, self.squeeze_out = len(dims), True
+        for l in range(self.num_layers - 1):
+            setattr(self, "lin" + str(l), _old_weight_norm(nn.Linear(dims[l], dims[l + 1])))
+        self.relu = nn.ReLU()
+
+    def forward(self, points, normals, view_dirs, feature_vectors):
+        x = torch.cat([points, positional(view_dirs, 4), normals, feature_vectors], dim=-1)
+        for l in range(self.num_layers - 1):
+            lin = getattr(self, "lin" + str(l))
+            x = lin(x)
+            if l < self.num_layers - 2:
+                x = self.relu(x)
+        if self.squeeze_out:
+            x = torch.sigmoid(x)
+        return x
+
+
+def _rendered(rows):
+    generator = torch.Generator().manual_seed(0)
+    points, normals, views = (torch.randn(rows, 3, generator=generator) for _ in range(3))
+    return points, F.normalize(normals, dim=-1), F.normalize(views, dim=-1), torch.randn(rows, 256, generator=generator)
+
+
+@register(
+    source="Totoro97/NeuS, colours",
+    traps="old weight_norm on all layers, also the last one; its sigmoid is called under a condition",
+    inputs=_rendered,
+    loss=squares,
+    rows=8192,
+    order=1,
+    fused=5,
+)
+def neus_colour(width):
+    return ColourNetwork(width or 256)
