@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .configurations import linear_act as layer_configs
-from .launch import accumulator, arithmetic, constants_of, on_device
+from .launch import accumulator, arithmetic, cdiv, constants_of, on_device
 from .maps import load_params, narrow, param_arguments
 from .sums import launch_sum
 
@@ -124,7 +124,7 @@ def launch_act_map(
     options = config.options()
     del options["BLOCK_K"]
     with on_device(z):
-        act_map_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
+        act_map_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
             streams, params, tuple(outputs), M, N, MAP=function, POINTERS=pointers,
             GROUPS=constant_groups(in_sizes, out_sizes), NUM=arithmetic(z.dtype, "ieee"), **options,
         )  # fmt: skip
@@ -167,7 +167,7 @@ def act_map(
     acc = accumulator(z.dtype)
     streams = sum(max(1, k) for k in sizes[0] + sizes[1])
     config = layer_configs.pick_map(layer_configs.arch(z.device), streams, N)
-    tiles = triton.cdiv(M, config.block_m)
+    tiles = cdiv(M, config.block_m)
     outputs = [z.new_empty((M, k * N)) if k else z.new_empty((tiles, N), dtype=acc) for k in sizes[1]]
     param_args = param_arguments(params, constants, acc == torch.float64, z.device)
     launch_act_map(inputs, param_args, outputs, activation.triton_map(level, learnable), sizes, config, M, N)

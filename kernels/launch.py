@@ -69,6 +69,11 @@ def constants_of(group: _Group) -> _Group:
     return group if INTERPRETED else type(group)(*map(tl.constexpr, group))
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (`triton.cdiv`, which kernels may call as well, takes the host a microsecond or two.)"""
+    return -(-a // b)
+
+
 def contiguous_rows(t: torch.Tensor) -> torch.Tensor:
     """Any stride between rows, none but 1 within."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
@@ -80,12 +85,14 @@ def contiguous_rows(t: torch.Tensor) -> torch.Tensor:
 def _kind(argument) -> object:
     """What Triton's binder tells arguments apart by."""
     kind = type(argument)
-    if kind is int:
-        return 1 if argument == 1 else (argument & 15 == 0, -(2**31) <= argument < 2**31)
+    if kind is int:  # 1; of 32 bits or more, each a multiple of 16 or not
+        if -(2**31) <= argument < 2**31:
+            return 1 if argument == 1 else 2 if argument & 15 else 16
+        return 3 if argument & 15 else 17
     if kind is float or argument is None:
         return kind
     if isinstance(argument, tuple):
-        return tuple([_kind(a) for a in argument])
+        return tuple(map(_kind, argument))
     address = argument.data_ptr()
     if not address and argument.numel():
         raise RuntimeError(
@@ -116,7 +123,7 @@ class Launcher:
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        key = (id(constants), device, driver, *[_kind(a) for a in arguments])
+        key = (id(constants), device, driver, *map(_kind, arguments))
         found = self._compiled.get(key)
         if found is None:
             with assembler.for_target(driver.get_current_target()):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .configurations import linear_act as layer_configs
-from .launch import Launcher, accumulator, arithmetic, on_device
+from .launch import Launcher, accumulator, arithmetic, cdiv, on_device
 from .maps import Params, identity, load_params, narrow, param_arguments, rounded
 from .sums import launch_sum
 
@@ -302,7 +302,8 @@ def weight_grad_kernel(
 
 
 def _matrices(t: torch.Tensor) -> LayerMatrices:
-    return LayerMatrices(t, 0, *t.stride()) if t.dim() == 2 else LayerMatrices(t, *t.stride())
+    strides = t.stride()
+    return LayerMatrices(t, 0, *strides) if len(strides) == 2 else LayerMatrices(t, *strides)
 
 
 def _rows(t: torch.Tensor | None) -> LayerRows | None:
@@ -333,7 +334,7 @@ def launch_forward(x, weight, bias, param_args, y, z, function, B: int, C: int, 
         function, x.dtype, precision, B, C, pointers, 0 if z is None else save, kind, config
     )  # fmt: skip
     with on_device(x):
-        _forward(G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), arguments, constants)
+        _forward(G * cdiv(M, config.block_m) * cdiv(N, config.block_n), arguments, constants)
 
 
 _forward, _gz, _weight_grad = Launcher(forward_kernel), Launcher(gz_kernel), Launcher(weight_grad_kernel)
@@ -382,16 +383,16 @@ def launch_gz(g, x, weight, bias, param_args, z, gz, gb, gp, function, B: int, C
         function, x.dtype, precision, B, C, 0 if gp is None else len(params.entries), pointers, _kept(z), kind, config
     )  # fmt: skip
     with on_device(x):
-        _gz(G * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), arguments, constants)
+        _gz(G * cdiv(M, config.block_m) * cdiv(N, config.block_n), arguments, constants)
 
 
 def weight_grad_splits(M: int, N: int, K: int, config: layer_configs.LayerConfig, layers: int) -> tuple[int, int]:
     """Number of splits and rows in each: enough programs to fill a large device, at least 8 steps each. It depends on
     the shapes alone, so the sum's order (and its bits) does not change from device to device of one architecture."""
-    tiles = layers * triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k)
-    wanted = max(1, min(triton.cdiv(layer_configs.TARGET_PROGRAMS, tiles), triton.cdiv(M, 8 * config.block_m)))
-    rows = triton.cdiv(triton.cdiv(M, wanted), config.block_m) * config.block_m
-    return triton.cdiv(M, rows), rows
+    tiles = layers * cdiv(N, config.block_n) * cdiv(K, config.block_k)
+    wanted = max(1, min(cdiv(layer_configs.TARGET_PROGRAMS, tiles), cdiv(M, 8 * config.block_m)))
+    rows = cdiv(cdiv(M, wanted), config.block_m) * config.block_m
+    return cdiv(M, rows), rows
 
 
 def launch_weight_grad(gz, x, out, splits: int, rows: int, config: layer_configs.LayerConfig, precision: str) -> None:
@@ -400,7 +401,7 @@ def launch_weight_grad(gz, x, out, splits: int, rows: int, config: layer_configs
     K = x.shape[-1]
     arguments = (_rows(gz), _matrices(x), out, M, N, K, rows, splits)
     with on_device(x):
-        programs = G * splits * triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k)
+        programs = G * splits * cdiv(N, config.block_n) * cdiv(K, config.block_k)
         _weight_grad(programs, arguments, _weight_grad_constants(x.dtype, precision, config))
 
 
@@ -490,7 +491,7 @@ def linear_act_backward(
     if z is not None and (z.numel() == 0 and M * N or z.stride(-1) != 1):
         z = z.contiguous() if z.numel() else None
 
-    rows = triton.cdiv(M, layer_configs.pick(
+    rows = cdiv(M, layer_configs.pick(
         layer_configs.arch(x.device), "gz", layer_configs.kind(N, K) if z is None else layer_configs.MAP, x.dtype,
         precision, B, N, K
     ).block_m)  # fmt: skip

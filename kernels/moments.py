@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import mode, on_device
+from .launch import cdiv, mode, on_device
 from .maps import INTERPRETED
 from .primitives import fi_log, fi_sqrt, sincos_bounded
 
@@ -188,7 +188,7 @@ def launch_moments(
 ) -> None:
     """out [chunks, G, C (1 + B), 3]; nothing is empty."""
     chunks, G, values, _ = out.shape
-    groups = triton.cdiv(G, settings)
+    groups = cdiv(G, settings)
     c = config(map.branches, map.outputs)
     quad, last = start // 4, samples - (chunks - 1) * CHUNK
     with on_device(sigmas):
@@ -219,11 +219,11 @@ def moments(
     """
     if start % 4:
         raise ValueError(f"start: {start} is not a multiple of 4")
-    G, chunks = sigmas.shape[0], triton.cdiv(samples, CHUNK)
+    G, chunks = sigmas.shape[0], cdiv(samples, CHUNK)
     out = sigmas.new_empty((chunks, G, map.outputs * (1 + map.branches), 3), dtype=torch.float64)
     if out.numel():
         settings = settings_of(G, chunks)
-        if chunks * triton.cdiv(G, settings) > 0x7FFFFFFF:
+        if chunks * cdiv(G, settings) > 0x7FFFFFFF:
             raise ValueError(f"samples: {samples} for {G} settings are too many for one call; split them")
         launch_moments(sigmas, params, out, start, samples, seed, map, settings, precision)
     return out
@@ -237,7 +237,7 @@ def random_bits(start: int, count: int, branch: int, seed: int, device="cuda") -
     quad = start // 4
     if count:
         with on_device(out):
-            random_bits_kernel[(triton.cdiv(count, CHUNK),)](
+            random_bits_kernel[(cdiv(count, CHUNK),)](
                 out, count, _signed(quad), _signed(quad >> 32), branch, _signed(seed), _signed(seed >> 32),
                 BLOCK_Q=CHUNK // 4,
             )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .configurations import linear_act as layer_configs
-from .launch import TYPES, accumulator, on_device
+from .launch import TYPES, accumulator, cdiv, on_device
 from .maps import narrow
 
 
@@ -40,11 +40,11 @@ def launch_sum(partials: torch.Tensor, out: torch.Tensor) -> None:
     if not G * L:
         return
     config = layer_configs.SUM
-    chunks = 1 if S <= 4 * config.chunk else triton.cdiv(S, config.chunk)
+    chunks = 1 if S <= 4 * config.chunk else cdiv(S, config.chunk)
     target = out if chunks == 1 else partials.new_empty((G, chunks, L))
-    chunk = triton.cdiv(S, chunks) if chunks == 1 else config.chunk
+    chunk = cdiv(S, chunks) if chunks == 1 else config.chunk
     with on_device(partials):
-        sum_kernel[(G * chunks * triton.cdiv(L, config.block_l),)](
+        sum_kernel[(G * chunks * cdiv(L, config.block_l),)](
             partials, target, S, L, chunk, chunks, ACC=TYPES[accumulator(partials.dtype)],
             BLOCK_S=config.block_s, BLOCK_L=config.block_l, num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip

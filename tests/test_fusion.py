@@ -1092,3 +1092,15 @@ def test_command(tmp_path, capsys):
 def test_memories_are_by_place():
     memory = Memory()
     assert memory.site(2) is memory.site(2) and memory.site(0) is not memory.site(1)
+
+
+@pytest.mark.parametrize("width", [16, 300])
+def test_parts_of_ours_inside(width):
+    """Layers and networks of this package in a model that is not ours take pendings as what they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(2, width), nn.Tanh(), fi.SineLayer(width, width, omega=3.0), nn.Linear(width, 4),
+        fi.SIREN(4, width, 1, 3, omega=2.0), nn.Linear(3, 2), nn.Sigmoid(),
+    )  # fmt: skip
+    report = check_same(model, rows(150))
+    assert len(report.fused) >= 2, report

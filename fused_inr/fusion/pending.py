@@ -727,9 +727,13 @@ class Region(TorchFunctionMode):
 
     def _fused(self, node: Deferred, activation: Activation) -> Tensor:
         """The value by fused operations: of the layer, or of the chain of layers that ends in it."""
-        root = node.root
+        root, x = node.root, node.root.x
+        if type(x) is not Deferred and node.state.dtype is None and node.norm is None and not node.state.bare:
+            if not (root.channels or root.complex or x.is_complex()):
+                if root.site.memory.recorder is not None:
+                    root.site.ran([(node, activation)], None)
+                return linear_act(x, root.weight, root.bias, activation)
         chain = [(node, activation)]
-        x = root.x
         while type(x) is Deferred and x.result is None and self._joins(x, root):
             before = self._activation(x)
             if before is None:

@@ -19,13 +19,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import triton
 
 from fused_inr.network import Criterion, Spec
 
 from ..configurations import linear_act as layer_configs
 from ..configurations import mlp as network_configs
-from ..launch import Arithmetic, Launcher, accumulator, arithmetic, constants_of, contiguous_rows, on_device
+from ..launch import Arithmetic, Launcher, accumulator, arithmetic, cdiv, constants_of, contiguous_rows, on_device
 from ..linear_act import launch_weight_grad, weight_grad_splits
 from ..maps import INTERPRETED, identity
 from ..sums import launch_sum
@@ -315,7 +314,7 @@ def launch_forward(
     M = x.shape[0]
     arguments = Matrix(x, x.stride(0)), packed, Matrix(y, y.stride(0)), saved, M, plan.net.layers
     with on_device(x):
-        programs = min(config.programs(x.device), triton.cdiv(M, config.block_m))
+        programs = min(config.programs(x.device), cdiv(M, config.block_m))
         _forward(programs, arguments, _forward_constants(plan, config, keeps, back))
 
 
@@ -491,7 +490,7 @@ def _passes(plan: Plan, packed: Packed, rest, training: _Training, which: Pass, 
     if loss is not None:
         numbers = LossNumbers(loss.constants, loss.scale * loss.factor, 1.0 / loss.factor)
     if training.one_pass:
-        programs = min(training.programs, triton.cdiv(M, config.block_m))
+        programs = min(training.programs, cdiv(M, config.block_m))
         sums = x.new_empty((programs, training.where.total), dtype=plan.acc)
         with on_device(x):
             _one_pass(programs, (_rows(loss, x, g, 0, M), packed, sums, numbers, gx, M), training.constants)
@@ -502,7 +501,7 @@ def _passes(plan: Plan, packed: Packed, rest, training: _Training, which: Pass, 
         row_bytes = max(1, L - 1) * (net.rows + net.columns) * x.dtype.itemsize
         chunk = min(M, max(1, network_configs.CHUNK_BYTES // row_bytes // config.block_m) * config.block_m)
         hidden = x.new_zeros((L - 1, net.rows, net.columns), dtype=plan.acc)
-    programs = min(training.programs, triton.cdiv(chunk, config.block_m))
+    programs = min(training.programs, cdiv(chunk, config.block_m))
     sums = x.new_empty((programs, training.where.total), dtype=plan.acc)
     gz = h = None
     if need_w and (config.later or hidden is not None):
@@ -524,7 +523,7 @@ def _passes(plan: Plan, packed: Packed, rest, training: _Training, which: Pass, 
             int(start > 0),
         )  # fmt: skip
         with on_device(x):
-            _train_pass(min(programs, triton.cdiv(count, config.block_m)), arguments, training.constants)
+            _train_pass(min(programs, cdiv(count, config.block_m)), arguments, training.constants)
         if hidden is not None and L > 1:
             if h is not None:
                 factors = h[: (L - 1) * count * net.columns].view(L - 1, count, net.columns)
