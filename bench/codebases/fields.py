@@ -41,15 +41,13 @@ class SplitOmegas(nn.Module):
         return h
 
     def forward_with_activations(self, x):
-        preact = self.linear(x)
-        preacts = list(preact.chunk(4, dim=-1))
-        for i in range(len(preacts)):
-            preacts[i] = self.omegas[i] * preacts[i]
-        tanh, sigmoid, sin, cos = preacts
-        acts = tanh.tanh(), sigmoid.sigmoid(), sin.sin(), cos.cos()
-        h = acts[0] * acts[1] * acts[2] * acts[3]
-        h = h * self.m
-        return h, [x, preact, *preacts, *acts]
+        z = self.linear(x)
+        parts = list(z.chunk(4, dim=-1))
+        for i, omega in enumerate(self.omegas):
+            parts[i] = omega * parts[i]
+        functions = [parts[0].tanh(), parts[1].sigmoid(), parts[2].sin(), parts[3].cos()]
+        h = functions[0] * functions[1] * functions[2] * functions[3]
+        return h * self.m, [x, z, *parts, *functions]
 
 
 class SplitLinear(nn.Module):
@@ -61,10 +59,8 @@ class SplitLinear(nn.Module):
         self.m = m
 
     def forward(self, x):
-        o = self.linear(x)
-        o = o.chunk(4, dim=-1)
-        o = o[0].tanh() * o[1].sigmoid() * o[2].sin() * o[3]
-        return o * self.m
+        a, b, c, d = self.linear(x).chunk(4, dim=-1)
+        return a.tanh() * b.sigmoid() * c.sin() * d * self.m
 
 
 class SplitPicture(nn.Module):
@@ -168,16 +164,17 @@ class MinMax(nn.Module):
     """kaolin-wisp's function that orders neighbouring columns."""
 
     def forward(self, x):
-        N, M = x.shape
-        x = x.reshape(N, M // 2, 2)
-        return torch.cat([x.min(-1, keepdim=True)[0], x.max(-1, keepdim=True)[0]], dim=-1).reshape(N, M)
+        rows, columns = x.shape
+        pairs = x.reshape(rows, columns // 2, 2)
+        low, high = pairs.min(-1).values, pairs.max(-1).values
+        return torch.stack([low, high], dim=-1).reshape(rows, columns)
 
 
 class FullSort(nn.Module):
     """kaolin-wisp's function that sorts a row."""
 
     def forward(self, x):
-        return torch.sort(x, dim=-1)[0]
+        return x.sort(dim=-1).values
 
 
 def _sorting(width, function):
@@ -227,16 +224,12 @@ class WispSkip(nn.Module):
         self.lout = nn.Linear(width, 4, bias=False)
 
     def forward(self, x, return_h=False):
-        for i, l in enumerate(self.layers):
-            if i == 0:
-                h = self.activation(l(x))
-            elif i in self.skip:
-                h = self.activation(l(h))
+        h = self.activation(self.layers[0](x))
+        for i in range(1, len(self.layers)):
+            h = self.activation(self.layers[i](h))
+            if i in self.skip:
                 h = torch.cat([x, h], dim=-1)
-            else:
-                h = self.activation(l(h))
-        out = self.lout(h)
-        return (out, h) if return_h else out
+        return (self.lout(h), h) if return_h else self.lout(h)
 
 
 @register(
@@ -410,9 +403,8 @@ class ManyLinear(nn.Module):
 
     def forward(self, x, batch_size_per_network=None):
         if batch_size_per_network is None:
-            product = torch.bmm(x, self.weight.permute(0, 2, 1))
-            result = product + self.bias.unsqueeze(1)
-            return result.view(len(self.weight), x.size(1), self.out_features)
+            z = torch.bmm(x, self.weight.permute(0, 2, 1)) + self.bias.unsqueeze(1)
+            return z.view(len(self.weight), x.size(1), self.out_features)
         result, start = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device), 0
         for g, rows in enumerate(batch_size_per_network):
             end = start + int(rows)

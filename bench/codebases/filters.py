@@ -24,12 +24,9 @@ class ComplexGaborTwo(nn.Module):
 
     def forward(self, input):
         lin = self.linear(input)
-        scale_x = lin
-        scale_y = self.scale_orth(input)
-        freq_term = torch.exp(1j * self.omega_0 * lin)
-        arg = scale_x.abs().square() + scale_y.abs().square()
-        gauss_term = torch.exp(-self.scale_0 * self.scale_0 * arg)
-        return freq_term * gauss_term
+        window = lin.abs().square() + self.scale_orth(input).abs().square()
+        wave = torch.exp(1j * self.omega_0 * lin)
+        return wave * torch.exp(-self.scale_0 * self.scale_0 * window)
 
 
 class WireTwo(nn.Module):
@@ -86,8 +83,9 @@ class Gabor(nn.Module):
         self.linear.bias.data.uniform_(-np.pi, np.pi)
 
     def forward(self, x):
-        D = (x**2).sum(-1)[..., None] + (self.mu**2).sum(-1)[None, :] - 2 * x @ self.mu.T
-        return torch.sin(self.linear(x)) * torch.exp(-0.5 * D * self.gamma[None, :])
+        squares = (x**2).sum(-1, keepdim=True) + (self.mu**2).sum(-1)
+        distance = squares - 2 * x @ self.mu.T
+        return torch.sin(self.linear(x)) * torch.exp(-0.5 * distance * self.gamma[None, :])
 
 
 class FilterNetwork(nn.Module):
@@ -104,13 +102,12 @@ class FilterNetwork(nn.Module):
         self.filters = nn.ModuleList([filter(2, width, scale) for _ in range(n_layers + 1)])
 
     def forward(self, x):
-        out = self.filters[0](x)
-        for i in range(1, len(self.filters)):
-            out = self.filters[i](x) * self.linear[i - 1](out)
-        out = self.output_linear(out)
-        if self.output_act:
-            out = torch.sin(out)
-        return out
+        first, *others = self.filters
+        h = first(x)
+        for filter, linear in zip(others, self.linear):
+            h = filter(x) * linear(h)
+        y = self.output_linear(h)
+        return torch.sin(y) if self.output_act else y
 
 
 @register(
@@ -163,7 +160,8 @@ class MultiscaleBacon(nn.Module):
     def __init__(self, width, hidden_layers=4, frequency=(32, 32), reuse_filters=False):
         super().__init__()
         interval = 2 * np.pi
-        self.reuse_filters, self.stop_after = reuse_filters, None
+        self.reuse_filters = reuse_filters
+        self.stop_after: int | None = None
         self.linear = nn.ModuleList([nn.Linear(width, width) for _ in range(hidden_layers)])
         scale = [round((np.pi * f / (hidden_layers + 1)) / interval) * interval for f in frequency]
         self.filters = nn.ModuleList([QuantisedFourier(2, width, scale) for _ in range(hidden_layers + 1)])
@@ -175,21 +173,17 @@ class MultiscaleBacon(nn.Module):
 
     def forward(self, model_input):
         coords, outputs = model_input["coords"], []
-        if self.reuse_filters:
-            filters = 2 * [self.filters[0](coords)] + (len(self.filters) - 2) * [self.filters[-1](coords)]
-            out = filters[0]
-            for i in range(1, len(self.filters)):
-                out = filters[i] * self.linear[i - 1](out)
-                if i in self.output_layers:
-                    outputs.append(self.output_linear[i](out))
-        else:
-            out = self.filters[0](coords)
-            for i in range(1, len(self.filters)):
-                out = self.filters[i](coords) * self.linear[i - 1](out)
-                if i in self.output_layers:
-                    outputs.append(self.output_linear[i](out))
-                    if self.stop_after is not None and len(outputs) > self.stop_after:
-                        break
+        count = len(self.filters)
+        if self.reuse_filters:  # two values for all layers
+            low, high = self.filters[0](coords), self.filters[-1](coords)
+            made = [low, low] + [high] * (count - 2)
+        h = made[0] if self.reuse_filters else self.filters[0](coords)
+        for i in range(1, count):
+            h = (made[i] if self.reuse_filters else self.filters[i](coords)) * self.linear[i - 1](h)
+            if i in self.output_layers:
+                outputs.append(self.output_linear[i](h))
+            if self.stop_after is not None and len(outputs) > self.stop_after:
+                break
         return {"model_in": model_input, "model_out": {"output": outputs}}
 
 

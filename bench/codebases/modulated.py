@@ -106,20 +106,18 @@ class CoinModulated(nn.Module):
         return self.last_layer(x)
 
     def modulated_forward(self, x, latent):
-        x_shape = x.shape[:-1]
-        x = x.view(x.shape[0], -1, x.shape[-1])
+        lead, n = x.shape[:-1], self.dim_hidden
+        h = x.view(len(x), -1, x.shape[-1])
         modulations = self.modulation_net(latent)
-        middle = self.num_modulations // 2 if self.modulate_scale else 0
-        idx = 0
-        for module in self.net:
-            scale = modulations[:, idx : idx + self.dim_hidden].unsqueeze(1) + 1.0 if self.modulate_scale else 1.0
-            shift = modulations[:, middle + idx : middle + idx + self.dim_hidden].unsqueeze(1)
-            x = module.linear(x)
-            x = scale * x + shift
-            x = module.activation(x)
-            idx = idx + self.dim_hidden
-        out = self.last_layer(x)
-        return out.view(*x_shape, out.shape[-1])
+        shifts = self.num_modulations // 2 if self.modulate_scale else 0  # scales come first
+        for i, module in enumerate(self.net):
+            scale = modulations[:, i * n : (i + 1) * n].unsqueeze(1) + 1.0 if self.modulate_scale else 1.0
+            shift = modulations[:, shifts + i * n : shifts + (i + 1) * n].unsqueeze(1)
+            h = module.linear(h)
+            h = scale * h + shift
+            h = module.activation(h)
+        y = self.last_layer(h)
+        return y.view(*lead, y.shape[-1])
 
 
 def _fit_modulations(model, inputs, steps=3, rate=1e-2):

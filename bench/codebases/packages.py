@@ -54,7 +54,7 @@ def deepxde() -> types.ModuleType:
         warnings.simplefilter("ignore")
         package = importlib.import_module("deepxde")
     if torch.get_default_device() != device:
-        torch.set_default_device(device)
+        torch.set_default_device(None if device.type == "cpu" else device)
     torch.set_default_dtype(dtype)
     return package
 
