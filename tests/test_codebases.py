@@ -14,12 +14,6 @@ import fused_inr as fi
 CODEBASES = codebases()
 #: The width of tests: several of everything, and no multiple of a vector.
 WIDTH, ROWS = 20, 256
-#: What is pointwise and is left alone so far, though it is left right.
-NOT_YET = {
-    "bacon-siren": "a 0-dimensional tensor of integers times z",
-    "coinpp-meta": "a number times z, plus a shift [B, 1, N]",
-    "kilonerf-layers": "a view of z before the function",
-}
 
 
 def made(name):
@@ -97,10 +91,7 @@ def test_fused(name):
     assert not [left for left in report.left if "differ" in left.reason or "compiled" in left.reason], report
     assert all(report.errors[kind] <= max(report.bounds[kind], 1e-5) for kind in report.errors)
     layers = sum(2 if "z2" in e.formula and codebase.name == "wire-real" else 1 for e in report.fused)
-    if name in NOT_YET:
-        assert layers < codebase.fused, f"{NOT_YET[name]} is fused by now: NOT_YET need not have it"
-    else:
-        assert layers >= codebase.fused, report
+    assert layers >= codebase.fused, report
 
 
 @pytest.mark.parametrize("name", CODEBASES)

@@ -610,6 +610,21 @@ class SharedMemory(nn.Module):
         return torch.cat([torch.sin(z), torch.sin(w)], -1)
 
 
+class Copies(nn.Module):
+    """What is copied, or multiplied by 1, is another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 8)
+
+    def forward(self, x):
+        z = self.linear(x)
+        a, b = z.clone(), z * 1.0
+        a[..., :3] = 0.0
+        b[..., 3:] = 1.0
+        return torch.cat([torch.sin(z), a, b, z], -1)
+
+
 class PowersBothWays(nn.Module):
     """The same function with a number before a tensor, and behind it."""
 
@@ -626,6 +641,7 @@ class PowersBothWays(nn.Module):
     "kind",
     [
         SharedMemory,
+        Copies,
         PowersBothWays,
         TwoConsumers,
         ChangedBefore,

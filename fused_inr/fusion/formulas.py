@@ -202,7 +202,7 @@ def apply(
     except TypeError:
         return None
     kwargs = tuple((k, v) for k, v in kwargs if k not in ("inplace", "memory_format"))
-    if name == "clone":
+    if name == "clone" and args[0][0] != "z":  # a pre-activation itself has one value, and a copy another
         expression = args[0]
     else:
         args = args if "inplace" not in inspect.signature(formula).parameters else _without_inplace(formula, args)

@@ -117,7 +117,7 @@ KNOWN = _known()
 
 _SPELLED: dict[str, Callable[..., Any]] = {
     "celu": F.celu,
-    "clone": lambda input, **_: input,
+    "clone": torch.clone,
     "detach": lambda input: input.detach(),
     "prelu": F.prelu,
     "where": torch.where,

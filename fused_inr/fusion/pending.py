@@ -45,6 +45,7 @@ __all__ = ["Pending", "Region", "current"]
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _COMPLEX = (torch.complex64, torch.complex128)
+_INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 _SEVERAL = (list, tuple)
 
 
@@ -482,7 +483,8 @@ class Region(TorchFunctionMode):
         if known.inplace and (type(args[0]) is not Pending or args[0].node.result is not None):
             return None
         name = known.name
-        if state.bare and state.branches == 0 and not kwargs and root.bias is None and name == "add":
+        alone = state.branches == 0 if state.bare else state.branches < 2 and state.expression == _COPY
+        if alone and not kwargs and root.bias is None and name == "add":
             found = self._biased(me, args, known.inplace)
             if found is not None:
                 return found
@@ -504,7 +506,7 @@ class Region(TorchFunctionMode):
             named = tuple([(k, given.code(v)) for k, v in kwargs.items()]) if kwargs else ()
         except _NoFormula:
             # a modulation of its own for each group of rows is part of the layer
-            if state.bare and state.branches == 0 and name in ("add", "mul") and not kwargs:
+            if alone and name in ("add", "mul") and not kwargs:
                 return self._modulated(me, name, args, known.inplace)
             return None
         detached = root.grad and not grad
@@ -538,6 +540,11 @@ class Region(TorchFunctionMode):
         dtype = given.result_type(known.name, expressions, named)
         if dtype is None:
             return None
+        if dtype == root.dtype and _keeps_values(known.name, expressions):
+            state = given.me.node.state
+            branches = max(1, state.branches)
+            copied = formulas.apply("clone", (state.expression,), (), branches, root.dtype, detached, None)
+            return (state if known.inplace else copied), known.inplace
         branches = max([n.state.branches for n in given.nodes] + [1])
         after = formulas.apply(
             known.name, expressions, named, branches, root.dtype, detached, None if dtype == root.dtype else dtype
@@ -911,6 +918,8 @@ class _Given:
                 return "=", float(a)
             return "v", self._leaf(a)
         if kind in _PLAIN:
+            if a.dim() == 0 and a.dtype in _INTEGERS and a.device.type == "cpu":
+                return self.code(self._converted(a, a.item()))
             return "v", self._leaf(a), self._tensor_kind(a), a.dtype
         if a is None or kind is bool or kind is str:
             return kind, a
@@ -980,6 +989,14 @@ def _asks_inplace(name: str, args: tuple, kwargs: dict) -> bool:
     return "inplace" in names and len(args) > names.index("inplace") and bool(args[names.index("inplace")])
 
 
+def _keeps_values(name: str, expressions: tuple) -> bool:
+    """Whether a function multiplies or divides by 1."""
+    one = ("=", 1.0)
+    return (name in ("mul", "div") and expressions[1] == one) or (name == "mul" and expressions[0] == one)
+
+
+#: A copy of a pre-activation.
+_COPY = ("clone", (("z", 0),), ())
 _MISSING = object()
 #: Steps that a state remembers.
 _MOST_STEPS = 64
@@ -1245,6 +1262,17 @@ def _same(region, me, function, args, kwargs):
     return me if len(args) == 1 and not kwargs else None
 
 
+def _reshaped(region, me, function, args, kwargs):
+    """A pending in the shape that it has is itself."""
+    shape = args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:]
+    if kwargs or not isinstance(shape, tuple | list) or not all(type(n) is int for n in shape):
+        return None
+    form, known = tuple(me.form), math.prod(n for n in shape if n != -1)
+    if -1 in shape and known:
+        shape = [math.prod(form) // known if n == -1 else n for n in shape]
+    return me if tuple(shape) == form else None
+
+
 def _cast(region, me, function, args, kwargs):
     """A conversion to the type that the value has."""
     return me if len(args) == 1 and not kwargs and me.dtype is _FLOAT[function] else None
@@ -1293,6 +1321,9 @@ SPECIAL: dict[Any, Callable] = {
     _GETITEM: _getitem,
     F.glu: _glu,
     Tensor.contiguous: _same,
+    Tensor.view: _reshaped,
+    Tensor.reshape: _reshaped,
+    torch.reshape: _reshaped,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
