@@ -623,7 +623,7 @@ def test_explain_and_doctor_tell_why_not(fresh, capsys):
     from fused_inr.cli.main import main
 
     layer = fi.FusedLinear(4, 4, activation="sine")
-    assert "not cuda: the tensors are on cpu" in backends.explain(layer, torch.ones(2, 4))
+    assert "not cuda: the tensors are on cpu" in backends.explain(layer, torch.ones(5000, 4))
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.split()[:1] == ["nvcc"]]
