@@ -91,8 +91,9 @@ def to_pytorch(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__qualname__}")
-    if hasattr(type(model), "_fused_inr"):
-        raise TypeError("model: it is fused, which is undone exactly: unfuse it, and it is plain PyTorch")
+    for name, module in model.named_modules():
+        if hasattr(type(module), "_fused_inr"):
+            raise TypeError(f"model{'.' if name else ''}{name}: it is fused, which is undone exactly: unfuse it first")
     return _plain(copy.deepcopy(model))
 
 

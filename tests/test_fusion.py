@@ -11,6 +11,8 @@ import gc
 import io
 import json
 import pickle
+from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -63,6 +65,7 @@ def derivatives(model, x, orders=2, call=None):
     """The value and gradients up to an order, each of a fixed combination of those before."""
     x = x.detach().clone().requires_grad_()
     y = (call or model)(x)
+    y = y[0] if isinstance(y, tuple) else y
     y = torch.view_as_real(y) if y.is_complex() else y
     found = [y.detach()]
     wanted = [x, *model.parameters()]
@@ -154,13 +157,20 @@ def test_each_function_is_its_formula(name, monkeypatch):
     expected = functions.evaluate(expression, (z,), leaves)
     zs = [__import__("sympy").Symbol("z0", real=True)]
     found = formulas._outputs(state.expression, zs, False, False)
-    matched = formulas._own(found, formulas._used(found), zs, leaves)
+    matched = formulas._own(found, formulas._used(found), zs)
     values = [float(leaves[n]) if type(n) is int else n for n in matched.leaves]
     (given,) = matched.map.torch_map(0)(z, *values)
     torch.testing.assert_close(given, expected)
     if expected.requires_grad:
         (a,), (b,) = torch.autograd.grad(expected.sum(), z), torch.autograd.grad(given.sum(), z, allow_unused=True)
         torch.testing.assert_close(torch.zeros_like(z) if b is None else b, a, rtol=1e-6, atol=1e-9)
+
+
+def test_names_are_those_of_the_formulas():
+    """Which functions have a formula is known without sympy: the same list twice."""
+    from fused_inr.fusion.symbolic import FORMULAS
+
+    assert set(FORMULAS) == functions.NAMES
 
 
 CHAINS = {
@@ -625,6 +635,51 @@ class Copies(nn.Module):
         return torch.cat([torch.sin(z), a, b, z], -1)
 
 
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+class Containers(nn.Module):
+    """Pendings in containers that are no tuple, list or dictionary themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 8)
+
+    def forward(self, x):
+        pair = Pair(torch.sin(self.linear(x)), torch.cos(self.linear(x)))
+        return torch.cat(pair, -1), pair, OrderedDict(z=self.linear(x))
+
+
+class Unrecorded(nn.Module):
+    """A bias and a factor under no_grad have no gradient, nor has what they are applied to."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 8, bias=False)
+        self.bias, self.factor = nn.Parameter(torch.randn(8)), nn.Parameter(torch.rand(1, 1, 8) + 0.5)
+
+    def forward(self, x):
+        z = self.linear(x)
+        with torch.no_grad():
+            a = z + self.bias
+            b = self.linear(x.reshape(1, -1, 2)) * self.factor
+        return torch.sin(z) * torch.sin(a) + torch.cos(z) * torch.sin(b).reshape(z.shape)
+
+
+class Reductions(nn.Module):
+    """Functions that are element by element with a second tensor only."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 8)
+
+    def forward(self, x):
+        z = self.linear(x)
+        return torch.max(z, 1)[0] + torch.min(self.linear(x), -1)[0] + torch.max(torch.sin(self.linear(x)))
+
+
 class PowersBothWays(nn.Module):
     """The same function with a number before a tensor, and behind it."""
 
@@ -642,6 +697,9 @@ class PowersBothWays(nn.Module):
     [
         SharedMemory,
         Copies,
+        Containers,
+        Unrecorded,
+        Reductions,
         PowersBothWays,
         TwoConsumers,
         ChangedBefore,
@@ -654,6 +712,55 @@ class PowersBothWays(nn.Module):
 def test_traps(kind):
     torch.manual_seed(0)
     check_same(kind())
+
+
+def test_what_is_detached_shares_memory_at_every_call():
+    model = SharedMemory()
+    plain = copy.deepcopy(model)
+    fi.fuse(model, prefer="always")
+    for _ in range(3):
+        torch.testing.assert_close(model(rows()), plain(rows()))
+
+
+def test_a_view_is_of_the_value_that_a_network_made():
+    """A part of a pre-activation is taken, all of it computed with the layers before it, then changed in place."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            z = self.b(torch.tanh(self.a(x)))
+            left, _ = z.chunk(2, -1)
+            total = z.sum()
+            z[..., :2] = 1.0
+            return torch.cat([left, z], -1) + 0 * total
+
+    model = Net()
+    plain = copy.deepcopy(model)
+    fi.fuse(model, prefer="always")
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(rows()), plain(rows()))
+
+
+def test_inference_is_measured_as_inference():
+    """What is timed without gradients records none."""
+    from fused_inr.fusion.install import run
+    from fused_inr.fusion.measure import MeasuredChain
+
+    model = siren()
+    recorder = fi.fusion.SiteRecorder(model)
+    memory = Memory()
+    memory.recorder = recorder
+    run(memory, model, rows())
+    chain = MeasuredChain([node for node, _ in recorder.chains[-1][0]], rows())
+    region = Region(Memory())
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert chain.fused(region, rows()).requires_grad is grad
+            assert chain.original(region, rows()).requires_grad is grad
 
 
 def test_values_that_stay():

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..ops.mlp import forget_derivatives
 from .check import Compared, combined, floats, own_inputs, same_state
 from .install import fused, install, installed, kind_of_call, uninstall
@@ -61,6 +62,7 @@ def fuse(
     Raises:
         TypeError: a model that is no module, or is compiled or scripted.
         ValueError: a model that is fused already, a method that it does not have, another word for `prefer`.
+        RuntimeError: a model that is not the same twice on the sample, fused or not.
         Whatever the model raises on the sample; the model is then as it was.
     """
     methods = _checked(model, methods, prefer)
@@ -71,7 +73,7 @@ def fuse(
         report.notes.append("no sample input: nothing was compared or measured")
         return report
     original = getattr(model, methods[0])
-    compared = Compared(model, original, args, {})
+    compared = Compared(model, original, args)
     memory = install(model, methods)
     try:
         _examine(model, methods[0], original, args, memory, compared, prefer, report)
@@ -213,8 +215,6 @@ def _entries(recorder: SiteRecorder, chains: list[MeasuredChain], memory: Memory
             if node.state.bare:
                 of.append(None)
                 continue
-            from .. import backends
-
             backend = (
                 decision.backend
                 if decision is not None
@@ -246,7 +246,8 @@ def _leave_what_is_slow(model, original, call, args, chains, entries, memory: Me
                     e.speed = seconds[0] / seconds[1]
                     e.slower_below = _rows_below(slow[max(slow)])
             for node in chain.nodes:
-                node.root.site.slow = slow
+                for site in filter(None, (node.root.site, node.root.partner)):
+                    site.slow = slow
             if seconds is not None and bucket(chain.rows) in slow[max(slow)]:
                 of[:] = [None] * len(of)
                 for node in chain.nodes:
@@ -285,7 +286,7 @@ def _rows_below(slow: frozenset[int]) -> int:
 def _time(model, original, call, args, device: torch.device, gradients: bool) -> tuple[float, float]:
     def step(function):
         def run():
-            given, _, _ = own_inputs(args, {})
+            given, _ = own_inputs(args)
             if not gradients:
                 with torch.no_grad():
                     return function(*given)

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KINDS", "Compared", "quantities", "same_state"]
+__all__ = ["Compared", "combined", "floats", "own_inputs", "quantities", "same_state"]
 
-#: What is compared, in this order.
-KINDS = ("values", "gradients", "second derivatives")
 #: Roundings of every parameter and input that a difference may come to.
 _ROUNDINGS = 8.0
 _FLOOR = 32.0
@@ -41,7 +39,7 @@ def floats(value: Any) -> list[Tensor]:
     return [t for t in found if t.is_floating_point()]
 
 
-def own_inputs(args: tuple, kwargs: dict) -> tuple[tuple, dict, list[Tensor]]:
+def own_inputs(args: tuple) -> tuple[tuple, list[Tensor]]:
     """The arguments with leaves of their own for floating-point tensors."""
     leaves: list[Tensor] = []
 
@@ -51,8 +49,7 @@ def own_inputs(args: tuple, kwargs: dict) -> tuple[tuple, dict, list[Tensor]]:
         leaves.append(t.detach().clone().requires_grad_())
         return leaves[-1]
 
-    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, own, (args, kwargs))
-    return args, kwargs, leaves
+    return torch.utils._pytree.tree_map_only(Tensor, own, args), leaves
 
 
 def combined(tensors: list[Tensor], seed: int) -> Tensor:
@@ -67,16 +64,16 @@ def combined(tensors: list[Tensor], seed: int) -> Tensor:
     return total
 
 
-def quantities(model: nn.Module, call: Callable, args: tuple, kwargs: dict) -> dict[str, list[Tensor]]:
+def quantities(model: nn.Module, call: Callable, args: tuple) -> dict[str, list[Tensor]]:
     """Of a call its values, its gradients, and gradients of its gradients, as far as it has them.
 
     Gradients are those of a fixed random combination of the outputs with respect to inputs and parameters;
     second derivatives those of a combination of the gradients of the inputs (of the parameters, where there are none).
     """
-    args, kwargs, leaves = own_inputs(args, kwargs)
+    args, leaves = own_inputs(args)
     found: dict[str, list[Tensor]] = {}
     with same_state(model), torch.enable_grad():
-        outputs = floats(call(*args, **kwargs))
+        outputs = floats(call(*args))
         found["values"] = [t.detach().clone() for t in outputs]
         parameters = [p for p in model.parameters() if p.requires_grad]
         outputs = [t for t in outputs if t.requires_grad]
@@ -110,16 +107,16 @@ class Compared:
     Args:
         model: as it was.
         call: the method that is looked at.
-        args, kwargs: the sample.
+        args: the sample.
     """
 
-    def __init__(self, model: nn.Module, call: Callable, args: tuple, kwargs: dict):
-        self.model, self.args, self.kwargs = model, args, kwargs
-        self.expected = quantities(model, call, args, kwargs)
+    def __init__(self, model: nn.Module, call: Callable, args: tuple):
+        self.model, self.args = model, args
+        self.expected = quantities(model, call, args)
         self.bounds: dict[str, list[float]] = {}
         with _changed_parameters(model):
-            changed = torch.utils._pytree.tree_map_only(Tensor, lambda t: _changed(t, 4), (args, kwargs))
-            moved = quantities(model, call, *changed)
+            changed = torch.utils._pytree.tree_map_only(Tensor, lambda t: _changed(t, 4), args)
+            moved = quantities(model, call, changed)
         for kind, tensors in self.expected.items():
             self.bounds[kind] = []
             for a, b in zip(tensors, moved.get(kind, tensors)):
@@ -127,12 +124,11 @@ class Compared:
                 size = float(a.abs().max()) if a.numel() else 0.0
                 bound = _ROUNDINGS * _distance(a, b) + _FLOOR * eps * size
                 self.bounds[kind].append(bound)
-            # of small tensors among large ones the differences are those of the large ones
         self.errors: dict[str, float] = {}
 
     def why(self, call: Callable) -> str:
         """Why a call is not the same; empty where it is. `errors` has the relative differences afterwards."""
-        found = quantities(self.model, call, self.args, self.kwargs)
+        found = quantities(self.model, call, self.args)
         self.errors = {}
         reasons = []
         for kind, tensors in self.expected.items():

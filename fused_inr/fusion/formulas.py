@@ -55,8 +55,8 @@ class State:
         dtype: of the value; None: that of the pre-activations.
         bare: whether nothing was applied: the pre-activation, or a branch of it.
         next: states by what is applied.
-        steps: the same for a function alone, or with one number: by function, by (function, number that is part of the
-            formula), by (function, None) for a number that becomes a parameter.
+        steps: the same for a function alone, or with one number: by function; by (function, whether the pending is
+            first, number) for a number that is part of the formula; without the number for one that is a parameter.
     """
 
     __slots__ = ("_matched", "_parts", "bare", "branches", "dtype", "expression", "next", "of", "reason", "steps")
@@ -316,7 +316,7 @@ def _match(state: State, leaves: tuple, complex_z: bool, complex_y: bool) -> Mat
                 back = tuple(numbers[n - 1000] if type(n) is int and n >= 1000 else n for n in known.leaves)
                 known = Matched(known.map, back, False)
     if known is None:
-        known = _own(found, _used(found), zs, leaves)
+        known = _own(found, _used(found), zs)
     _check(state, known, leaves, complex_z, complex_y)
     return known
 
@@ -394,7 +394,8 @@ def _known(found: list, used: list[str], branches: int) -> Matched | None:
 _own_maps: dict[str, ActivationMap] = {}
 
 
-def _own(found: list, used: list[str], zs: list, leaves: tuple) -> Matched:
+def _own(found: list, used: list[str], zs: list) -> Matched:
+    """An activation made for a formula: the same map for the same one."""
     import sympy
 
     names = [f"p{i}" for i in range(len(used))]
@@ -412,23 +413,15 @@ def _own(found: list, used: list[str], zs: list, leaves: tuple) -> Matched:
             results = tuple(e.xreplace(values) for e in expressions)
             return results if len(results) > 1 else results[0]
 
-        parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in (*map_names(zs), *names)]
+        parameters = [
+            inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in (*(z.name for z in zs), *names)
+        ]
         formula.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         map = ActivationMap(f"formula_{digest}", formula, dict.fromkeys(names, 1.0), generated=False)
-        map.__doc__ = ", ".join(map_text(e) for e in expressions)
+        map.__doc__ = ", ".join(str(e) for e in expressions)
         map = _own_maps[key] = DEFINED.setdefault(map.key, map)
     return Matched(map, tuple(int(u[1:]) for u in used), True)
-
-
-def map_names(zs: list) -> list[str]:
-    """The names of symbols."""
-    return [z.name for z in zs]
-
-
-def map_text(e) -> str:
-    """An expression as text, the pre-activation of one branch as z."""
-    return str(e)
 
 
 def _check(state: State, matched: Matched, leaves: tuple, complex_z: bool, complex_y: bool) -> None:
@@ -466,7 +459,6 @@ def _slopes(y: Tensor, zs: list[Tensor]) -> list[Tensor]:
 def _close(a: Tensor, b: Tensor, what: str) -> None:
     a, b = a.detach(), b.detach()
     same = torch.isclose(a, b, rtol=1e-6, atol=1e-8, equal_nan=True)
-    # a number in the formula is rounded to the type that it came in
     if not bool(same.all()):
         raise ValueError(f"its formula and PyTorch differ in their {what}")
 

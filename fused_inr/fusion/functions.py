@@ -7,6 +7,7 @@ part of an activation: it is called as it is.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,23 +116,10 @@ def _known() -> dict[Any, Function]:
 #: Function objects of PyTorch.
 KNOWN = _known()
 
-_SPELLED: dict[str, Callable[..., Any]] = {
-    "celu": F.celu,
-    "clone": torch.clone,
-    "detach": lambda input: input.detach(),
-    "prelu": F.prelu,
-    "where": torch.where,
-}
-
-
-def _callable(name: str) -> Callable[..., Any]:
-    for place in (_SPELLED, vars(F), vars(torch)):
-        if callable(place.get(name)):
-            return place[name]
-    return getattr(torch, name)
-
-
-_CALLABLES = {name: _callable(name) for name in NAMES}
+#: Of each name PyTorch's function.
+_CALLABLES: dict[str, Callable[..., Any]] = {n: vars(F).get(n) or getattr(torch, n) for n in NAMES}
+#: The same with a number before the tensor, of which PyTorch's functions know not all.
+_BEHIND_A_NUMBER = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
 
 
 def evaluate(expression: tuple, zs: tuple[Tensor, ...], leaves: tuple) -> Tensor:
@@ -157,20 +145,12 @@ def evaluate(expression: tuple, zs: tuple[Tensor, ...], leaves: tuple) -> Tensor
         if key not in done:
             name, args, kwargs = e
             values = [visit(a) for a in args]
-            if name in ("pow", "sub", "div", "mul", "add") and not isinstance(values[0], Tensor):
-                done[key] = _reversed(name, values)
-            else:
-                done[key] = _CALLABLES[name](*values, **{k: visit(v) for k, v in kwargs})
+            numbered = name in _BEHIND_A_NUMBER and not isinstance(values[0], Tensor)
+            function = _BEHIND_A_NUMBER[name] if numbered else _CALLABLES[name]
+            done[key] = function(*values, **{k: visit(v) for k, v in kwargs})
         return done[key]
 
     return visit(expression)
-
-
-def _reversed(name: str, values: list):
-    a, b = values
-    if name == "pow":
-        return torch.pow(a, b)
-    return a - b if name == "sub" else a / b if name == "div" else a * b if name == "mul" else a + b
 
 
 _inplace: dict[Any, bool] = {}

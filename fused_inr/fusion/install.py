@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..pytorch import forward_mode, transforms_active
 from .memory import Memory, bucket
-from .pending import Pending, Region, current
+from .pending import Region, current
 
 __all__ = ["fused", "install", "installed", "kind_of_call", "uninstall"]
 
@@ -48,7 +48,7 @@ def run(memory: Memory, function: Callable, *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
     if kind is not None and not region.pendings:
         memory.idle.add(kind)
-    return _values(region, result)
+    return region.real(result)
 
 
 def kind_of_call(args: tuple) -> tuple[bool, int] | None:
@@ -57,22 +57,6 @@ def kind_of_call(args: tuple) -> tuple[bool, int] | None:
         if isinstance(a, Tensor):
             return torch.is_grad_enabled(), bucket(a.numel() // max(1, a.shape[-1])) if a.dim() else 0
     return None
-
-
-def _values(region: Region, result: Any) -> Any:
-    """The result with values in place of pendings, in whatever PyTorch's pytrees know."""
-    kind = type(result)
-    if kind is Pending:
-        return region.value(result.node)
-    if isinstance(result, Tensor) or result is None:
-        return result
-    if kind is tuple:
-        return tuple([_values(region, r) for r in result])
-    if kind is list:
-        return [_values(region, r) for r in result]
-    if kind is dict:
-        return {k: _values(region, r) for k, r in result.items()}
-    return torch.utils._pytree.tree_map_only(Pending, lambda p: region.value(p.node), result)
 
 
 def _wrapped(function: Callable, memory: Memory) -> Callable:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .memory import bucket
 from .pending import Deferred, Region, Root
 
-__all__ = ["MeasuredChain", "saved_bytes", "side_by_side"]
+__all__ = ["WORTH", "MeasuredChain", "saved_bytes", "side_by_side", "slow_rows"]
 
 #: Measurements of each, and seconds after which no more are made.
 _TIMES, _SECONDS = 5, 1.0
@@ -61,7 +61,7 @@ class MeasuredChain:
         """The same by the functions that the model calls."""
         for old in self.nodes:
             node = _again(old, x, x)
-            x = region._normed(old.norm, region._by_pytorch(node))
+            x = region.normed(old.norm, region.by_pytorch(node))
         return x
 
     def times(self, region: Region, rows: int, gradients: bool) -> tuple[float, float] | None:
@@ -85,12 +85,13 @@ def _wants(t: Any) -> bool:
 
 
 def _again(old: Deferred, x: Any, rows: Tensor) -> Deferred:
-    r = old.root
+    """The same layer of other rows, with gradients as they are recorded now."""
+    r, grad = old.root, torch.is_grad_enabled()
     if r.channels:
         shape: tuple = (*rows.shape[:1], r.shape[1], rows.shape[2])
     else:
         shape = (*rows.shape[:-1], r.shape[-1])
-    root = Root(x, r.weight, r.bias, r.compute, shape, r.dtype, r.device, r.site, r.grad, r.cast, r.channels)
+    root = Root(x, r.weight, r.bias, r.compute, shape, r.dtype, r.device, r.site, grad, r.cast, r.channels)
     root.branches = r.branches
     node = Deferred(root, old.state, old.leaves)
     node.norm = old.norm

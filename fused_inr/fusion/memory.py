@@ -14,7 +14,7 @@ from torch import Tensor
 from ..activations import Activation
 from ..network import Layer
 from ..ops import mlp as _op
-from .formulas import Matched, State
+from .formulas import Matched
 
 __all__ = ["Memory", "Site", "bucket"]
 
@@ -67,7 +67,7 @@ class Site:
             return slow is not None and bucket(rows) in slow
         return False
 
-    def activation(self, matched: Matched, leaves: tuple, features: int, state: State) -> Activation:
+    def activation(self, matched: Matched, leaves: tuple, features: int) -> Activation:
         """The activation with the numbers and tensors of this call; the same object while these are the same."""
         kept = self._activation
         if kept is not None and kept[0] is matched and len(kept[1]) == len(leaves):

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ..activations import Activation, lookup
 from ..functional import linear_act
@@ -47,7 +48,8 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _COMPLEX = (torch.complex64, torch.complex128)
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 _SEVERAL = (list, tuple)
-
+#: Types of arguments that hold nothing.
+_LEAVES = frozenset((int, float, bool, str, complex, torch.Size, torch.dtype, torch.device, slice, type(...)))
 
 _following = itertools.count(1).__next__
 
@@ -395,7 +397,7 @@ class Region(TorchFunctionMode):
             return self.real(value)
 
     def real(self, value: Any) -> Any:
-        """The same with values in place of pendings, in tuples, lists and dictionaries too."""
+        """The same with values in place of pendings, also in tuples, lists, dictionaries and what is like them."""
         kind = type(value)
         if kind is Pending:
             return self.value(value.node)
@@ -405,14 +407,16 @@ class Region(TorchFunctionMode):
             return [self.real(v) for v in value]
         if kind is dict:
             return {k: self.real(v) for k, v in value.items()}
-        return value
+        if value is None or kind in _LEAVES or isinstance(value, Tensor):
+            return value
+        # a NamedTuple, an ordered dictionary, whatever PyTorch's pytrees know
+        return tree_map_only(Pending, lambda p: self.value(p.node), value)
 
     # -- pendings
 
-    def _pending(self, node: Deferred, shape: Any = None, dtype: torch.dtype | None = None) -> Pending:
-        root = node.root
-        form = shape or root.shape
-        pending = _new(Pending, form, dtype=dtype or node.state.dtype or root.dtype, device=root.device)
+    def _pending(self, node: Deferred, shape: Any = None) -> Pending:
+        form = shape or node.root.shape
+        pending = _new(Pending, form, dtype=node.dtype, device=node.root.device)
         pending.node = node
         pending.form = form
         self.open.append(weakref.ref(pending))
@@ -430,7 +434,7 @@ class Region(TorchFunctionMode):
             x = node.result
             if x is None:
                 before = node
-                x_dtype, x_device = (node.state.dtype or node.root.dtype), node.root.device
+                x_dtype, x_device = node.dtype, node.root.device
                 forked = node.root.site
                 if forked.shared or (node.consumers and not forked.joins):
                     forked.shared = True
@@ -483,11 +487,6 @@ class Region(TorchFunctionMode):
         if known.inplace and (type(args[0]) is not Pending or args[0].node.result is not None):
             return None
         name = known.name
-        alone = state.branches == 0 if state.bare else state.branches < 2 and state.expression == _COPY
-        if alone and not kwargs and root.bias is None and name == "add":
-            found = self._biased(me, args, known.inplace)
-            if found is not None:
-                return found
         grad = torch.is_grad_enabled()
         if grad and not root.grad:
             return None
@@ -496,7 +495,15 @@ class Region(TorchFunctionMode):
             now = torch.get_autocast_dtype(root.device.type) if torch.is_autocast_enabled(root.device.type) else None
             if now != cast:
                 return None
-        given = _Given(self, me, name)
+        detached = root.grad and not grad
+        alone = state.branches == 0 if state.bare else state.branches < 2 and state.expression == _COPY
+        # an operand of the layer itself; what is detached is none
+        of_layer = alone and not kwargs and not detached and name in ("add", "mul")
+        if of_layer and root.bias is None and name == "add":
+            found = self._biased(me, args, known.inplace)
+            if found is not None:
+                return found
+        given = _Given(me, name)
         literal = _LITERAL_FROM.get(name)
         try:
             if literal is None:
@@ -506,10 +513,7 @@ class Region(TorchFunctionMode):
             named = tuple([(k, given.code(v)) for k, v in kwargs.items()]) if kwargs else ()
         except _NoFormula:
             # a modulation of its own for each group of rows is part of the layer
-            if alone and name in ("add", "mul") and not kwargs:
-                return self._modulated(me, name, args, known.inplace)
-            return None
-        detached = root.grad and not grad
+            return self._modulated(me, name, args, known.inplace) if of_layer else None
         if name == "detach":
             root.viewed = True  # it shares the memory of what it is detached from
         key = (name, known.inplace, detached, cast, codes, named)
@@ -517,14 +521,14 @@ class Region(TorchFunctionMode):
         if found is _MISSING:
             found = self._first_time(known, given, args, kwargs, detached, root)
             formulas.remember(state, key, found)
-            if found is not None and not (found[1] or detached or named or cast):
+            if found is not None and not (found[1] or detached or named or cast or name == "detach"):
                 self._remember_step(function, state, codes, found[0], len(given.leaves) > len(node.leaves))
         if found is None:
             return None
         after, inplace = found
         new = Deferred(root, after, tuple(given.leaves))
         if not inplace:
-            return self._pending(new, me.node is node and _shape_of(root, after))
+            return self._pending(new, _shape_of(root, after))
         target = args[0]
         if root.viewed or target.node.consumers or target.node is not node:
             self._views(root)
@@ -686,10 +690,7 @@ class Region(TorchFunctionMode):
         again = tuple(next(both) if type(v) is Pending and v.node.result is None else v for v in args)
         if known.reversed:
             again = again[::-1]
-        found = self._extended(known, again, kwargs)
-        if found is None:
-            return None
-        return found
+        return self._extended(known, again, kwargs)
 
     def _views(self, root: Root) -> None:
         """Makes values of a root and of all that is pending of it, views as views of one tensor."""
@@ -698,7 +699,7 @@ class Region(TorchFunctionMode):
         for pending in sorted(found, key=lambda p: p.node.order):
             node = pending.node
             if node.result is None:
-                node.result = z if node.state.bare and node.state.branches == 0 else self._by_pytorch(node)
+                node.result = z if node.state.bare and node.state.branches == 0 else self.by_pytorch(node)
 
     # -- values
 
@@ -710,11 +711,18 @@ class Region(TorchFunctionMode):
                 root.site.shared = True  # next time before the layer that takes it as its rows
             if root.cast is None and torch.is_grad_enabled() is root.grad:
                 if not torch.is_autocast_enabled(root.device.type):
-                    node.result = self._computed(node)
-                    return node.result
+                    return self._kept(node, self._computed(node))
             with _as_at(root):
-                node.result = self._computed(node)
+                return self._kept(node, self._computed(node))
         return node.result
+
+    @staticmethod
+    def _kept(node: Deferred, value: Tensor) -> Tensor:
+        """A node's value, from now on the root's too where it is the pre-activation: views are views of it."""
+        node.result = value
+        if node.state.bare and node.state.branches == 0 and node.root.value is None:
+            node.root.value = value
+        return value
 
     def _computed(self, node: Deferred) -> Tensor:
         root = node.root
@@ -730,7 +738,7 @@ class Region(TorchFunctionMode):
         elif activation is not None and not node.state.bare:
             # the pre-activation was wanted, too: at the next call it is computed at once
             root.site.value = True
-        return self._normed(node.norm, self._by_pytorch(node))
+        return self.normed(node.norm, self.by_pytorch(node))
 
     def _fused(self, node: Deferred, activation: Activation) -> Tensor:
         """The value by fused operations: of the layer, or of the chain of layers that ends in it."""
@@ -757,7 +765,7 @@ class Region(TorchFunctionMode):
         complex_rows = x.is_complex()
         for n, a in chain:
             if n.state.bare and not (n.root.complex and complex_rows and x.dtype not in _COMPLEX):
-                n.root.value = x = self._normed(n.norm, n.root.compute(x))
+                n.root.value = x = n.root.compute(x)
                 complex_rows = x.is_complex()
                 continue
             n.root.site.ran([(n, a)], None)
@@ -792,7 +800,7 @@ class Region(TorchFunctionMode):
             root.site.left(state.reason)
             return None
         features = root.features if root.branches else root.features // max(1, state.branches)
-        return root.site.activation(matched, node.leaves, features, state)
+        return root.site.activation(matched, node.leaves, features)
 
     def _network(self, x: Tensor, chain: list[tuple[Deferred, Activation]]) -> Tensor | None:
         """The chain as one operation; None where it goes layer by layer."""
@@ -829,10 +837,11 @@ class Region(TorchFunctionMode):
         dtype = node.state.dtype
         if dtype is not None and y.dtype != dtype and dtype not in _COMPLEX:
             y = y.to(dtype)
-        return self._normed(node.norm, y)
+        return self.normed(node.norm, y)
 
     @staticmethod
-    def _normed(norm: Norm | None, y: Tensor) -> Tensor:
+    def normed(norm: Norm | None, y: Tensor) -> Tensor:
+        """The norm of y by PyTorch's own functions, y where there is none."""
         if norm is None:
             return y
         if norm.kind == "layer":
@@ -855,7 +864,7 @@ class Region(TorchFunctionMode):
                 root.value = root.compute(x)
         return root.value
 
-    def _by_pytorch(self, node: Deferred) -> Tensor:
+    def by_pytorch(self, node: Deferred) -> Tensor:
         """The value by the functions that the model calls."""
         root, state = node.root, node.state
         z = self._z(root)
@@ -887,7 +896,7 @@ class _Given:
 
     __slots__ = ("features", "leaves", "me", "name", "ndim", "nodes", "numbers", "root")
 
-    def __init__(self, region: Region, me: Pending, name: str):
+    def __init__(self, me: Pending, name: str):
         self.me, self.name = me, name
         self.root = me.node.root
         self.leaves = list(me.node.leaves)
